@@ -1,0 +1,1 @@
+"""The networks: plain single-device modules that know nothing of parallelism."""

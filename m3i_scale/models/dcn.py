@@ -1,0 +1,86 @@
+"""The deformable convolution layer of InternImage: DCNv3 with its projections.
+
+    y_g(p0) = sum_k m_gk(p0) x_g(p0 + s (p_k + dp_gk(p0)))            (arXiv 2211.05778, Eq. 2)
+
+The sum, the softmax of the weights m and the blend with the undeformed value are
+`m3i_kernels.dcnv3`; here live the layers that predict offsets, weights and blend.
+"""
+
+import torch
+from m3i_kernels import dcnv3
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from m3i_scale.models.layers import (
+    ToChannelsLast,
+    XavierLinear,
+    ZeroLinear,
+    layer_norm,
+    require_divisible,
+)
+
+
+class DCNv3(nn.Module):
+    """Deformable convolution, stride 1, (N, H, W, C) -> (N, H, W, C)."""
+
+    def __init__(
+        self,
+        channels: int,
+        groups: int,
+        *,
+        kernel_size: int = 3,
+        dw_kernel_size: int | None = None,
+        offset_scale: float = 1.0,
+        remove_center: bool = False,
+        center_feature_scale: bool = False,
+    ) -> None:
+        super().__init__()
+        require_divisible("channels", channels, "groups", groups)
+        dw_kernel_size = dw_kernel_size or kernel_size
+        if kernel_size % 2 == 0 or dw_kernel_size % 2 == 0:
+            raise ValueError(f"kernel sizes {kernel_size}, {dw_kernel_size}: must be odd")
+        self.groups = groups
+        self.kernel_size = kernel_size
+        self.offset_scale = offset_scale
+        self.remove_center = remove_center
+        self.center_feature_scale = center_feature_scale
+        if center_feature_scale:
+            self.center_feature_scale_proj_weight = nn.Parameter(torch.zeros(groups, channels))
+            self.center_feature_scale_proj_bias = nn.Parameter(torch.zeros(groups))
+        points = groups * (kernel_size**2 - int(remove_center))
+        self.dw_conv = nn.Sequential(
+            nn.Conv2d(
+                channels, channels, dw_kernel_size, padding=dw_kernel_size // 2, groups=channels
+            ),
+            nn.Sequential(ToChannelsLast(), layer_norm(channels)),
+            nn.GELU(),
+        )
+        self.offset = ZeroLinear(channels, points * 2)
+        self.mask = ZeroLinear(channels, points)
+        self.input_proj = XavierLinear(channels, channels)
+        self.output_proj = XavierLinear(channels, channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Convolve x (N, H, W, C)."""
+        value = self.input_proj(x)
+        branch = self.dw_conv(x.permute(0, 3, 1, 2))  # (N, H, W, C)
+        y = dcnv3(
+            value,
+            self.offset(branch),
+            self.mask(branch),
+            kernel_size=self.kernel_size,
+            padding=self.kernel_size // 2,
+            groups=self.groups,
+            offset_scale=self.offset_scale,
+            remove_center=self.remove_center,
+            mask_is_logits=True,
+            center_scale=self._center_scale(branch),
+        )
+        return self.output_proj(y)
+
+    def _center_scale(self, branch: Tensor) -> Tensor | None:
+        if not self.center_feature_scale:
+            return None
+        weight = self.center_feature_scale_proj_weight
+        bias = self.center_feature_scale_proj_bias
+        return F.linear(branch, weight, bias).sigmoid()  # (N, H, W, G)

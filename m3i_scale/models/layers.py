@@ -1,0 +1,127 @@
+"""Layers and initialisations shared by the networks of this room.
+
+Initial weights are drawn inside constructors, never afterwards from outside: a context such as
+`deepspeed.zero.Init` may split a module's parameters as soon as its constructor returns. Where a
+third-party layer brings its own initialisation, the owner re-draws with `Module.apply` in its own
+constructor, the one traversal that such contexts support.
+"""
+
+import torch
+from timm.layers import DropPath
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+LAYER_NORM_EPS = 1e-6
+
+
+@torch.no_grad()
+def trunc_normal_(tensor: Tensor, std: float = 0.02) -> None:
+    """Fill `tensor` (any floating dtype) from a normal of deviation `std`, truncated at +-2.
+
+    The draw is made in float32 and rounded once, so every dtype gets the same distribution.
+    """
+    tensor.copy_(nn.init.trunc_normal_(tensor.float(), std=std))
+
+
+@torch.no_grad()
+def xavier_uniform_(tensor: Tensor) -> None:
+    """Fill a matrix with Glorot's uniform initialisation, drawn in float32."""
+    tensor.copy_(nn.init.xavier_uniform_(tensor.float()))
+
+
+class Linear(nn.Linear):
+    """`nn.Linear` that starts from a truncated normal (0.02) and zero bias."""
+
+    def reset_parameters(self) -> None:
+        """Draw the weights; called by the constructor of `nn.Linear`."""
+        trunc_normal_(self.weight)
+        if self.bias is not None:
+            nn.init.zeros_(self.bias)
+
+
+class XavierLinear(nn.Linear):
+    """`nn.Linear` that starts from Glorot's uniform distribution and zero bias."""
+
+    def reset_parameters(self) -> None:
+        """Draw the weights; called by the constructor of `nn.Linear`."""
+        xavier_uniform_(self.weight)
+        if self.bias is not None:
+            nn.init.zeros_(self.bias)
+
+
+class ZeroLinear(nn.Linear):
+    """`nn.Linear` that starts at zero."""
+
+    def reset_parameters(self) -> None:
+        """Set the weights; called by the constructor of `nn.Linear`."""
+        nn.init.zeros_(self.weight)
+        if self.bias is not None:
+            nn.init.zeros_(self.bias)
+
+
+def init_transformer(module: nn.Module) -> None:
+    """Initialise one Transformer layer: `owner.apply(init_transformer)` in the owner's constructor.
+
+    Linear and embedding weights from a truncated normal (0.02), biases zero (ViT, BERT).
+    """
+    if isinstance(module, nn.Linear | nn.Embedding):
+        trunc_normal_(module.weight)
+    if isinstance(module, nn.Linear) and module.bias is not None:
+        nn.init.zeros_(module.bias)
+
+
+class ToChannelsLast(nn.Module):
+    """(N, C, H, W) -> (N, H, W, C), a view."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Permute."""
+        return x.permute(0, 2, 3, 1)
+
+
+class ToChannelsFirst(nn.Module):
+    """(N, H, W, C) -> (N, C, H, W), a view (`channels_last` in memory)."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Permute."""
+        return x.permute(0, 3, 1, 2)
+
+
+def layer_norm(width: int) -> nn.LayerNorm:
+    """LayerNorm over the last dimension with the epsilon of the published models."""
+    return nn.LayerNorm(width, eps=LAYER_NORM_EPS)
+
+
+def drop_path_layer(rate: float) -> nn.Module:
+    """Stochastic depth per sample (draws from the default generator: checkpointing replays it)."""
+    return DropPath(rate) if rate > 0 else nn.Identity()
+
+
+def drop_path_rates(rate: float, depth: int, schedule: str) -> list[float]:
+    """Stochastic depth of each of `depth` blocks: `uniform`, or `linear` from 0 to `rate`."""
+    if not 0 <= rate < 1:
+        raise ValueError(f"drop_path_rate={rate}: must be at least 0 and below 1")
+    if schedule == "uniform":
+        return [rate] * depth
+    if schedule == "linear":
+        return [rate * i / max(depth - 1, 1) for i in range(depth)]
+    raise ValueError(f"drop_path_type={schedule!r}: must be 'linear' or 'uniform'")
+
+
+def run_block(
+    block: nn.Module, x: Tensor, attn_mask: Tensor | None = None, *, checkpointed: bool
+) -> Tensor:
+    """Apply one block (Transformer blocks may take an attention mask) to x.
+
+    With `checkpointed` only x is kept for the backward pass, which runs the block again.
+    """
+    inputs = (x,) if attn_mask is None else (x, attn_mask)
+    if checkpointed and torch.is_grad_enabled():
+        # The reentrant kind gives zero gradients when a block's input needs none.
+        return checkpoint(block, *inputs, use_reentrant=False)
+    return block(*inputs)
+
+
+def require_divisible(name: str, value: int, by_name: str, by: int) -> None:
+    """Raise ValueError unless `value` is a positive multiple of `by`."""
+    if by < 1 or value < 1 or value % by:
+        raise ValueError(f"{name}={value}: must be a positive multiple of {by_name}={by}")
