@@ -1,0 +1,72 @@
+"""Deformable convolution v3 in plain torch: what the kernels are tested against, and the CPU path.
+
+For output position p0 and group g (arXiv 2211.05778, equation 2)
+
+    y_g(p0) = sum_k  m_gk(p0) * x_g( c(p0) + offset_scale * (p_k + dp_gk(p0)) )
+
+where c(p0) is the kernel's centre in the input and x_g is read bilinearly, zero outside the image.
+"""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from m3i_kernels.dcnv3.geometry import Geometry
+
+
+def dcnv3_reference(
+    x: Tensor,
+    offset: Tensor,
+    mask: Tensor,
+    geometry: Geometry,
+    mask_is_logits: bool = False,
+    center_scale: Tensor | None = None,
+) -> Tensor:
+    """DCNv3 by `grid_sample`, one image per group; arguments as in `dcnv3`, already checked.
+
+    Half-precision inputs are computed in float32, float64 inputs in float64; the result has the
+    dtype of `x`. Differentiable in `x`, `offset`, `mask` and `center_scale`.
+    """
+    compute = torch.promote_types(x.dtype, torch.float32)
+    value = x.to(compute)
+    m = mask.to(compute).unflatten(-1, (geometry.groups, geometry.points))  # (N, Ho, Wo, G, K)
+    if mask_is_logits:
+        m = m.softmax(-1)
+    y = _sample_and_sum(value, offset.to(compute), m, geometry)
+    if center_scale is not None:
+        gate = center_scale.to(compute).unsqueeze(-1)  # (N, Ho, Wo, G, 1)
+        grouped = (geometry.groups, -1)
+        y = torch.lerp(y.unflatten(-1, grouped), value.unflatten(-1, grouped), gate).flatten(-2)
+    return y.to(x.dtype)
+
+
+def _sample_and_sum(x: Tensor, offset: Tensor, m: Tensor, geometry: Geometry) -> Tensor:
+    N, H, W, C = x.shape
+    Ho, Wo, G, K = m.shape[1:]
+    images = x.reshape(N, H * W, C).transpose(1, 2).reshape(N * G, C // G, H, W)
+    grid = _sampling_grid(offset, geometry, H, W)  # (N, Ho, Wo, G, K, 2)
+    # K outside the positions: the sum over points then runs along contiguous memory
+    grid = grid.permute(0, 3, 4, 1, 2, 5).reshape(N * G, K, Ho * Wo, 2)
+    weights = m.reshape(N, Ho * Wo, G * K).transpose(1, 2).reshape(N * G, 1, K, Ho * Wo)
+    sampled = F.grid_sample(
+        images, grid, mode="bilinear", padding_mode="zeros", align_corners=False
+    )
+    y = (sampled * weights).sum(2)  # (N * G, C / G, Ho * Wo)
+    return y.view(N, C, Ho * Wo).transpose(1, 2).reshape(N, Ho, Wo, C)
+
+
+def _sampling_grid(offset: Tensor, geometry: Geometry, H: int, W: int) -> Tensor:
+    """Sampling locations in the coordinates of `grid_sample`, (N, Ho, Wo, G, K, 2) as (x, y)."""
+    Ho, Wo = offset.shape[1:3]
+    like: dict[str, Any] = {"dtype": offset.dtype, "device": offset.device}
+    first_y, first_x = geometry.first_center()
+    center_x = torch.arange(Wo, **like) * geometry.stride[1] + first_x
+    center_y = torch.arange(Ho, **like) * geometry.stride[0] + first_y
+    center = torch.stack(torch.meshgrid(center_x, center_y, indexing="xy"), -1)  # (Ho, Wo, 2)
+    points = torch.tensor(geometry.grid_points(), **like)  # (K, 2)
+    deformed = points + offset.unflatten(-1, (geometry.groups, geometry.points, 2))
+    location = center[:, :, None, None, :] + geometry.offset_scale * deformed
+    size = torch.tensor((W, H), **like)
+    return (2 * location + 1) / size - 1
