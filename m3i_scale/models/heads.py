@@ -7,6 +7,8 @@ import math
 import torch
 from torch import Tensor, nn
 
+from m3i_scale.models.layers import Linear, layer_norm
+
 
 class MLP(nn.Sequential):
     """Linear -> LayerNorm -> GELU -> Linear: (..., in_width) -> (..., out_width).
@@ -17,10 +19,10 @@ class MLP(nn.Sequential):
 
     def __init__(self, in_width: int, hidden: int, out_width: int) -> None:
         super().__init__(
-            nn.Linear(in_width, hidden),
-            nn.LayerNorm(hidden, eps=1e-6),
+            Linear(in_width, hidden),
+            layer_norm(hidden),
             nn.GELU(),
-            nn.Linear(hidden, out_width),
+            Linear(hidden, out_width),
         )
 
 
@@ -29,12 +31,14 @@ class Temperature(nn.Module):
 
     def __init__(self, temperature: float, learnable: bool) -> None:
         super().__init__()
-        value = math.log(1 / temperature)
+        value = torch.full((1,), math.log(1 / temperature))
         self.fixed = 1 / temperature
-        self.log_scale = nn.Parameter(torch.full((1,), value)) if learnable else None
+        self.log_scale = nn.Parameter(value) if learnable else None
 
-    def forward(self, scores: Tensor) -> Tensor:
-        """Scores of any shape, divided by tau, in float32."""
+    def forward(self, scores: Tensor) -> tuple[Tensor, Tensor]:
+        """Scores of any shape divided by tau, in float32; and tau itself, a scalar."""
         if self.log_scale is None:
-            return scores.float() * self.fixed
-        return scores.float() * self.log_scale.float().clamp(max=math.log(100)).exp()
+            scale = scores.new_tensor(self.fixed, dtype=torch.float32)
+        else:
+            scale = self.log_scale.float().clamp(max=math.log(100)).exp()[0]
+        return scores.float() * scale, 1 / scale.detach()

@@ -6,12 +6,15 @@ third-party layer brings its own initialisation, the owner re-draws with `Module
 constructor, the one traversal that such contexts support.
 """
 
+from functools import partial
+
 import torch
 from timm.layers import DropPath
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-LAYER_NORM_EPS = 1e-6
+# LayerNorm over the last dimension with the epsilon of the published models.
+layer_norm = partial(nn.LayerNorm, eps=1e-6)
 
 
 @torch.no_grad()
@@ -84,11 +87,6 @@ class ToChannelsFirst(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Permute."""
         return x.permute(0, 3, 1, 2)
-
-
-def layer_norm(width: int) -> nn.LayerNorm:
-    """LayerNorm over the last dimension with the epsilon of the published models."""
-    return nn.LayerNorm(width, eps=LAYER_NORM_EPS)
 
 
 def drop_path_layer(rate: float) -> nn.Module:

@@ -1,0 +1,78 @@
+"""What the objective needs of an image backbone, and the backbones by name."""
+
+import difflib
+import inspect
+from collections.abc import Callable, Mapping
+from typing import Any, Protocol, runtime_checkable
+
+from torch import Tensor
+
+from m3i_scale.models.intern_image import INTERN_IMAGE_VARIANTS, InternImage
+from m3i_scale.models.vit import ViT
+
+
+@runtime_checkable
+class Backbone(Protocol):
+    """An image encoder with a map of features and a pooled vector.
+
+    width      D, of the features
+    embed_dim  E, of the pooled vector
+    stride     pixels per feature, 16 in all published models
+    """
+
+    width: int
+    embed_dim: int
+    stride: int
+
+    def grid_size(self, height: int, width: int) -> tuple[int, int]:
+        """Return rows and columns of the feature map; ValueError for a size that does not fit."""
+        ...
+
+    def features(self, images: Tensor) -> Tensor:
+        """Map images (B, 3, H, W) to tokens (B, N, D), row-major over the grid."""
+        ...
+
+    def pool(self, tokens: Tensor, keep: Tensor | None = None) -> Tensor:
+        """Pool tokens (B, N, D), all or those where keep (B, N) is True, to (B, E)."""
+        ...
+
+
+_PRETRAINING = {"use_clip_projector": True, "num_classes": 0}
+
+# name -> class and the options that the name stands for
+_BACKBONES: dict[str, tuple[Callable[..., Any], Mapping[str, Any]]] = {
+    "intern_image": (InternImage, _PRETRAINING),
+    **{
+        f"intern_image_{size}": (InternImage, {**variant, **_PRETRAINING})
+        for size, variant in INTERN_IMAGE_VARIANTS.items()
+    },
+    "vit": (ViT, {}),
+    "vit_b16": (ViT, {"width": 768, "depth": 12, "heads": 12, "patch_size": 16}),
+}
+
+
+def build_backbone(name: str, **options: Any) -> Backbone:
+    """Build `intern_image_t` to `intern_image_g`, `vit_b16`, or `intern_image`, `vit` with options.
+
+    Options are those of the class's constructor and override what the name stands for. InternImage
+    of every size comes with the fused map and without a classifier. Raises ValueError for unknown
+    names, unknown options and missing ones.
+    """
+    if name not in _BACKBONES:
+        raise ValueError(f"backbone {name!r}: {_suggest(name, list(_BACKBONES))}")
+    build, defaults = _BACKBONES[name]
+    parameters = inspect.signature(build).parameters
+    for option in options:
+        if option not in parameters:
+            raise ValueError(f"backbone {name}, option {option!r}: {_suggest(option, parameters)}")
+    merged = {**defaults, **options}
+    missing = [p for p in parameters.values() if p.default is p.empty and p.name not in merged]
+    if missing:
+        raise ValueError(f"backbone {name} needs {', '.join(p.name for p in missing)}")
+    return build(**merged)
+
+
+def _suggest(word: str, valid: Any) -> str:
+    close = difflib.get_close_matches(word, list(valid), n=2)
+    hint = f"did you mean {' or '.join(close)}? " if close else ""
+    return f"{hint}known are {', '.join(valid)}"

@@ -1,0 +1,71 @@
+"""The text encoder: a Transformer of BERT-Base shape, trained jointly with the image backbone."""
+
+from torch import Tensor, nn
+from transformers import BertConfig, BertModel
+
+from m3i_scale.models.layers import Linear, init_transformer, require_divisible
+
+
+class TextTower(nn.Module):
+    """BERT encoder; the first token's last state is projected linearly to `embed_dim`.
+
+    Defaults are BERT-Base. Dropout is off by default: the paper states none, and with it losses
+    would depend on how a batch is spread over ranks.
+    """
+
+    def __init__(
+        self,
+        vocab_size: int,
+        *,
+        embed_dim: int = 768,
+        width: int = 768,
+        depth: int = 12,
+        heads: int = 12,
+        ffn: int = 3072,
+        max_length: int = 512,
+        dropout: float = 0.0,
+        pad_id: int = 0,
+        checkpoint_blocks: bool = False,
+    ) -> None:
+        super().__init__()
+        require_divisible("text width", width, "heads", heads)
+        if not 0 <= pad_id < vocab_size:
+            raise ValueError(f"pad_id={pad_id}: must lie in the vocabulary, 0 to {vocab_size - 1}")
+        self.max_length = max_length
+        config = BertConfig(
+            vocab_size=vocab_size,
+            hidden_size=width,
+            num_hidden_layers=depth,
+            num_attention_heads=heads,
+            intermediate_size=ffn,
+            max_position_embeddings=max_length,
+            hidden_dropout_prob=dropout,
+            attention_probs_dropout_prob=dropout,
+            pad_token_id=pad_id,
+            attn_implementation="sdpa",
+        )
+        self.bert = BertModel(config, add_pooling_layer=False)
+        if checkpoint_blocks:
+            _enable_checkpointing(self.bert)
+        # transformers draws its weights after its layers' constructors, too late for some contexts.
+        self.bert.apply(init_transformer)
+        self.projection = Linear(width, embed_dim, bias=False)
+
+    def forward(self, tokens: Tensor, token_mask: Tensor) -> Tensor:
+        """Encode tokens int64 (B, L), mask bool (B, L) True on real ones -> (B, E), not normalised.
+
+        Every row must have at least its first token ([CLS]).
+        """
+        if tokens.shape[1] > self.max_length:
+            raise ValueError(
+                f"texts of {tokens.shape[1]} tokens: this tower takes at most {self.max_length}; "
+                "shorten them or raise max_length"
+            )
+        states = self.bert(input_ids=tokens, attention_mask=token_mask.long()).last_hidden_state
+        return self.projection(states[:, 0])
+
+
+def _enable_checkpointing(bert: BertModel) -> None:
+    # The method was renamed within transformers 5.
+    enable = getattr(bert, "activation_checkpointing_enable", bert.gradient_checkpointing_enable)
+    enable({"use_reentrant": False})

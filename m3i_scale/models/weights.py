@@ -1,0 +1,93 @@
+"""Loading published weights by name, never executing what a file contains."""
+
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+# Where `.pth` files keep the weights, and the prefix of each name in files from the Hub.
+WEIGHT_KEYS = ("model", "module")
+HUB_PREFIX = "model."
+
+
+def load_published(path: str | os.PathLike[str]) -> dict[str, Tensor]:
+    """Read the state dict of a published InternImage, on the CPU, under the names of `InternImage`.
+
+    `.safetensors` files and `.pth`, `.pt`, `.bin` files (weights under `model` or `module`, or
+    bare) are read; the prefix `model.` of Hub files is removed. Raises ValueError for anything
+    else, including pickles that hold more than tensors and plain containers.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise ValueError(f"no weights at {path}: there is no such file")
+    state = _read_safetensors(path) if path.suffix == ".safetensors" else _read_torch(path)
+    if state and all(name.startswith(HUB_PREFIX) for name in state):
+        state = {name.removeprefix(HUB_PREFIX): value for name, value in state.items()}
+    return state
+
+
+def load_weights(
+    model: nn.Module, state: Mapping[str, Tensor], *, fresh: Sequence[str] = ()
+) -> list[str]:
+    """Copy `state` into `model`, strictly but for the submodules named in `fresh`.
+
+    `fresh` lists dotted names of submodules, `("head", "fc_norm")` say, for which the file may have
+    tensors that are missing, superfluous or of another shape: what does not fit is left out and
+    keeps its initialisation. Returns the names in `model` that did so. Raises ValueError, before
+    anything is copied, listing every other name that is missing, unexpected or of another shape.
+    """
+    own = model.state_dict()
+    fits = {name for name in state if name in own and state[name].shape == own[name].shape}
+    faults = {
+        "missing": [name for name in own if name not in state],
+        "unexpected": [name for name in state if name not in own],
+        "of another shape": [
+            f"{name} {tuple(state[name].shape)} for {tuple(own[name].shape)}"
+            for name in state
+            if name in own and name not in fits
+        ],
+    }
+    _raise_faults(
+        {kind: [n for n in names if not _under(n, fresh)] for kind, names in faults.items()}
+    )
+    model.load_state_dict({name: state[name] for name in fits}, strict=False)
+    return [name for name in own if name not in fits]
+
+
+def _under(name: str, modules: Sequence[str]) -> bool:
+    return any(name.startswith(f"{module}.") for module in modules)
+
+
+def _raise_faults(faults: Mapping[str, Sequence[str]]) -> None:
+    lines = [f"{len(names)} {kind}: {', '.join(names)}" for kind, names in faults.items() if names]
+    if lines:
+        raise ValueError("weights do not fit the model; " + "; ".join(lines))
+
+
+def _read_safetensors(path: Path) -> dict[str, Tensor]:
+    try:
+        return load_file(path)
+    except SafetensorError as error:
+        raise ValueError(f"{path} is not a safetensors file: {error}") from error
+
+
+def _read_torch(path: Path) -> dict[str, Tensor]:
+    try:
+        content: Any = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # what the restricted reader raises depends on the bytes it meets
+        raise ValueError(
+            f"{path} cannot be read as plain tensors: {error}. Files with other objects in them "
+            "are refused, since loading them would run code"
+        ) from error
+    for key in WEIGHT_KEYS:
+        if isinstance(content, dict) and isinstance(content.get(key), dict):
+            content = content[key]
+            break
+    if not isinstance(content, dict) or not all(isinstance(v, Tensor) for v in content.values()):
+        raise ValueError(f"{path} holds no state dict, neither bare nor under {WEIGHT_KEYS}")
+    return dict(content)
