@@ -1,0 +1,166 @@
+"""One encoded image or target member -> pixels, caption, category; every defect has a name.
+
+Baseline and progressive JPEG and plain PNG go to torchvision's libjpeg and libpng; whatever those
+do not turn into 8-bit RGB faithfully (CMYK, palettes and alpha, 16 bits, animations, rare formats)
+goes to Pillow.  The header is read first, so that no bomb is ever unpacked.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import warnings
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+from torch import Tensor
+from torchvision.io import ImageReadMode, decode_jpeg, decode_png
+
+MAX_PIXELS = 100_000_000
+MAX_TEXT_BYTES = 1 << 20
+# Frame headers of JPEG: SOF0 to SOF15 without DHT (C4), JPG (C8), DAC (CC).
+_SOF = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}
+_STANDALONE = frozenset(range(0xD0, 0xD8)) | {0x01}
+
+
+class BadSample(Exception):  # noqa: N818  (a finding about data, not an error of the program)
+    """A sample that cannot be used; `cause` is the short name under which it is counted."""
+
+    def __init__(self, cause: str, detail: str = "") -> None:
+        super().__init__(f"{cause}: {detail}" if detail else cause)
+        self.cause = cause
+
+
+def decode_image(data: bytes, *, max_pixels: int = MAX_PIXELS) -> Tensor:
+    """Decode to uint8 (H, W, 3), upright (EXIF orientation applied); raise BadSample otherwise."""
+    try:
+        if data[:2] == b"\xff\xd8":
+            height, width, simple = _jpeg_header(data)
+            _check_size(height, width, max_pixels)
+            if simple:
+                return _fast(decode_jpeg, data, apply_exif_orientation=True)
+        elif data[:8] == b"\x89PNG\r\n\x1a\n":
+            height, width, simple = _png_header(data)
+            _check_size(height, width, max_pixels)
+            if simple:
+                return _fast(decode_png, data, apply_exif_orientation=True)
+        return _decode_with_pillow(data, max_pixels)
+    except BadSample:
+        raise
+    except Exception as error:
+        raise BadSample("undecodable image", _one_line(error)) from None
+
+
+def _fast(decoder: Any, data: bytes, **options: bool) -> Tensor:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch.frombuffer on read-only bytes, which we never write
+        encoded = torch.frombuffer(data, dtype=torch.uint8)
+    return decoder(encoded, mode=ImageReadMode.RGB, **options).permute(1, 2, 0)
+
+
+def _check_size(height: int, width: int, max_pixels: int) -> None:
+    if height < 1 or width < 1:
+        raise BadSample("undecodable image", f"{width}x{height} pixels")
+    if height * width > max_pixels:
+        raise BadSample("too many pixels", f"{width}x{height}, allowed are {max_pixels} in all")
+
+
+def _jpeg_header(data: bytes) -> tuple[int, int, bool]:
+    """(height, width, whether libjpeg gives RGB by itself) from the frame header."""
+    at = 2
+    while at + 9 < len(data):
+        if data[at] != 0xFF:
+            break
+        marker = data[at + 1]
+        if marker == 0xFF:  # fill byte
+            at += 1
+        elif marker in _STANDALONE:
+            at += 2
+        elif marker in _SOF:
+            precision, components = data[at + 4], data[at + 9]
+            height, width = (int.from_bytes(data[at + i : at + i + 2], "big") for i in (5, 7))
+            return height, width, precision == 8 and components in (1, 3)
+        else:
+            at += 2 + int.from_bytes(data[at + 2 : at + 4], "big")
+    raise BadSample("undecodable image", "JPEG without a frame header")
+
+
+def _png_header(data: bytes) -> tuple[int, int, bool]:
+    """(height, width, whether it is plain 8-bit grey or RGB) from IHDR."""
+    if len(data) < 33 or data[12:16] != b"IHDR":
+        raise BadSample("undecodable image", "PNG without IHDR")
+    width, height = (int.from_bytes(data[i : i + 4], "big") for i in (16, 20))
+    depth, colour = data[24], data[25]
+    transparent = b"tRNS" in data[33:4096] or b"acTL" in data[33:4096]
+    return height, width, depth == 8 and colour in (0, 2) and not transparent
+
+
+def _decode_with_pillow(data: bytes, max_pixels: int) -> Tensor:
+    with Image.open(io.BytesIO(data)) as image:
+        _check_size(image.height, image.width, max_pixels)
+        image.seek(0)  # animations: the first frame
+        upright = ImageOps.exif_transpose(image)
+        return torch.from_numpy(np.array(_to_rgb(upright)))
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    """8-bit RGB; deep grey is scaled to 8 bits, transparency is laid on white."""
+    if image.mode.startswith(("I", "F")):
+        values = np.asarray(image, dtype=np.float64)
+        top = 65535.0 if image.mode.startswith("I") else max(float(values.max()), 1e-9)
+        image = Image.fromarray((values / top * 255).clip(0, 255).astype(np.uint8))
+    if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
+        image = image.convert("RGBA")
+        white = Image.new("RGBA", image.size, (255, 255, 255, 255))
+        image = Image.alpha_composite(white, image)
+    return image.convert("RGB")
+
+
+def decode_text(data: bytes, member: str) -> tuple[str, bool]:
+    """(caption, whether bad UTF-8 was repaired) from a `txt` or `json:field` member.
+
+    Bytes that are not UTF-8 are dropped; raises BadSample where nothing readable remains.
+    """
+    if len(data) > MAX_TEXT_BYTES:
+        raise BadSample("absurd caption", f"{len(data)} bytes")
+    text = data.decode("utf-8", "replace")
+    repaired = "\ufffd" in text and b"\xef\xbf\xbd" not in data
+    if ":" in member:
+        value = _json_field(text, member)
+        if not isinstance(value, str):
+            raise BadSample("no caption", f"{member} is {type(value).__name__}")
+        text = value
+    if repaired:
+        text = text.replace("\ufffd", "")
+    text = " ".join(text.replace("\0", " ").split())
+    if not text:
+        raise BadSample("bad UTF-8" if repaired else "empty caption")
+    return text, repaired
+
+
+def decode_category(data: bytes, member: str) -> int:
+    """Non-negative class index from a `cls` or `json:field` member."""
+    value = _json_field(data.decode("utf-8", "replace"), member) if ":" in member else data
+    try:
+        category = int(value)
+    except (TypeError, ValueError):
+        raise BadSample("bad category", repr(value)[:40]) from None
+    if isinstance(value, float | bool) or not 0 <= category < 1 << 31:
+        raise BadSample("bad category", repr(value)[:40])
+    return category
+
+
+def _json_field(text: str, member: str) -> Any:
+    try:
+        document = json.loads(text)
+    except (ValueError, RecursionError):
+        raise BadSample("bad JSON") from None
+    if not isinstance(document, dict):
+        raise BadSample("bad JSON", f"a {type(document).__name__}, not an object")
+    return document.get(member.split(":", 1)[1])
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:160] or type(error).__name__

@@ -1,0 +1,221 @@
+"""Raw bytes -> one worker's part of a micro-batch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from m3i_scale.data import decode, views
+from m3i_scale.data.batch import PHOTOMETRIC_FIELDS, Batch
+from m3i_scale.data.decode import BadSample
+from m3i_scale.data.index import Index
+from m3i_scale.data.order import Order
+from m3i_scale.data.reader import Raw, Reader
+
+if TYPE_CHECKING:
+    from m3i_scale.data.stream import Source
+
+_MOST_SUBSTITUTES = 32
+
+
+@dataclass(frozen=True)
+class Fault:
+    """A finding about one sample: why it was replaced, or what was repaired in it."""
+
+    position: int
+    cause: str
+    shard: str
+    key: str
+    detail: str
+    replaced: bool
+
+    def __str__(self) -> str:
+        what = "replaced" if self.replaced else "repaired"
+        return f"{what} sample {self.key or '?'} of {self.shard} ({self.detail or self.cause})"
+
+
+@dataclass
+class Part:
+    """Some consecutive samples of a micro-batch, in the form that crosses process borders.
+
+    Only the views are a tensor (shared memory, no copy); the rest is small and travels as numpy.
+    """
+
+    views: Tensor  # uint8 (2, b, S, S, 3)
+    arrays: dict[str, NDArray[Any]]
+    key: list[str]
+    faults: list[Fault] = field(default_factory=list)
+    read: dict[str, int] = field(default_factory=dict)
+
+    def __len__(self) -> int:
+        return len(self.key)
+
+    @staticmethod
+    def collate(parts: Sequence[Part], *, pin_memory: bool = False) -> Batch:
+        """Join the parts of one micro-batch, in page-locked memory if asked."""
+        side_by_side = [part for part in parts if len(part)] or list(parts[:1])
+        size = sum(len(part) for part in side_by_side)
+        joined = torch.empty(
+            (2, size, *side_by_side[0].views.shape[2:]), dtype=torch.uint8, pin_memory=pin_memory
+        )
+        torch.cat([part.views for part in side_by_side], dim=1, out=joined)
+        tensors = {
+            name: torch.from_numpy(np.concatenate([part.arrays[name] for part in side_by_side]))
+            for name in side_by_side[0].arrays
+        }
+        if pin_memory:
+            tensors = {name: tensor.pin_memory() for name, tensor in tensors.items()}
+        photometric = [
+            {name: tensors.pop(f"{name}_{view}") for name in PHOTOMETRIC_FIELDS} for view in "ab"
+        ]
+        return Batch(
+            view_a=joined[0],
+            view_b=joined[1],
+            photometric_a=photometric[0],
+            photometric_b=photometric[1],
+            key=[key for part in side_by_side for key in part.key],
+            **tensors,
+        )
+
+
+@dataclass
+class Sample:
+    """One decoded sample."""
+
+    image: Tensor  # uint8 (H, W, 3)
+    text: str | None
+    category: int
+    key: str
+
+
+def decode_sample(
+    raw: Raw, source: Source, index: Index, *, max_pixels: int, faults: list[Fault]
+) -> Sample:
+    """Decode what the kind of the source asks for; repairs go to `faults`, BadSample is raised."""
+    if raw.problem is not None:
+        raise raw.problem
+    shard = f"{source.name}/{raw.shard_name}"
+    text, category = None, -1
+    if source.kind != "category":
+        member = index.text_member[raw.shard] or "txt"
+        text, repaired = decode.decode_text(raw.text or b"", member)
+        if repaired:
+            faults.append(Fault(raw.position, "bad UTF-8", shard, raw.key, "", replaced=False))
+    if source.kind != "text":
+        member = index.category_member[raw.shard] or "cls"
+        category = decode.decode_category(raw.category or b"", member)
+    image = decode.decode_image(raw.image, max_pixels=max_pixels)
+    return Sample(image, text, category, f"{shard}/{raw.key}")
+
+
+class Maker:
+    """Makes parts from positions: reads, decodes, replaces what is bad, cuts views, tokenises."""
+
+    def __init__(
+        self,
+        sources: Sequence[Source],
+        indexes: Sequence[Index],
+        order: Order,
+        reader: Reader,
+        *,
+        seed: int,
+        image_size: int,
+        augmentation: views.Augmentation,
+        tokenize: Callable[[list[str]], tuple[Any, Any]],
+        mask_sampler: Callable[[np.random.Generator], NDArray[np.bool_]],
+        max_pixels: int,
+    ) -> None:
+        self.sources, self.indexes, self.order, self.reader = sources, indexes, order, reader
+        self.seed, self.image_size, self.augmentation = seed, image_size, augmentation
+        self.tokenize, self.mask_sampler, self.max_pixels = tokenize, mask_sampler, max_pixels
+
+    def parts(self, blocks: Iterable[NDArray[np.int64]]) -> Iterator[Part]:
+        """One part per block of positions, in order."""
+        for raws in self.reader.stream(self.order.locate(block) for block in blocks):
+            before = vars(self.reader.count).copy()
+            part = self.part(raws)
+            after = vars(self.reader.count)
+            part.read = {name: after[name] - before[name] for name in after}
+            yield part
+
+    def part(self, raws: list[Raw]) -> Part:
+        """Decode and augment raw samples."""
+        size, faults = self.image_size, list[Fault]()
+        pixels = torch.empty((2, len(raws), size, size, 3), dtype=torch.uint8)
+        boxes = np.empty((2, len(raws), 4), dtype=np.float32)
+        flips = np.empty((2, len(raws)), dtype=bool)
+        draws = np.empty((2, len(raws), views.DRAWS_PER_VIEW))
+        masks, samples = [], []
+        for i, raw in enumerate(raws):
+            sample = self.sample(raw, faults)
+            rng = views.generator(self.seed, raw.position)
+            draws[:, i] = rng.random((2, views.DRAWS_PER_VIEW))
+            height, width = sample.image.shape[:2]
+            for v in (0, 1):
+                crop = views.draw_crop(draws[v, i], height, width, self.augmentation)
+                views.resize_into(pixels[v, i], sample.image, crop, self.augmentation.interpolation)
+                boxes[v, i] = crop.top, crop.left, crop.height, crop.width
+                flips[v, i] = crop.flip
+            masks.append(self.mask_sampler(rng))
+            samples.append(sample)
+        arrays = {
+            "box_a": boxes[0],
+            "box_b": boxes[1],
+            "flip_a": flips[0],
+            "flip_b": flips[1],
+            "mask": np.stack(masks) if masks else self._no_mask(),
+            "position": np.array([raw.position for raw in raws], dtype=np.int64),
+            **self._targets(samples),
+            **self._photometric(draws),
+        }
+        return Part(pixels, arrays, [sample.key for sample in samples], faults)
+
+    def sample(self, raw: Raw, faults: list[Fault]) -> Sample:
+        """Decode one sample or the first usable substitute of it; findings go to `faults`."""
+        for attempt in range(_MOST_SUBSTITUTES):
+            try:
+                return decode_sample(
+                    raw,
+                    self.sources[raw.source],
+                    self.indexes[raw.source],
+                    max_pixels=self.max_pixels,
+                    faults=faults,
+                )
+            except BadSample as bad:
+                name = f"{self.sources[raw.source].name}/{raw.shard_name}"
+                faults.append(
+                    Fault(raw.position, bad.cause, name, raw.key, str(bad), replaced=True)
+                )
+            where = self.order.substitute(raw.position, attempt)
+            raw = self.reader.one(raw.position, *where)
+        raise RuntimeError(
+            f"position {raw.position}: {_MOST_SUBSTITUTES} samples drawn from source "
+            f"{self.sources[raw.source].name!r} are all unusable; the last one: {faults[-1]}"
+        )
+
+    def _targets(self, samples: list[Sample]) -> dict[str, NDArray[Any]]:
+        ids, mask = self.tokenize([sample.text or "" for sample in samples] or [""])
+        tokens = np.asarray(ids, dtype=np.int64)[: len(samples)]
+        return {
+            "tokens": tokens,
+            "token_mask": np.asarray(mask).astype(bool)[: len(samples)],
+            "has_text": np.array([sample.text is not None for sample in samples], dtype=bool),
+            "category": np.array([sample.category for sample in samples], dtype=np.int64),
+        }
+
+    def _photometric(self, draws: NDArray[np.float64]) -> dict[str, NDArray[Any]]:
+        strengths = {"a": self.augmentation.view_a, "b": self.augmentation.view_b}
+        return {
+            f"{name}_{view}": values
+            for v, (view, strength) in enumerate(strengths.items())
+            for name, values in views.photometric_parameters(draws[v], strength).items()
+        }
+
+    def _no_mask(self) -> NDArray[np.bool_]:
+        return self.mask_sampler(views.generator(self.seed, 0))[None][:0]

@@ -1,0 +1,230 @@
+"""The one order: which sample stands at global position n, as a pure function.
+
+    position n --Mixture--> (source s, count q) --SourceOrder--> (epoch, shard, sample)
+
+Everything here is arithmetic on (seed, the index, n): nothing depends on the number of nodes,
+ranks or workers, on prefetching or on time, and nothing has to be replayed to start at any n.
+
+1. **Mixture.**  `Mixture` deals positions to sources by largest remainders of exact integer
+   weights.  Example, weights 2:1: sources 0 1 0 | 0 1 0 | ...  After any n positions a source of
+   share w has been dealt n*w samples, off by less than one for two sources and by less than the
+   depth of a binary tree over the sources for more.
+2. **Chunks.**  Every shard is cut in runs of consecutive samples of a few MiB.  Each epoch visits
+   the chunks of the source in a new order: sorted by a 64-bit hash of (seed, source, epoch, chunk).
+3. **Lanes.**  The chunks of an epoch, end to end, are one sequence of N samples.  It is cut in L
+   equal, contiguous lanes, and the q-th sample of the epoch is the next one of lane q mod L.
+
+       N = 10, L = 3:   lanes  a b c d | e f g | h i j
+       epoch:           a e h  b f i  c g j  d
+
+Guarantees:
+
+* every sample of a source appears exactly once in each of its epochs (2 and 3 are bijections);
+* L consecutive samples of a source come from L places of the source that were drawn at random
+  (two neighbours share a chunk only where one chunk fills a whole lane, and each lane moves to
+  another random chunk every few hundred of its turns);
+* a lane reads its chunk front to back.  A reader of one slice of every global batch meets the
+  same lanes again and again when L is a multiple of the global batch, so its reads are few, large
+  and sequential, and no other reader needs the same bytes.  With any other L the order is as good
+  and no byte is read twice; only the reads are smaller.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+Ints = NDArray[np.int64]
+_MASK = (1 << 64) - 1
+
+
+def hash64(*parts: int | NDArray[np.uint64]) -> NDArray[np.uint64]:
+    """Mix integers or uint64 arrays into uint64 hashes (rounds of the splitmix64 finaliser).
+
+    The project's own arithmetic, because numpy's generators may change their permutations between
+    versions and a run must not change its order with them.
+    """
+    state = np.zeros(1, dtype=np.uint64)
+    with np.errstate(over="ignore"):
+        for part in parts:
+            word = np.uint64(part & _MASK) if isinstance(part, int) else part
+            state = (state ^ word) + np.uint64(0x9E3779B97F4A7C15)
+            state = (state ^ (state >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+            state = (state ^ (state >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+            state = state ^ (state >> np.uint64(31))
+    return state
+
+
+class Mixture:
+    """Exact deterministic interleave of sources with positive integer weights.
+
+    With two sources of weights u and v the first one has received round(n * u / (u + v)) samples
+    after n positions.  More sources are split in two halves by weight, recursively.
+    """
+
+    def __init__(self, weights: Sequence[int]) -> None:
+        if not weights or any(weight <= 0 for weight in weights):
+            raise ValueError(f"mixture weights are {list(weights)}: give one positive integer each")
+        self.weights = [int(weight) for weight in weights]
+        if len(self.weights) > 1 and sum(self.weights) > 1 << 31:
+            raise ValueError(f"mixture weights sum to {sum(self.weights)}, above 2**31")
+
+    def locate(self, positions: Ints) -> tuple[Ints, Ints]:
+        """Map global positions to (source, how many samples that source gave before): int64."""
+        source = np.zeros(positions.shape, dtype=np.int64)
+        count = positions.astype(np.int64)
+        self._split(0, len(self.weights), np.ones(positions.shape, dtype=bool), source, count)
+        return source, count
+
+    def _split(
+        self, low: int, high: int, chosen: NDArray[np.bool_], source: Ints, count: Ints
+    ) -> None:
+        if high - low == 1:
+            source[chosen] = low
+            return
+        middle = (low + high) // 2
+        left, total = sum(self.weights[low:middle]), sum(self.weights[low:high])
+        q = count[chosen]
+        before, after = _share(q, left, total), _share(q + 1, left, total)
+        goes_left = after > before
+        count[chosen] = np.where(goes_left, before, q - before)
+        to_left, to_right = chosen.copy(), chosen.copy()
+        to_left[chosen], to_right[chosen] = goes_left, ~goes_left
+        self._split(low, middle, to_left, source, count)
+        self._split(middle, high, to_right, source, count)
+
+
+def _share(n: Ints, part: int, total: int) -> Ints:
+    """round(n * part / total) without overflow: whole periods first, then the rest."""
+    return n // total * part + (n % total * part + total // 2) // total
+
+
+def integer_weights(samples: Sequence[int], epochs: Sequence[float]) -> list[int]:
+    """Mixture weights that show source s `epochs[s]` times while all others are shown theirs.
+
+    The exact products samples * epochs, divided by what they share and, only where their sum is
+    above 2**31, rounded to that many parts.
+    """
+    exact = [round(n * e * 1000) for n, e in zip(samples, epochs, strict=True)]
+    divisor = int(np.gcd.reduce(exact))
+    if divisor <= 0:
+        raise ValueError(f"sources of {list(samples)} samples cannot be shown {list(epochs)} times")
+    weights = [weight // divisor for weight in exact]
+    limit = 1 << 31
+    if sum(weights) > limit:
+        scale = sum(weights)
+        weights = [max(1, weight * (limit - len(weights)) // scale) for weight in weights]
+    return weights
+
+
+def chunk_samples(samples: int, sample_bytes: float, chunk_bytes: int) -> int:
+    """Samples per chunk: about `chunk_bytes`, and no more than 1/4096 of a small source."""
+    by_size = max(1, int(chunk_bytes // max(1.0, sample_bytes)))
+    return max(1, min(by_size, -(-samples // 4096)))
+
+
+@dataclass(frozen=True)
+class _Epoch:
+    chunk: NDArray[np.int32]  # (C,) chunks in the order of the epoch
+    end: Ints  # (C,) samples up to and with the chunk, in that order
+
+
+class SourceOrder:
+    """Order of one source: `counts[i]` samples in shard i, in `lanes` interleaved lanes."""
+
+    def __init__(self, counts: Ints, *, seed: int, source: int, chunk: int, lanes: int) -> None:
+        self.samples = int(counts.sum())
+        if self.samples == 0:
+            raise ValueError("a source has no sample: its index lists only empty shards")
+        self.seed, self.source = seed, source
+        self.lanes = max(1, min(lanes, self.samples))
+        chunks = -(-counts // chunk)  # per shard
+        self._first = np.concatenate([[0], np.cumsum(chunks)])  # first chunk of each shard
+        self._shard_samples, self._shard_chunks = counts, chunks
+        self._epochs: OrderedDict[int, _Epoch] = OrderedDict()
+
+    def locate(self, count: Ints) -> tuple[Ints, Ints, Ints]:
+        """Map the source's own running count to (epoch, shard, sample in the shard): int64."""
+        epoch, rest = count // self.samples, count % self.samples
+        shard, sample = np.empty_like(count), np.empty_like(count)
+        for number in np.unique(epoch):
+            at = epoch == number
+            shard[at], sample[at] = self._locate_in(self._epoch(int(number)), rest[at])
+        return epoch, shard, sample
+
+    def nth(self, index: Ints) -> tuple[Ints, Ints]:
+        """Map an index in [0, samples) to (shard, sample), in the order of the shards."""
+        ends = np.cumsum(self._shard_samples)
+        shard = np.searchsorted(ends, index, side="right")
+        return shard, index - (ends[shard] - self._shard_samples[shard])
+
+    def _locate_in(self, epoch: _Epoch, q: Ints) -> tuple[Ints, Ints]:
+        short, longer = divmod(self.samples, self.lanes)  # `longer` lanes hold one sample more
+        lane, turn = q % self.lanes, q // self.lanes
+        at = lane * short + np.minimum(lane, longer) + turn
+        place = np.searchsorted(epoch.end, at, side="right")
+        chunk = epoch.chunk[place].astype(np.int64)
+        start, stop, shard = self._chunk(chunk)
+        return shard, start + at - (epoch.end[place] - (stop - start))
+
+    def _chunk(self, chunk: Ints) -> tuple[Ints, Ints, Ints]:
+        """First sample, last sample + 1 and shard of chunks; equal chunks within a shard."""
+        shard = np.searchsorted(self._first, chunk, side="right") - 1
+        j, n, k = chunk - self._first[shard], self._shard_samples[shard], self._shard_chunks[shard]
+        return n * j // k, n * (j + 1) // k, shard
+
+    def _epoch(self, number: int) -> _Epoch:
+        if number not in self._epochs:
+            chunks = np.arange(self._first[-1], dtype=np.uint64)
+            keys = hash64(self.seed, self.source, number, chunks)
+            order = np.argsort(keys, kind="stable")
+            start, stop, _ = self._chunk(order)
+            self._epochs[number] = _Epoch(order.astype(np.int32), np.cumsum(stop - start))
+            while len(self._epochs) > 2:  # an epoch and the one that follows it overlap in a window
+                self._epochs.popitem(last=False)
+        self._epochs.move_to_end(number)
+        return self._epochs[number]
+
+
+@dataclass(frozen=True)
+class Located:
+    """Where global positions lie; int64 arrays of one length."""
+
+    position: Ints
+    source: Ints
+    epoch: Ints
+    shard: Ints
+    sample: Ints
+
+
+class Order:
+    """The order of the whole stream: a mixture over the orders of its sources."""
+
+    def __init__(self, sources: Sequence[SourceOrder], weights: Sequence[int], seed: int) -> None:
+        self.sources, self.seed = list(sources), seed
+        self.mixture = Mixture(weights)
+
+    def locate(self, positions: Ints) -> Located:
+        """Map int64 global positions (any shape (n,), any order) to samples; O(log) each."""
+        positions = np.asarray(positions, dtype=np.int64)
+        source, count = self.mixture.locate(positions)
+        epoch, shard, sample = (np.empty_like(positions) for _ in range(3))
+        for number, order in enumerate(self.sources):
+            at = source == number
+            epoch[at], shard[at], sample[at] = order.locate(count[at])
+        return Located(positions, source, epoch, shard, sample)
+
+    def substitute(self, position: int, attempt: int) -> tuple[int, int, int]:
+        """The (source, shard, sample) that stands in when a sample cannot be used.
+
+        A uniform draw from the same source, a function of (seed, position, attempt) alone, so
+        that a bad sample moves no other one.
+        """
+        source = int(self.mixture.locate(np.array([position]))[0][0])
+        draw = int(hash64(self.seed, 0x5AB5, position, attempt)[0])
+        shard, sample = self.sources[source].nth(np.array([draw % self.sources[source].samples]))
+        return source, int(shard[0]), int(sample[0])

@@ -1,0 +1,227 @@
+"""Reading ahead: the samples of the next window of positions, in few, large range reads.
+
+1. look up the byte range of every sample of the window (index, offsets on demand);
+2. sort the ranges of each shard and join those that (nearly) touch;
+3. read the joined ranges side by side;
+4. hand the samples out in the order of the stream, while the next window is being read.
+
+A window is bounded in bytes, so memory is: two windows, whatever the shards look like.  The first
+windows are short, so that the first batch after a resume does not wait for a full one.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+from webdataset.tariterators import base_plus_ext
+
+from m3i_scale.data.decode import BadSample
+from m3i_scale.data.index import Index
+from m3i_scale.data.order import Located
+from m3i_scale.data.scan import BLOCK, parse_header
+from m3i_scale.data.storage import PERMANENT, Storage
+
+_GAP = 64 << 10  # bytes that are cheaper read through than asked for separately
+_LONGEST_READ = 16 << 20
+_SLICE = 256  # samples whose offsets are looked up at once
+_SLICES = 1024  # such look-ups that stay in memory, 50 bytes a sample
+
+
+@dataclass
+class Raw:
+    """The undecoded bytes of one sample, or the reason why there are none."""
+
+    position: int
+    source: int
+    shard: int
+    shard_name: str
+    key: str = ""
+    image: bytes = b""
+    text: bytes | None = None
+    category: bytes | None = None
+    problem: BadSample | None = None
+
+
+@dataclass
+class ReadCount:
+    """What was asked of the storage, and what of it was samples."""
+
+    reads: int = 0
+    bytes: int = 0
+    sample_bytes: int = 0
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The reads of one window of n samples."""
+
+    members: NDArray[np.int64]  # (n, 6), as Index.members
+    start: NDArray[np.int64]  # (n,) first byte of each sample: the header of its first member
+    stop: NDArray[np.int64]  # (n,) end of its last member
+    read: NDArray[np.int64]  # (n,) which read covers it
+    reads: list[tuple[int, int, int, int]]  # (source, shard, first byte, end)
+
+
+class Reader:
+    """Fetches raw samples for one worker.
+
+    Args:
+        indexes: the index of every source, in the order's numbering.
+        storage: where ranges are read.
+        window_bytes: how much is read ahead.
+        threads: reads under way at once.
+    """
+
+    def __init__(
+        self, indexes: Sequence[Index], storage: Storage, *, window_bytes: int, threads: int
+    ) -> None:
+        self.indexes, self.storage = indexes, storage
+        self.window_bytes, self.threads = window_bytes, threads
+        self.count = ReadCount()
+        self._slices: OrderedDict[tuple[int, int, int], NDArray[np.int64]] = OrderedDict()
+        self._sample_bytes = np.array(
+            [index.shard_bytes.sum() / max(1, index.samples) for index in indexes]
+        )
+
+    def stream(self, blocks: Iterable[Located]) -> Iterator[list[Raw]]:
+        """Yield the samples of each block, in order, reading one window ahead."""
+        with (
+            ThreadPoolExecutor(1, thread_name_prefix="m3i-window") as planner,
+            ThreadPoolExecutor(self.threads, thread_name_prefix="m3i-read") as pool,
+        ):
+            pending: Future[list[list[Raw]]] | None = None
+            for window in self._windows(iter(blocks)):
+                following = planner.submit(self._load, window, pool)
+                if pending is not None:
+                    yield from pending.result()
+                pending = following
+            if pending is not None:
+                yield from pending.result()
+
+    def one(self, position: int, source: int, shard: int, sample: int) -> Raw:
+        """Fetch a single sample at once."""
+        where = [np.array([value]) for value in (position, source, 0, shard, sample)]
+        with ThreadPoolExecutor(1) as pool:
+            return self._load([Located(*where)], pool)[0][0]
+
+    def plan(self, located: Located) -> Plan:
+        """The reads that fetch `located`."""
+        members = self._members(located)
+        offset, size = members[:, 0::2], members[:, 1::2]  # (n, 3): image, caption, category
+        start = np.where(offset < 0, np.iinfo(np.int64).max, offset).min(axis=1) - BLOCK
+        stop = (offset + size).max(axis=1)
+        read, reads = _join(located, start, stop)
+        return Plan(members, start, stop, read, reads)
+
+    def _windows(self, blocks: Iterator[Located]) -> Iterator[list[Located]]:
+        window: list[Located] = []
+        held, limit = 0.0, 0.0  # the first window is a single block
+        for block in blocks:
+            window.append(block)
+            held += float(self._sample_bytes[block.source].sum())
+            if held >= limit:
+                yield window
+                limit = min(float(self.window_bytes), 2.0 * held)
+                window, held = [], 0.0
+        if window:
+            yield window
+
+    def _members(self, located: Located) -> NDArray[np.int64]:
+        members = np.empty((len(located.position), 6), dtype=np.int64)
+        part = located.sample // _SLICE
+        where = np.stack([located.source, located.shard, part], axis=1)
+        groups, group_of = np.unique(where, axis=0, return_inverse=True)
+        for number, (source, shard, piece) in enumerate(groups.tolist()):
+            at = group_of.reshape(-1) == number
+            rows = self._slice(source, shard, piece)
+            members[at] = rows[located.sample[at] - piece * _SLICE]
+        return members
+
+    def _slice(self, source: int, shard: int, piece: int) -> NDArray[np.int64]:
+        key = (source, shard, piece)
+        if key not in self._slices:
+            index = self.indexes[source]
+            stop = min(int(index.counts[shard]), (piece + 1) * _SLICE)
+            self._slices[key] = index.members(shard, piece * _SLICE, stop)
+            while len(self._slices) > _SLICES:
+                self._slices.popitem(last=False)
+        self._slices.move_to_end(key)
+        return self._slices[key]
+
+    def _load(self, window: list[Located], pool: ThreadPoolExecutor) -> list[list[Raw]]:
+        located = Located(
+            *(
+                np.concatenate([getattr(block, name) for block in window])
+                for name in ("position", "source", "epoch", "shard", "sample")
+            )
+        )
+        plan = self.plan(located)
+        results = list(pool.map(self._read, plan.reads))
+        self.count.reads += len(plan.reads)
+        self.count.bytes += sum(stop - start for _, _, start, stop in plan.reads)
+        self.count.sample_bytes += int((plan.stop - plan.start).sum())
+        raws = [self._raw(i, located, plan, results) for i in range(len(plan.start))]
+        ends = np.cumsum([len(block.position) for block in window]).tolist()
+        return [raws[i:j] for i, j in zip([0, *ends[:-1]], ends, strict=True)]
+
+    def _read(self, read: tuple[int, int, int, int]) -> bytes | BadSample:
+        source, shard, start, stop = read
+        try:
+            return self.storage.read(self.indexes[source].url(shard), start, stop)
+        except PERMANENT as error:
+            return BadSample("missing shard", type(error).__name__)
+        except OSError as error:
+            return BadSample("unreadable shard", str(error))
+
+    def _raw(self, i: int, located: Located, plan: Plan, results: list[bytes | BadSample]) -> Raw:
+        source, shard = int(located.source[i]), int(located.shard[i])
+        raw = Raw(int(located.position[i]), source, shard, self.indexes[source].shards[shard])
+        result = results[plan.read[i]]
+        if isinstance(result, BadSample):
+            raw.problem = result
+            return raw
+        base = plan.reads[plan.read[i]][2]
+        raw.key = _header_key(result, int(plan.members[i, 0]) - base, int(plan.members[i, 1]))
+        parts: list[bytes | None] = []
+        for offset, size in plan.members[i].reshape(3, 2).tolist():
+            piece = result[offset - base : offset - base + size] if offset >= 0 else None
+            if piece is not None and len(piece) < size:
+                raw.problem = BadSample("truncated shard", f"{len(piece)} of {size} bytes")
+            parts.append(piece)
+        raw.image, raw.text, raw.category = parts[0] or b"", parts[1], parts[2]
+        if not raw.key and raw.problem is None:
+            raw.problem = BadSample("shard does not match its index", "no such member header")
+        return raw
+
+
+def _header_key(data: bytes, at: int, size: int) -> str:
+    """Key of the image whose data starts at `at`, or "" where its tar header is not as indexed."""
+    header = parse_header(data[at - BLOCK : at]) if len(data) >= at else None
+    if header is None or header.size != size:
+        return ""
+    return base_plus_ext(header.name)[0] or header.name
+
+
+def _join(
+    located: Located, start: NDArray[np.int64], stop: NDArray[np.int64]
+) -> tuple[NDArray[np.int64], list[tuple[int, int, int, int]]]:
+    """Join ranges of one shard with gaps below _GAP into reads of up to _LONGEST_READ bytes."""
+    reads: list[tuple[int, int, int, int]] = []
+    covered_by = np.empty(len(start), dtype=np.int64)
+    for i in np.lexsort((start, located.shard, located.source)).tolist():
+        source, shard = int(located.source[i]), int(located.shard[i])
+        first, end = int(start[i]), int(stop[i])
+        if reads and reads[-1][:2] == (source, shard):
+            previous = reads[-1]
+            if first - previous[3] <= _GAP and end - previous[2] <= _LONGEST_READ:
+                reads[-1] = (source, shard, previous[2], max(previous[3], end))
+                covered_by[i] = len(reads) - 1
+                continue
+        reads.append((source, shard, first, end))
+        covered_by[i] = len(reads) - 1
+    return covered_by, reads

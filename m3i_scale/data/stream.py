@@ -1,0 +1,332 @@
+"""The stream of micro-batches: sources in, `Batch` out, at any position of the one order.
+
+    sources --Index--> Order: position -> sample                     (index.py, order.py)
+    positions of this rank and worker --Reader--> raw bytes          (reader.py, storage.py)
+    raw bytes --Maker--> pixels, caption, category, two views        (decode.py, views.py)
+    parts of all workers --Loader--> Batch                           (here)
+
+The state of a run is one integer, the position: `loader(start=n)` continues there at once.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch.utils.data import DataLoader, IterableDataset, get_worker_info
+
+from m3i_scale.data.batch import Batch
+from m3i_scale.data.decode import MAX_PIXELS
+from m3i_scale.data.index import Index
+from m3i_scale.data.make import Fault, Maker, Part
+from m3i_scale.data.order import Order, SourceOrder, chunk_samples, integer_weights
+from m3i_scale.data.reader import Reader
+from m3i_scale.data.storage import Storage
+from m3i_scale.data.views import Augmentation
+
+log = logging.getLogger(__name__)
+
+KINDS = ("text", "category", "both")
+MIB = 1 << 20
+
+
+@dataclass(frozen=True)
+class Source:
+    """One data set of the mixture.
+
+    Its share of the stream is `weight` where that is given, otherwise samples * `epochs`: with
+    the same `epochs` everywhere all sources are shown equally often.
+    """
+
+    name: str
+    index: str  # path or URL of the Parquet index
+    kind: str  # "text", "category" or "both": what every sample of it must have
+    weight: float | None = None
+    epochs: float = 1.0
+
+    def __post_init__(self) -> None:
+        if self.kind not in KINDS:
+            raise ValueError(f"source {self.name!r} has kind {self.kind!r}: it must be in {KINDS}")
+        if self.weight is not None and self.weight <= 0:
+            raise ValueError(f"source {self.name!r} has weight {self.weight}: it must be positive")
+        if self.epochs <= 0:
+            raise ValueError(f"source {self.name!r} has epochs {self.epochs}: it must be positive")
+
+
+class TooManyBadSamples(RuntimeError):  # noqa: N818  (the name is the message)
+    """More samples had to be replaced than the configuration tolerates."""
+
+
+class Stream:
+    """Exact, elastic stream over a mixture of indexed tar shards.
+
+    Args:
+        sources: the mixture.
+        seed: of the order and of all augmentation.
+        image_size: side S of the square views, in pixels.
+        augmentation: how the two views are made.
+        tokenize: list of B captions -> (ids (B, L), mask (B, L)); runs in the workers.
+        mask_sampler: numpy Generator -> bool (gh, gw), one draw per sample; runs in the workers.
+        lanes: interleaved lanes of the order (see order.py); part of the order's identity like the
+            seed.  The global batch in samples makes every read sequential for every rank.
+        chunk_bytes: consecutive bytes of a shard that a lane reads before it goes elsewhere; part
+            of the order's identity too.
+        max_pixels: larger images are replaced.
+        max_bad_rate: share of replaced samples among `bad_window` consecutive ones of a rank above
+            which the loader raises TooManyBadSamples.
+        storage: how ranges are read (retries, options of the file systems, cache).
+        window_bytes: read-ahead of one worker.
+        read_threads: concurrent reads of one worker.
+
+    Raises:
+        ValueError: on sources that do not exist, do not fit their kind or are empty.
+    """
+
+    def __init__(
+        self,
+        sources: Sequence[Source],
+        *,
+        seed: int,
+        image_size: int,
+        augmentation: Augmentation,
+        tokenize: Callable[[list[str]], tuple[Any, Any]],
+        mask_sampler: Callable[[np.random.Generator], NDArray[np.bool_]],
+        lanes: int = 4096,
+        chunk_bytes: int = 4 * MIB,
+        max_pixels: int = MAX_PIXELS,
+        max_bad_rate: float = 0.01,
+        bad_window: int = 10_000,
+        storage: Storage | None = None,
+        window_bytes: int = 32 * MIB,
+        read_threads: int = 4,
+    ) -> None:
+        if not sources:
+            raise ValueError("the stream has no source: name at least one index")
+        if not 0.0 <= max_bad_rate <= 1.0:
+            raise ValueError(f"max_bad_rate is {max_bad_rate}: it is a share in [0, 1]")
+        self.sources = list(sources)
+        self.storage = storage or Storage()
+        self.indexes = [open_index(source, self.storage) for source in sources]
+        self.order = _build_order(self.sources, self.indexes, seed, lanes, chunk_bytes)
+        self.max_bad_rate, self.bad_window = max_bad_rate, bad_window
+        self._window_bytes, self._read_threads = window_bytes, read_threads
+        self._maker_options: dict[str, Any] = {
+            "seed": seed,
+            "image_size": image_size,
+            "augmentation": augmentation,
+            "tokenize": tokenize,
+            "mask_sampler": mask_sampler,
+            "max_pixels": max_pixels,
+        }
+
+    @property
+    def samples(self) -> int:
+        """Samples in all sources together."""
+        return sum(index.samples for index in self.indexes)
+
+    def describe(self) -> dict[str, dict[str, int | float | str]]:
+        """Per source: kind, samples, shards, bytes and share of the stream."""
+        weights = self.order.mixture.weights
+        return {
+            source.name: {
+                "kind": source.kind,
+                "samples": index.samples,
+                "shards": len(index.shards),
+                "bytes": int(index.shard_bytes.sum()),
+                "share": weight / sum(weights),
+            }
+            for source, index, weight in zip(self.sources, self.indexes, weights, strict=True)
+        }
+
+    def loader(
+        self,
+        *,
+        start: int,
+        micro_batch: int,
+        rank: int = 0,
+        world_size: int = 1,
+        workers: int = 0,
+        end: int | None = None,
+        pin_memory: bool = False,
+    ) -> Loader:
+        """Micro-batches of one rank from global position `start` on.
+
+        Micro-step t holds the positions start + (t * world_size + rank) * micro_batch +
+        [0, micro_batch).  Without `end` the stream does not end; with it, the last batch holds
+        only what lies before `end`, and a rank for which nothing is left gets none.
+        """
+        for name, value, least in (
+            ("start", start, 0),
+            ("micro_batch", micro_batch, 1),
+            ("world_size", world_size, 1),
+            ("workers", workers, 0),
+        ):
+            if value < least:
+                raise ValueError(f"{name} is {value}: it must be at least {least}")
+        if not 0 <= rank < world_size:
+            raise ValueError(f"rank is {rank}: it must lie in [0, {world_size})")
+        slices = Slices(start, micro_batch, rank, world_size, end)
+        return Loader(self, slices, workers, pin_memory)
+
+    def maker(self) -> Maker:
+        """A new Maker with its own Reader, for one worker."""
+        reader = Reader(
+            self.indexes,
+            self.storage,
+            window_bytes=self._window_bytes,
+            threads=self._read_threads,
+        )
+        return Maker(self.sources, self.indexes, self.order, reader, **self._maker_options)
+
+
+def open_index(source: Source, storage: Storage) -> Index:
+    """Open the index of a source; ValueError where it is missing, empty or of another kind."""
+    try:
+        index = Index(source.index, storage)
+    except FileNotFoundError:
+        raise ValueError(
+            f"source {source.name!r}: there is no index {source.index!r}; "
+            "make one with `m3i shards index`"
+        ) from None
+    for name, needs, members in (
+        ("caption", source.kind != "category", index.text_member),
+        ("category", source.kind != "text", index.category_member),
+    ):
+        if needs and not all(members[i] for i in np.flatnonzero(index.counts)):
+            raise ValueError(
+                f"source {source.name!r} is of kind {source.kind!r} but its index was made without "
+                f"a {name} member: index it again with --kind {source.kind}"
+            )
+    if index.samples == 0:
+        raise ValueError(f"source {source.name!r}: its index {source.index!r} holds no sample")
+    return index
+
+
+def _build_order(
+    sources: Sequence[Source], indexes: Sequence[Index], seed: int, lanes: int, chunk_bytes: int
+) -> Order:
+    weighted = [source.weight is not None for source in sources]
+    if any(weighted) != all(weighted):
+        raise ValueError("some sources have a weight and some have not: give all or none")
+    samples = [index.samples for index in indexes]
+    if all(weighted):
+        weights = integer_weights([1_000_000] * len(sources), [s.weight or 0.0 for s in sources])
+    else:
+        weights = integer_weights(samples, [source.epochs for source in sources])
+    orders = [
+        SourceOrder(
+            index.counts,
+            seed=seed,
+            source=number,
+            chunk=chunk_samples(
+                index.samples, float(index.shard_bytes.sum()) / index.samples, chunk_bytes
+            ),
+            lanes=max(1, round(lanes * weight / sum(weights))),
+        )
+        for number, (index, weight) in enumerate(zip(indexes, weights, strict=True))
+    ]
+    return Order(orders, weights, seed)
+
+
+@dataclass(frozen=True)
+class Slices:
+    """Which positions belong to one rank, and within them to one worker."""
+
+    start: int
+    micro_batch: int
+    rank: int
+    world_size: int
+    end: int | None
+
+    def blocks(self, worker: int, workers: int) -> Iterator[NDArray[np.int64]]:
+        """The worker's share of every micro-batch: each worker has the same part of each of them,
+        and therefore, like the rank, always the same lanes."""
+        low, high = (self.micro_batch * k // workers for k in (worker, worker + 1))
+        first = self.start + self.rank * self.micro_batch
+        while self.end is None or first < self.end:
+            stop = first + high if self.end is None else min(first + high, self.end)
+            yield np.arange(first + low, max(stop, first + low), dtype=np.int64)
+            first += self.world_size * self.micro_batch
+
+
+class _Feed(IterableDataset):
+    """What runs in one worker process: its blocks of positions, made into parts."""
+
+    def __init__(self, stream: Stream, slices: Slices) -> None:
+        self.stream, self.slices = stream, slices
+
+    def __iter__(self) -> Iterator[Part]:
+        info = get_worker_info()
+        worker, workers = (info.id, info.num_workers) if info else (0, 1)
+        return self.stream.maker().parts(self.slices.blocks(worker, workers))
+
+
+def _single_thread(_: int) -> None:
+    torch.set_num_threads(1)  # the workers are the parallelism
+
+
+class Loader:
+    """Iterable of the Batches of one rank.
+
+    Attributes:
+        faults: Counter of causes of bad samples, so far, on this rank.
+        read: Counter of `reads`, `bytes` asked of the storage and `sample_bytes` used of them.
+    """
+
+    def __init__(self, stream: Stream, slices: Slices, workers: int, pin_memory: bool) -> None:
+        self.stream, self.slices = stream, slices
+        self.workers, self.pin_memory = min(workers, slices.micro_batch), pin_memory
+        self.faults: Counter[str] = Counter()
+        self.read: Counter[str] = Counter()
+        self._seen = self._replaced = 0
+
+    def __iter__(self) -> Iterator[Batch]:
+        feed = _Feed(self.stream, self.slices)
+        parts: Iterator[Part]
+        if self.workers == 0:
+            parts = iter(feed)
+        else:
+            parts = iter(
+                DataLoader(
+                    feed,
+                    batch_size=None,
+                    num_workers=self.workers,
+                    prefetch_factor=2,
+                    worker_init_fn=_single_thread,
+                )
+            )
+        while True:
+            # Workers are polled in turn and give one part per micro-batch each.
+            group = [part for _, part in zip(range(max(1, self.workers)), parts, strict=False)]
+            if not group:
+                return
+            for part in group:
+                self._note(part)
+            yield Part.collate(group, pin_memory=self.pin_memory)
+
+    def _note(self, part: Part) -> None:
+        self.read.update(part.read)
+        for fault in part.faults:
+            self._note_fault(fault)
+        self._seen += len(part)
+        if self._seen >= self.stream.bad_window:
+            self._seen = self._replaced = 0
+
+    def _note_fault(self, fault: Fault) -> None:
+        self.faults[fault.cause] += 1
+        log.warning("position %d: %s", fault.position, fault)
+        self._replaced += fault.replaced
+        window, rate = self.stream.bad_window, self.stream.max_bad_rate
+        if self._replaced > rate * window:
+            causes = ", ".join(f"{cause}: {count}" for cause, count in self.faults.most_common())
+            raise TooManyBadSamples(
+                f"{self._replaced} of the last {window} samples of this rank could not be used, "
+                f"more than max_bad_rate {rate} allows ({causes}); the last one is {fault}. "
+                "Repair or re-index the shards, or raise max_bad_rate."
+            )

@@ -1,0 +1,185 @@
+"""Two random-resized crops per image, and the parameters of the photometric work to come.
+
+The crops are cut here, as uint8 channels-last, by one resize each; colour, blur and solarisation
+are only drawn here and applied on the device.  Strengths after BYOL (Grill et al. 2020, appendix
+B), which SiameseIM and M3I (Table 7) name without numbers: the second view is blurred and
+solarised differently from the first.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field, fields
+
+import numpy as np
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from torch import Tensor
+
+_CROP_TRIES = 10
+_CROP_DRAWS = 2 * _CROP_TRIES + 3  # area and ratio of each try; top, left; flip
+_PHOTOMETRIC_DRAWS = 14
+DRAWS_PER_VIEW = _CROP_DRAWS + _PHOTOMETRIC_DRAWS
+SOLARIZE_OFF = 256.0
+
+
+def _check_probability(name: str, value: float) -> None:
+    if not 0.0 <= value <= 1.0:
+        raise ValueError(f"{name} is {value}: a probability lies in [0, 1]")
+
+
+@dataclass(frozen=True)
+class Photometric:
+    """Photometric strengths of one view (torchvision's ColorJitter conventions)."""
+
+    jitter_probability: float = 0.8
+    brightness: float = 0.4
+    contrast: float = 0.4
+    saturation: float = 0.2
+    hue: float = 0.1
+    grayscale_probability: float = 0.2
+    blur_probability: float = 0.5
+    blur_sigma: tuple[float, float] = (0.1, 2.0)
+    solarize_probability: float = 0.0
+    solarize_threshold: float = 128.0
+
+    def __post_init__(self) -> None:
+        for item in fields(self):
+            if item.name.endswith("probability"):
+                _check_probability(item.name, getattr(self, item.name))
+        for name in ("brightness", "contrast", "saturation"):
+            if not 0.0 <= getattr(self, name) <= 1.0:
+                raise ValueError(f"{name} is {getattr(self, name)}: it must lie in [0, 1]")
+        if not 0.0 <= self.hue <= 0.5:
+            raise ValueError(f"hue is {self.hue}: it must lie in [0, 0.5]")
+        if not 0.0 < self.blur_sigma[0] <= self.blur_sigma[1]:
+            raise ValueError(f"blur_sigma is {self.blur_sigma}: give 0 < low <= high, in pixels")
+
+
+NO_PHOTOMETRIC = Photometric(
+    jitter_probability=0.0, grayscale_probability=0.0, blur_probability=0.0
+)
+
+
+@dataclass(frozen=True)
+class Augmentation:
+    """How the two views of an image are made; the defaults are Table 7 at BYOL's strengths."""
+
+    scale: tuple[float, float] = (0.2, 1.0)  # share of the image's area
+    ratio: tuple[float, float] = (3 / 4, 4 / 3)  # width / height
+    flip_probability: float = 0.5
+    interpolation: str = "bicubic"  # or "bilinear"
+    view_a: Photometric = field(default_factory=lambda: Photometric(blur_probability=1.0))
+    view_b: Photometric = field(
+        default_factory=lambda: Photometric(blur_probability=0.1, solarize_probability=0.2)
+    )
+
+    def __post_init__(self) -> None:
+        if not 0.0 < self.scale[0] <= self.scale[1] <= 1.0:
+            raise ValueError(f"scale is {self.scale}: give 0 < low <= high <= 1")
+        if not 0.0 < self.ratio[0] <= self.ratio[1]:
+            raise ValueError(f"ratio is {self.ratio}: give 0 < low <= high")
+        _check_probability("flip_probability", self.flip_probability)
+        if self.interpolation not in ("bilinear", "bicubic"):
+            raise ValueError(
+                f"interpolation is {self.interpolation!r}: it must be 'bilinear' or 'bicubic'"
+            )
+
+
+@dataclass(frozen=True)
+class Crop:
+    """A crop in whole pixels of the decoded image, and whether it is mirrored afterwards."""
+
+    top: int
+    left: int
+    height: int
+    width: int
+    flip: bool
+
+
+def draw_crop(
+    draws: NDArray[np.float64], height: int, width: int, augmentation: Augmentation
+) -> Crop:
+    """Random-resized crop of a (height, width) image from DRAWS_PER_VIEW uniform draws.
+
+    Area uniform in `scale`, log-ratio uniform in `ratio`; after ten tries that do not fit, the
+    largest central crop within `ratio` (torchvision's RandomResizedCrop).
+    """
+    flip = bool(draws[2 * _CROP_TRIES + 2] < augmentation.flip_probability)
+    low, high = math.log(augmentation.ratio[0]), math.log(augmentation.ratio[1])
+    area_low, area_span = augmentation.scale[0], augmentation.scale[1] - augmentation.scale[0]
+    for attempt in range(_CROP_TRIES):
+        area = height * width * (area_low + area_span * float(draws[2 * attempt]))
+        ratio = math.exp(low + (high - low) * float(draws[2 * attempt + 1]))
+        h, w = round(math.sqrt(area / ratio)), round(math.sqrt(area * ratio))
+        if 0 < h <= height and 0 < w <= width:
+            top = int((height - h + 1) * float(draws[2 * _CROP_TRIES]))
+            left = int((width - w + 1) * float(draws[2 * _CROP_TRIES + 1]))
+            return Crop(top, left, h, w, flip)
+    return Crop(*central_crop(height, width, augmentation.ratio), flip)
+
+
+def central_crop(
+    height: int, width: int, ratio: tuple[float, float] = (1.0, 1.0)
+) -> tuple[int, int, int, int]:
+    """(top, left, height, width) of the largest central crop with width / height in `ratio`."""
+    w = min(width, max(1, round(height * ratio[1])))
+    h = min(height, max(1, round(width / ratio[0])))
+    return (height - h) // 2, (width - w) // 2, h, w
+
+
+def resize_into(out: Tensor, image: Tensor, crop: Crop, interpolation: str = "bicubic") -> None:
+    """Write a crop of uint8 (H, W, 3), resized with anti-aliasing, into `out` (S, S, 3)."""
+    window = image[crop.top : crop.top + crop.height, crop.left : crop.left + crop.width]
+    resized = F.interpolate(
+        window.permute(2, 0, 1)[None],  # (1, 3, h, w), channels-last in memory: the fast path
+        size=out.shape[:2],
+        mode=interpolation,
+        antialias=True,
+    )[0].permute(1, 2, 0)
+    out.copy_(resized.flip(1) if crop.flip else resized)
+
+
+def photometric_parameters(
+    draws: NDArray[np.float64], strength: Photometric
+) -> dict[str, NDArray[np.generic]]:
+    """Parameters from draws (B, DRAWS_PER_VIEW): one row per sample, batch.PHOTOMETRIC_FIELDS."""
+    u = draws[:, _CROP_DRAWS:]  # (B, 14)
+    jitter = u[:, 0] < strength.jitter_probability
+    blur = u[:, 6] < strength.blur_probability
+    low, high = strength.blur_sigma
+
+    def factor(column: int, spread: float) -> NDArray[np.float32]:
+        return np.where(jitter, 1.0 + spread * (2.0 * u[:, column] - 1.0), 1.0).astype(np.float32)
+
+    return {
+        "brightness": factor(1, strength.brightness),
+        "contrast": factor(2, strength.contrast),
+        "saturation": factor(3, strength.saturation),
+        "hue": np.where(jitter, strength.hue * (2.0 * u[:, 4] - 1.0), 0.0).astype(np.float32),
+        "order": np.argsort(u[:, 9:13], axis=1, kind="stable").astype(np.int64),
+        "grayscale": u[:, 5] < strength.grayscale_probability,
+        "blur_sigma": np.where(blur, low + (high - low) * u[:, 7], 0.0).astype(np.float32),
+        "solarize": np.where(
+            u[:, 8] < strength.solarize_probability, strength.solarize_threshold, SOLARIZE_OFF
+        ).astype(np.float32),
+    }
+
+
+def generator(seed: int, position: int) -> np.random.Generator:
+    """The random numbers of one position of the stream: Philox keyed by (seed, position)."""
+    return np.random.Generator(np.random.Philox(key=np.array([seed, position], dtype=np.uint64)))
+
+
+__all__ = [
+    "DRAWS_PER_VIEW",
+    "NO_PHOTOMETRIC",
+    "Augmentation",
+    "Crop",
+    "Photometric",
+    "central_crop",
+    "draw_crop",
+    "generator",
+    "photometric_parameters",
+    "resize_into",
+]
