@@ -1,0 +1,17 @@
+"""What is learned: inputs, target groups, likelihoods, the M3I module, balance, momentum rule.
+
+Pure functions of tensors and plain modules; knows torch.distributed for the global softmax, and
+nothing of DeepSpeed, files or data loading.
+
+=====================  ==========================================================================
+Term of the method     Place
+=====================  ==========================================================================
+x = mix of two images  `inputs.scene` (block mask: `masks.BlockMask`)
+z_x = f_theta(x)       `m3i.M3I.forward`: the online backbone's features
+z_y = f_phi(y)         `m3i.M3I.target_outputs`: momentum (or online) encoder, text tower
+z_hat_y = f_psi(..)    `m3i.M3I.predict_*`: image decoder, pooling and projections
+-log P(z_y | z_hat_y)  `likelihoods.gaussian`, `likelihoods.boltzmann`, `likelihoods.decorrelation`
+L_SSP + lambda L_SP    `m3i.M3I.forward`; lambda: `balance.LossBalance`
+theta' <- EMA          `momentum.ema_coefficient`
+=====================  ==========================================================================
+"""

@@ -1,0 +1,256 @@
+"""Checkpoints: exact, elastic, crash-safe, and nothing in them to unpickle.
+
+    checkpoints/
+      step-00001000/                      complete, by atomic rename of
+      step-00001000.partial/              a write in progress, or what a crash left of one
+        rank-00000-of-00002.safetensors   this rank's slices of the flattened tensors, no padding
+        rank-00000-of-00002.json          size and SHA-256 of that file
+        state.json                        step, shapes, ranks, counters
+        complete.json                     the list of files, written last
+
+Tensors are named `weight/<parameter>` (fp32 master), `exp_avg/<parameter>`,
+`exp_avg_sq/<parameter>`, `momentum/<parameter>` (fp32 average) and `rng/<device>`. Slice r of W
+holds the elements `[r * k, (r + 1) * k)`, `k = ceil(N / W)`; a reader with another number of ranks
+takes the byte ranges it needs.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from m3i_scale.config import ConfigError
+from m3i_scale.engine.shards import extent
+
+FORMAT = 1
+
+
+class CheckpointError(RuntimeError):
+    """A checkpoint is damaged, incomplete or of another run."""
+
+
+def rank_file(rank: int, ranks: int) -> str:
+    """Name of one rank's tensors."""
+    return f"rank-{rank:05d}-of-{ranks:05d}.safetensors"
+
+
+def complete_checkpoints(folder: Path) -> list[Path]:
+    """Complete checkpoints, oldest first."""
+    found = sorted(folder.glob("step-*/complete.json"))
+    return [path.parent for path in found if path.parent.suffix != ".partial"]
+
+
+def step_folder(folder: Path, step: int) -> Path:
+    """Where the checkpoint after `step` steps lies."""
+    return folder / f"step-{step:08d}"
+
+
+# ------------------------------------------------------------------------------------------ writing
+
+
+class Write(NamedTuple):
+    """One checkpoint being written by this rank."""
+
+    step: int
+    partial: Path
+    thread: threading.Thread
+    failure: list[str]
+
+    @property
+    def done(self) -> bool:
+        """Whether this rank's part has ended, well or not."""
+        return not self.thread.is_alive()
+
+
+def begin_write(
+    folder: Path,
+    step: int,
+    rank: int,
+    ranks: int,
+    tensors: dict[str, Tensor],
+    state: dict[str, Any],
+) -> Write:
+    """Start writing this rank's tensors in the background.
+
+    `tensors` must be private copies in CPU memory: training goes on meanwhile. Rank 0 also writes
+    `state`. When all ranks are `done` without failure, rank 0 calls `publish`.
+    """
+    partial = step_folder(folder, step).with_suffix(".partial")
+    failure: list[str] = []
+
+    def work() -> None:
+        try:
+            partial.mkdir(parents=True, exist_ok=True)
+            path = partial / rank_file(rank, ranks)
+            save_file(tensors, path)
+            _sync(path)
+            _write_json(path.with_suffix(".json"), _fingerprint(path))
+            if rank == 0:
+                _write_json(partial / "state.json", {"format": FORMAT, **state})
+        except (OSError, SafetensorError) as error:
+            failure.append(f"{partial}: {error}")
+
+    thread = threading.Thread(target=work, name=f"checkpoint-{step}", daemon=True)
+    thread.start()
+    return Write(step, partial, thread, failure)
+
+
+def publish(write: Write, ranks: int) -> Path:
+    """Make a fully written checkpoint the newest complete one (rank 0, after all ranks are done).
+
+    Raises:
+        CheckpointError: the marker cannot be written (disk full, folder gone).
+    """
+    final = write.partial.with_suffix("")
+    try:
+        files = [
+            json.loads((write.partial / rank_file(r, ranks)).with_suffix(".json").read_text())
+            for r in range(ranks)
+        ]
+        files.append(_fingerprint(write.partial / "state.json"))
+        _write_json(write.partial / "complete.json", {"files": files})
+        if final.exists():  # resumed from before it and reached it again
+            shutil.rmtree(final)
+        os.rename(write.partial, final)
+        _sync(final.parent)
+    except OSError as error:
+        raise CheckpointError(f"{final}: cannot complete the checkpoint: {error}") from None
+    return final
+
+
+def abandon(write: Write) -> None:
+    """Remove what a failed write left."""
+    shutil.rmtree(write.partial, ignore_errors=True)
+
+
+def prune(folder: Path, keep_last: int, keep_every: int | None) -> None:
+    """Remove all complete checkpoints but the last ones and those at multiples of `keep_every`."""
+    for path in complete_checkpoints(folder)[:-keep_last]:
+        if keep_every is None or int(path.name.removeprefix("step-")) % keep_every:
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def _fingerprint(path: Path) -> dict[str, Any]:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 22):
+            digest.update(block)
+    return {"file": path.name, "bytes": path.stat().st_size, "sha256": digest.hexdigest()}
+
+
+def _write_json(path: Path, content: dict[str, Any]) -> None:
+    path.write_text(json.dumps(content, indent=1))
+    _sync(path)
+
+
+def _sync(path: Path) -> None:
+    """Force a file or folder to disk, so that a rename cannot outrun what it names."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+# ------------------------------------------------------------------------------------------ reading
+
+
+def verify(path: Path, share: int = 0, shares: int = 1) -> str | None:
+    """Check sizes and checksums of every `shares`-th file; what is wrong, or None."""
+    try:
+        listed = json.loads((path / "complete.json").read_text())["files"]
+        for entry in listed[share::shares]:
+            if _fingerprint(path / entry["file"]) != entry:
+                return f"{path / entry['file']} does not match its checksum"
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        return f"{path}: {error}"
+    return None
+
+
+class Reader:
+    """Reads slices of a complete checkpoint, whatever number of ranks wrote it.
+
+    Raises:
+        CheckpointError: it cannot be read, or is of a newer format.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        try:
+            self.state: dict[str, Any] = json.loads((path / "state.json").read_text())
+        except (OSError, ValueError) as error:
+            raise CheckpointError(f"{path}: no readable checkpoint ({error})") from None
+        if self.state["format"] != FORMAT:
+            raise CheckpointError(
+                f"{path}: format {self.state['format']}, this version reads {FORMAT}"
+            )
+        self.ranks: int = self.state["ranks"]
+        self.shapes: dict[str, list[int]] = self.state["shapes"]
+        self._files: dict[int, Any] = {}
+
+    def close(self) -> None:
+        """Release the files."""
+        self._files.clear()
+
+    def tensor(self, kind: str, name: str) -> Tensor:
+        """One whole tensor in its own shape."""
+        shape = self.shapes[name]
+        return self.slice(kind, name, 0, _elements(shape)).reshape(shape)
+
+    def slice(self, kind: str, name: str, start: int, stop: int) -> Tensor:
+        """Elements `[start, stop)` of a flattened tensor."""
+        elements = _elements(self.shapes[name])
+        parts = []
+        for rank in range(self.ranks):
+            own = extent(elements, rank, self.ranks)
+            low, high = max(start, own.start), min(stop, own.stop)
+            if low < high:
+                part = self._open(rank).get_slice(f"{kind}/{name}")
+                parts.append(part[low - own.start : high - own.start])
+        return torch.cat(parts) if parts else torch.empty(0)
+
+    def generator_states(self, rank: int) -> dict[str, Tensor]:
+        """Random generator states that this rank saved, by device kind."""
+        file = self._open(rank)
+        names = [key for key in file.keys() if key.startswith("rng/")]  # noqa: SIM118
+        return {key.removeprefix("rng/"): file.get_tensor(key) for key in names}
+
+    def _open(self, rank: int) -> Any:
+        if rank not in self._files:
+            self._files[rank] = safe_open(self.path / rank_file(rank, self.ranks), framework="pt")
+        return self._files[rank]
+
+
+def _elements(shape: list[int]) -> int:
+    return int(torch.Size(shape).numel())
+
+
+def candidates(folder: Path, resume: str) -> Iterator[Path]:
+    """Checkpoints to try, best first, for `--resume auto|never|PATH`.
+
+    Raises:
+        ConfigError: a path was named and holds no complete checkpoint.
+    """
+    if resume == "never":
+        return
+    if resume == "auto":
+        yield from reversed(complete_checkpoints(folder))
+        return
+    path = Path(resume)
+    if not (path / "complete.json").is_file():
+        inside = complete_checkpoints(path)
+        if not inside:
+            raise ConfigError(f"--resume {resume}: no complete checkpoint there (no complete.json)")
+        path = inside[-1]
+    yield path

@@ -1,0 +1,221 @@
+"""The training loop: batch, forward, backward, step, momentum, balance, log, save."""
+
+from __future__ import annotations
+
+import logging
+import math
+import time
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from m3i_scale.config import Config
+from m3i_scale.engine.checkpoint import CheckpointError
+from m3i_scale.engine.launch import World
+from m3i_scale.engine.metrics import Figures, MetricLog
+from m3i_scale.engine.pictures import save_mixes
+from m3i_scale.engine.saver import Saver, any_rank
+from m3i_scale.engine.schedules import BatchPlan, Schedule
+from m3i_scale.engine.state import Progress, snapshot
+from m3i_scale.engine.stop import StopFlag
+from m3i_scale.engine.zero import DTYPES, Sharded, set_learning_rate
+from m3i_scale.objective.balance import LossBalance
+from m3i_scale.objective.inputs import Scene, scene
+from m3i_scale.objective.momentum import ema_coefficient
+
+log = logging.getLogger("m3i")
+
+
+class Stream(Protocol):
+    """What the loop needs of a stream of samples: batches from any global position on."""
+
+    def loader(
+        self,
+        *,
+        start: int,
+        micro_batch: int,
+        rank: int,
+        world_size: int,
+        workers: int,
+        end: int | None,
+        pin_memory: bool,
+    ) -> Iterable[Any]:
+        """Micro-step t of rank r starts at `start + (t * world_size + r) * micro_batch`."""
+
+
+@dataclass
+class Run:
+    """Everything a training run consists of."""
+
+    config: Config
+    world: World
+    stream: Stream
+    sharded: Sharded
+    plan: BatchPlan
+    schedule: Schedule
+    balance: LossBalance
+    saver: Saver
+    save_every: int
+    progress: Progress = field(default_factory=Progress)
+
+    @property
+    def folder(self) -> Path:
+        """The run folder."""
+        return self.config.run_folder
+
+
+class UnstableError(RuntimeError):
+    """Too many steps in a row without a finite gradient."""
+
+
+def pretrain(run: Run, stop: StopFlag, metrics: MetricLog) -> bool:
+    """Train to the end of the schedule; False if it stopped before because it was asked to.
+
+    Raises:
+        UnstableError: `engine.max_nonfinite_steps` steps in a row had non-finite gradients.
+    """
+    config, progress, engine = run.config, run.progress, run.sharded.engine
+    batches = Timed(iter(_batches(run)))
+    skipped_in_a_row = 0
+    while progress.step < run.schedule.total:
+        started, figures = time.perf_counter(), Figures()
+        rate = run.schedule.learning_rate(progress.step)
+        set_learning_rate(engine, rate)
+        weight = run.balance.supervised_weight  # lambda
+        skipped_before = engine.skipped_steps
+        for _ in range(run.plan.accumulation):
+            view = _prepare(run, next(batches))
+            outputs = engine(view, weight)
+            engine.backward(outputs["loss"])
+            engine.step()  # updates at the end of the accumulation only
+            figures.add(_figures(run, outputs, weight))
+        updated = engine.skipped_steps == skipped_before
+        figures.add_value("data_wait_seconds", batches.take_wait(), run.world.device)
+        values = figures.means()
+        values |= _step_values(run, values, started, rate, weight)
+
+        if updated:
+            coefficient = _momentum_coefficient(run)
+            if run.sharded.momentum is not None:
+                run.sharded.momentum.update(coefficient)
+            run.balance.update(values["gradient/ssp"], values["gradient/sp"])
+            values["momentum"] = coefficient
+        skipped_in_a_row = 0 if updated else skipped_in_a_row + 1
+        progress.skipped += not updated
+        values["skipped_steps"] = progress.skipped
+        metrics.write(progress.step, values, show=progress.step % config.logging.every == 0)
+        if skipped_in_a_row >= config.engine.max_nonfinite_steps:
+            raise UnstableError(_unstable_message(run, skipped_in_a_row))
+        progress.step += 1
+        progress.position += run.plan.batch
+
+        run.saver.poll()
+        stopping = any_rank(stop.raised_by is not None, run.world)
+        last = progress.step == run.schedule.total
+        if stopping or last or progress.step % run.save_every == 0:
+            run.saver.save(progress.step, *snapshot(run.sharded, run.world, progress, run.balance))
+        if stopping:
+            break
+    if not run.saver.finish():
+        raise CheckpointError("the last checkpoint could not be written; see the messages above")
+    return progress.step == run.schedule.total
+
+
+def _batches(run: Run) -> Iterable[Any]:
+    progress, plan = run.progress, run.plan
+    steps_left = run.schedule.total - progress.step
+    return run.stream.loader(
+        start=progress.position,
+        micro_batch=plan.micro,
+        rank=run.world.rank,
+        world_size=run.world.size,
+        workers=run.config.data.workers,
+        end=progress.position + steps_left * plan.batch,
+        pin_memory=run.world.device.type == "cuda",
+    )
+
+
+def _prepare(run: Run, batch: Any) -> Scene:
+    """Move a batch to the device, distort and mix it there."""
+    config = run.config
+    prepared = scene(
+        batch.to(run.world.device),
+        config.objective.input,
+        mean=config.data.mean,
+        std=config.data.std,
+        dtype=DTYPES[config.engine.precision],
+    )
+    picture = run.folder / "mixes.png"
+    if config.logging.pictures and run.world.leads and not picture.exists():
+        save_mixes(
+            picture, prepared, config.data.mean, config.data.std, config.objective.input.patch
+        )
+    return prepared
+
+
+def _figures(run: Run, outputs: dict[str, Tensor], weight: float) -> dict[str, Tensor]:
+    """This micro-step's (sum, count) pairs, the balance's gradient norms among them."""
+    squares = run.sharded.model.probe.squares(weight)
+    one = torch.ones_like(squares[0])
+    pairs = {name: value for name, value in outputs.items() if name != "loss"}
+    pairs["loss/total"] = torch.stack([outputs["loss"].detach().float(), one])
+    pairs["gradient_square/ssp"] = torch.stack([squares[0], one])
+    pairs["gradient_square/sp"] = torch.stack([squares[1], one])
+    return pairs
+
+
+def _step_values(
+    run: Run, means: dict[str, float], started: float, rate: float, weight: float
+) -> dict[str, float]:
+    """Derived figures of one step."""
+    # The norm at the features of the whole batch of the step's mean loss: each micro-batch's loss
+    # is divided by their number, and so is its gradient.
+    parts = run.world.size * run.plan.accumulation
+    seconds = time.perf_counter() - started
+    return {
+        "gradient/ssp": math.sqrt(means.pop("gradient_square/ssp") / parts),
+        "gradient/sp": math.sqrt(means.pop("gradient_square/sp") / parts),
+        "gradient/all_parameters": float(run.sharded.engine.get_global_grad_norm() or 0.0),
+        "balance/lambda": weight,
+        "learning_rate": rate,
+        "images_per_second": run.plan.batch / seconds,
+        "step_seconds": seconds,
+    }
+
+
+def _momentum_coefficient(run: Run) -> float:
+    spec = run.config.optimizer
+    return ema_coefficient(run.progress.step, run.schedule.total, spec.ema, spec.ema_final)
+
+
+def _unstable_message(run: Run, steps: int) -> str:
+    good = run.saver.last_good
+    return (
+        f"{steps} steps in a row had non-finite gradients (up to step {run.progress.step}); the "
+        f"last good checkpoint is {good or 'none'}; lower optimizer.learning_rate or check the "
+        f"data at stream position {run.progress.position}"
+    )
+
+
+class Timed(Iterator[Any]):
+    """An iterator that remembers how long its consumer has waited."""
+
+    def __init__(self, source: Iterator[Any]) -> None:
+        self._source = source
+        self._waited = 0.0
+
+    def __next__(self) -> Any:
+        started = time.perf_counter()
+        try:
+            return next(self._source)
+        finally:
+            self._waited += time.perf_counter() - started
+
+    def take_wait(self) -> float:
+        """Seconds waited since the last call."""
+        waited, self._waited = self._waited, 0.0
+        return waited

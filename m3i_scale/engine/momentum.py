@@ -1,0 +1,52 @@
+"""The momentum encoder under ZeRO-3: partitioned like the student, updated shard by shard.
+
+No communication: each rank moves its own slice. The averages are kept in fp32, because with m close
+to one nearly every update of a bf16 average would round to nothing.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from m3i_scale.engine import shards
+
+
+class ShardedMomentum:
+    """`theta' <- m theta' + (1 - m) theta` on the local shards of two equal module trees.
+
+    Args:
+        online: the trained networks, partitioned; its fp32 shards are read.
+        momentum: the frozen copy, same names; its compute-precision shards are written.
+    """
+
+    def __init__(self, online: nn.Module, momentum: nn.Module) -> None:
+        students = dict(online.named_parameters())
+        self._pairs = {name: (students[name], p) for name, p in momentum.named_parameters()}
+        self.averages: dict[str, Tensor] = {
+            name: shards.local_weight(student).detach().clone()
+            for name, (student, _) in self._pairs.items()
+        }
+
+    @torch.no_grad()
+    def update(self, coefficient: float) -> None:
+        """Apply the rule with `m = coefficient`; call it after every real optimiser step."""
+        for name, (student, _) in self._pairs.items():
+            self.averages[name].lerp_(shards.local_weight(student), 1 - coefficient)
+        self.publish()
+
+    @torch.no_grad()
+    def publish(self) -> None:
+        """Write the averages into the momentum encoder."""
+        for name, (_, teacher) in self._pairs.items():
+            shards.write_shard(teacher, self.averages[name])
+        if torch.cuda.is_available():
+            # ZeRO gathers on a stream of its own, which does not wait for this one.
+            torch.cuda.current_stream().synchronize()
+
+
+def start_equal(online: nn.Module, momentum: nn.Module) -> None:
+    """Copy the student into the momentum encoder, before the optimiser exists."""
+    students = dict(online.named_parameters())
+    for name, parameter in momentum.named_parameters():
+        shards.copy_shard(students[name], parameter)

@@ -1,0 +1,115 @@
+"""When checkpoints are written, and how ranks agree on them."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from m3i_scale.config import ConfigError
+from m3i_scale.engine import checkpoint
+from m3i_scale.engine.checkpoint import CheckpointError, Reader, Write
+from m3i_scale.engine.launch import World
+
+log = logging.getLogger("m3i")
+
+
+class Saver:
+    """Writes checkpoints in the background, one at a time.
+
+    A checkpoint counts only when every rank has written its part; ranks learn that at step
+    boundaries, through `poll`, so that no thread ever communicates.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        world: World,
+        *,
+        keep_last: int,
+        keep_every: int | None,
+        background: bool,
+    ) -> None:
+        self.folder = folder
+        self.last_good: Path | None = None
+        self._world = world
+        self._keep = (keep_last, keep_every)
+        self._background = background
+        self._write: Write | None = None
+
+    def save(self, step: int, tensors: dict[str, Tensor], state: dict[str, Any]) -> None:
+        """Start a checkpoint, after the one before has ended (on all ranks at the same step)."""
+        self.finish()
+        world = self._world
+        self._write = checkpoint.begin_write(
+            self.folder, step, world.rank, world.size, tensors, state
+        )
+        if not self._background:
+            self.finish()
+
+    def poll(self) -> None:
+        """Complete the checkpoint under way if every rank has written its part (a collective)."""
+        if self._write is not None and not self._any_rank(not self._write.done):
+            self._complete(self._write)
+
+    def finish(self) -> bool:
+        """Wait for the checkpoint under way (a collective); whether the last one succeeded."""
+        if self._write is None:
+            return True
+        self._write.thread.join()
+        return self._complete(self._write)
+
+    def _complete(self, write: Write) -> bool:
+        write.thread.join()
+        self._write = None
+        problem = "; ".join(write.failure)
+        if not self._any_rank(bool(problem)) and self._world.leads:
+            try:
+                self.last_good = checkpoint.publish(write, self._world.size)
+                checkpoint.prune(self.folder, *self._keep)
+            except CheckpointError as error:
+                problem = str(error)
+        if problem:
+            log.error("checkpoint of step %d failed: %s", write.step, problem)
+        failed = self._any_rank(bool(problem))
+        if failed and self._world.leads:
+            checkpoint.abandon(write)
+            log.error("training goes on; the last good checkpoint is %s", self.last_good)
+        if not failed:
+            self.last_good = checkpoint.step_folder(self.folder, write.step)
+        return not failed
+
+    def _any_rank(self, flag: bool) -> bool:
+        return any_rank(flag, self._world)
+
+
+def any_rank(flag: bool, world: World) -> bool:
+    """Whether the flag is set on any rank (a collective)."""
+    if world.size == 1:
+        return flag
+    value = torch.tensor([float(flag)], device=world.device)
+    dist.all_reduce(value, op=dist.ReduceOp.MAX)
+    return bool(value.item())
+
+
+def newest_good(folder: Path, resume: str, world: World) -> Reader | None:
+    """Open the newest undamaged checkpoint for `--resume`; damaged ones are named and passed over.
+
+    Raises:
+        ConfigError: a checkpoint was asked for by path and it is damaged or not there.
+    """
+    for path in checkpoint.candidates(folder, resume):
+        problem = checkpoint.verify(path, world.rank, world.size)
+        if not any_rank(problem is not None, world):
+            return Reader(path)
+        if problem:
+            log.warning("damaged checkpoint: %s", problem)
+        if resume != "auto":
+            raise ConfigError(f"--resume {resume}: {path} is damaged; choose another one")
+        if world.leads:
+            log.warning("%s is passed over, trying the one before", path)
+    return None

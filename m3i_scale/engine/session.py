@@ -1,0 +1,71 @@
+"""From a configuration to a run that is ready to start or to go on."""
+
+from __future__ import annotations
+
+import logging
+
+from m3i_scale.config import Config
+from m3i_scale.engine.launch import World
+from m3i_scale.engine.loop import Run, Stream
+from m3i_scale.engine.metrics import write_provenance
+from m3i_scale.engine.saver import Saver, newest_good
+from m3i_scale.engine.schedules import make_schedule, plan_batch
+from m3i_scale.engine.state import restore
+from m3i_scale.engine.zero import build, deepspeed_config
+from m3i_scale.objective.balance import LossBalance
+
+log = logging.getLogger("m3i")
+
+
+def open_run(
+    config: Config, world: World, stream: Stream, *, epoch_samples: int, resume: str
+) -> Run:
+    """Build networks and optimiser, and load the newest good checkpoint if there is one.
+
+    Args:
+        config: the whole configuration.
+        world: this rank.
+        stream: where batches come from.
+        epoch_samples: samples in one pass over all sources.
+        resume: "auto", "never", or the path of a checkpoint or of a folder of them.
+
+    Raises:
+        ConfigError: the batch, the schedule or the checkpoint asked for is impossible.
+        CheckpointError: the checkpoint is of other networks.
+    """
+    spec = config.optimizer
+    plan = plan_batch(spec.batch, spec.max_micro_batch, world.size)
+    schedule = make_schedule(spec, epoch_samples)
+    keep_every = config.checkpoint.keep_every
+    saver = Saver(
+        config.run_folder / "checkpoints",
+        world,
+        keep_last=config.checkpoint.keep_last,
+        keep_every=keep_every and keep_every.steps(batch=spec.batch, epoch_samples=epoch_samples),
+        background=config.checkpoint.background,
+    )
+    reader = newest_good(saver.folder, resume, world)
+    sharded = build(config, world, plan)
+    balance = config.objective.balance
+    weighing = LossBalance(active=False)
+    if balance is not None:
+        weighing = LossBalance(balance.gamma, balance.decay)
+    run = Run(
+        config=config,
+        world=world,
+        stream=stream,
+        sharded=sharded,
+        plan=plan,
+        schedule=schedule,
+        balance=weighing,
+        saver=saver,
+        save_every=config.checkpoint.every.steps(batch=spec.batch, epoch_samples=epoch_samples),
+    )
+    if reader is not None:
+        run.progress = restore(reader, sharded, world, run.balance, config.seed)
+        saver.last_good = reader.path
+        reader.close()
+        log.info("resumed from %s at step %d", reader.path, run.progress.step)
+    if world.leads:
+        write_provenance(run.folder, config, deepspeed_config(config, plan))
+    return run

@@ -1,0 +1,97 @@
+"""Views of this rank's ZeRO-3 shards: fp32 weights, Adam moments, momentum weights.
+
+DeepSpeed keeps of every parameter with N elements the slice `[rank * k, (rank + 1) * k)` of the
+flattened tensor, `k = ceil(N / ranks)`, padded at the end. The views here include the padding;
+`valid` says how much of a shard is real.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import torch
+from deepspeed.utils import safe_get_local_fp32_param, safe_get_local_optimizer_state
+from torch import Tensor, nn
+
+MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+class Extent(NamedTuple):
+    """Where a shard lies in its flattened parameter."""
+
+    start: int
+    stop: int
+
+
+def extent(elements: int, rank: int, ranks: int) -> Extent:
+    """The real part of a rank's shard of a parameter with `elements` elements."""
+    size = -(-elements // ranks)
+    start = min(rank * size, elements)
+    return Extent(start, min(start + size, elements))
+
+
+def trained(module: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    """Names and parameters that the optimiser updates."""
+    return ((name, p) for name, p in module.named_parameters() if p.requires_grad)
+
+
+def local_weight(parameter: nn.Parameter) -> Tensor:
+    """fp32 master shard, a view."""
+    return safe_get_local_fp32_param(parameter)
+
+
+def local_moment(parameter: nn.Parameter, moment: str) -> Tensor:
+    """Adam moment shard, a view."""
+    return safe_get_local_optimizer_state(parameter, moment)
+
+
+def create_adam_state(zero_optimizer: Any) -> None:
+    """Give the inner optimiser the state it would make at its first step.
+
+    So that memory is known from the start, and saving and loading know one case only.
+    """
+    inner = zero_optimizer.optimizer
+    fused = any(group.get("fused") for group in inner.param_groups)
+    for flat in zero_optimizer.fp32_partitioned_groups_flat:
+        step: Tensor | int = torch.zeros((), device=flat.device if fused else "cpu")
+        if not isinstance(inner, torch.optim.AdamW):  # DeepSpeed's CPU Adam counts in an int
+            step = 0
+        inner.state[flat] = {"step": step} | {m: torch.zeros_like(flat) for m in MOMENTS}
+
+
+def get_adam_step(zero_optimizer: Any) -> int:
+    """Number of updates Adam has made."""
+    states = zero_optimizer.optimizer.state.values()
+    return int(next(iter(states))["step"])
+
+
+def set_adam_step(zero_optimizer: Any, step: int) -> None:
+    """Set the number of updates Adam has made."""
+    for state in zero_optimizer.optimizer.state.values():
+        if isinstance(state["step"], Tensor):
+            state["step"].fill_(step)
+        else:
+            state["step"] = step
+
+
+def publish_weights(zero_optimizer: Any) -> None:
+    """After the fp32 master shards were written: refresh the compute-precision weights."""
+    for group in range(len(zero_optimizer.fp16_groups)):
+        zero_optimizer._reassign_or_swap_out_partitioned_parameters(group)
+    zero_optimizer.checkpoint_event_prologue()
+    zero_optimizer.checkpoint_event_epilogue()
+
+
+def copy_shard(source: nn.Parameter, target: nn.Parameter) -> None:
+    """Copy the compute-precision shard of one partitioned parameter to another's."""
+    target.ds_tensor.data.copy_(source.ds_tensor.data)  # type: ignore[attr-defined]
+
+
+def write_shard(parameter: nn.Parameter, value: Tensor) -> None:
+    """Overwrite the compute-precision shard of a frozen parameter and forget gathered copies."""
+    parameter.ds_tensor.data.copy_(value)  # type: ignore[attr-defined]
+    parameter.ds_secondary_tensor = None  # type: ignore[attr-defined]
+    if parameter.ds_status.name == "AVAILABLE":  # type: ignore[attr-defined]
+        # A small parameter that ZeRO keeps gathered would go on serving the old value.
+        parameter.partition()  # type: ignore[attr-defined]

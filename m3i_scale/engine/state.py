@@ -1,0 +1,130 @@
+"""The state of a run as tensors and JSON, and back: what a checkpoint holds."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from m3i_scale.engine import shards
+from m3i_scale.engine.checkpoint import CheckpointError, Reader
+from m3i_scale.engine.launch import World, seed_rank
+from m3i_scale.engine.zero import Sharded
+from m3i_scale.objective.balance import LossBalance
+
+
+@dataclass
+class Progress:
+    """Where a run stands."""
+
+    step: int = 0  # optimiser steps behind us
+    position: int = 0  # stream position of the next step's first sample
+    skipped: int = 0  # steps without an update because a gradient was not finite
+
+
+def snapshot(
+    sharded: Sharded, world: World, progress: Progress, balance: LossBalance
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Private CPU copies of this rank's tensors, and the state that all ranks share."""
+    tensors = {
+        key: view[: own.stop - own.start].detach().to("cpu", copy=True)
+        for key, view, own in _local_tensors(sharded, world)
+    }
+    tensors |= {f"rng/{kind}": value for kind, value in _generator_states(world).items()}
+    state = {
+        "step": progress.step,
+        "position": progress.position,
+        "skipped": progress.skipped,
+        "ranks": world.size,
+        "adam_step": shards.get_adam_step(sharded.engine.optimizer),
+        "balance": balance.state_dict(),
+        "shapes": parameter_shapes(sharded.model),
+    }
+    return tensors, state
+
+
+@torch.no_grad()
+def restore(
+    reader: Reader, sharded: Sharded, world: World, balance: LossBalance, seed: int
+) -> Progress:
+    """Load a checkpoint written by any number of ranks.
+
+    Random generators continue exactly when the number of ranks is the same; otherwise they are
+    seeded anew from the run's seed and the step.
+
+    Raises:
+        CheckpointError: it is of other networks.
+    """
+    _require_same_networks(reader, parameter_shapes(sharded.model))
+    for key, view, own in _local_tensors(sharded, world):
+        kind, name = key.split("/", 1)
+        view[: own.stop - own.start].copy_(reader.slice(kind, name, own.start, own.stop))
+    optimizer = sharded.engine.optimizer
+    shards.set_adam_step(optimizer, reader.state["adam_step"])
+    shards.publish_weights(optimizer)
+    if sharded.momentum is not None:
+        sharded.momentum.publish()
+    balance.load_state_dict(reader.state["balance"])
+    progress = Progress(*(reader.state[k] for k in ("step", "position", "skipped")))
+    if reader.ranks == world.size:
+        _set_generator_states(reader.generator_states(world.rank), world)
+    else:
+        seed_rank(seed + 1 + progress.step, world.rank)
+    return progress
+
+
+def parameter_shapes(model: nn.Module) -> dict[str, list[int]]:
+    """Full shapes of all trained parameters, partitioned or not."""
+    return {name: list(getattr(p, "ds_shape", p.shape)) for name, p in shards.trained(model)}
+
+
+def _local_tensors(sharded: Sharded, world: World) -> Iterator[tuple[str, Tensor, shards.Extent]]:
+    """Key, view of the padded local shard and its extent, of everything a checkpoint holds."""
+    for name, parameter in shards.trained(sharded.model):
+        own = shards.extent(parameter.ds_numel, world.rank, world.size)  # type: ignore[attr-defined]
+        yield f"weight/{name}", shards.local_weight(parameter), own
+        for moment in shards.MOMENTS:
+            yield f"{moment}/{name}", shards.local_moment(parameter, moment), own
+        average = _average_of(sharded, name)
+        if average is not None:
+            yield f"momentum/{name}", average, own
+
+
+def _average_of(sharded: Sharded, name: str) -> Tensor | None:
+    """The momentum average of an online parameter; momentum and online trees share names."""
+    if sharded.momentum is None or not name.startswith("online."):
+        return None
+    return sharded.momentum.averages[name.removeprefix("online.")]
+
+
+def _require_same_networks(reader: Reader, shapes: dict[str, list[int]]) -> None:
+    if reader.shapes == shapes:
+        return
+    differing = sorted(
+        name
+        for name in reader.shapes.keys() | shapes.keys()
+        if reader.shapes.get(name) != shapes.get(name)
+    )
+    name = differing[0]
+    raise CheckpointError(
+        f"{reader.path} is of other networks: {len(differing)} parameters differ, for instance "
+        f"{name} is {reader.shapes.get(name, 'absent')} there and {shapes.get(name, 'absent')} "
+        "here; use the configuration it was trained with, or another run name"
+    )
+
+
+def _generator_states(world: World) -> dict[str, Tensor]:
+    """Only torch draws in the training process; workers' randomness is a function of position."""
+    states = {"cpu": torch.get_rng_state()}
+    if world.device.type == "cuda":
+        states["cuda"] = torch.cuda.get_rng_state(world.device)
+    return states
+
+
+def _set_generator_states(states: dict[str, Tensor], world: World) -> None:
+    torch.set_rng_state(states["cpu"])
+    if world.device.type == "cuda" and "cuda" in states:
+        torch.cuda.set_rng_state(states["cuda"], world.device)

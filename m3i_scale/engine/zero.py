@@ -1,0 +1,123 @@
+"""DeepSpeed ZeRO-3: its configuration, and the partitioned networks with their optimiser."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import deepspeed
+import torch
+from torch import nn
+
+from m3i_scale.config import Config, Zero
+from m3i_scale.engine import shards
+from m3i_scale.engine.launch import World
+from m3i_scale.engine.momentum import ShardedMomentum, start_equal
+from m3i_scale.engine.schedules import BatchPlan
+from m3i_scale.objective.m3i import M3I
+
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+
+
+class Sharded(NamedTuple):
+    """The partitioned networks and what drives them."""
+
+    engine: deepspeed.DeepSpeedEngine
+    model: M3I
+    momentum: ShardedMomentum | None
+
+
+def deepspeed_config(config: Config, plan: BatchPlan) -> dict[str, Any]:
+    """The configuration handed to DeepSpeed; `engine.zero.extra` is merged in last."""
+    precision = config.engine.precision
+    generated: dict[str, Any] = {
+        "train_batch_size": plan.batch,
+        "train_micro_batch_size_per_gpu": plan.micro,
+        "gradient_accumulation_steps": plan.accumulation,
+        "gradient_clipping": config.optimizer.clip_norm or 0.0,
+        "zero_optimization": _zero_section(config.engine.zero),
+        "zero_allow_untested_optimizer": True,
+        # Both are bf16 unless said otherwise, which would round what is accumulated and reduced.
+        "data_types": {"grad_accum_dtype": "fp32"},
+        "communication_data_type": "fp32",
+        "steps_per_print": 10**12,
+    }
+    if precision != "fp32":
+        generated[precision] = {"enabled": True}
+    return _merge(generated, config.engine.zero.extra)
+
+
+def _zero_section(zero: Zero) -> dict[str, Any]:
+    section: dict[str, Any] = {
+        "stage": 3,
+        "contiguous_gradients": True,
+        "overlap_comm": True,
+        "stage3_param_persistence_threshold": zero.persistence_threshold,
+        "stage3_prefetch_bucket_size": zero.prefetch_bucket,
+        "reduce_bucket_size": zero.reduce_bucket,
+        "stage3_max_live_parameters": zero.max_live_parameters,
+        "zero_hpz_partition_size": zero.hpz_partition,
+    }
+    if zero.offload_optimizer:
+        section["offload_optimizer"] = {"device": "cpu", "pin_memory": True}
+    return section
+
+
+def _merge(low: dict[str, Any], high: dict[str, Any]) -> dict[str, Any]:
+    both = {
+        k: _merge(low[k], v)
+        for k, v in high.items()
+        if isinstance(v, dict) and isinstance(low.get(k), dict)
+    }
+    return {**low, **high, **both}
+
+
+def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """AdamW groups: no decay on norms, biases, gates and the temperature (all one-dimensional).
+
+    Works on partitioned parameters, whose own shape is empty.
+    """
+    groups: dict[bool, list[nn.Parameter]] = {True: [], False: []}
+    for _, parameter in shards.trained(model):
+        shape = getattr(parameter, "ds_shape", parameter.shape)
+        groups[len(shape) > 1].append(parameter)
+    decays = {True: weight_decay, False: 0.0}
+    return [{"params": ps, "weight_decay": decays[d]} for d, ps in groups.items() if ps]
+
+
+def build(config: Config, world: World, plan: BatchPlan) -> Sharded:
+    """Construct the networks partitioned from the start, and the engine around them."""
+    settings = deepspeed_config(config, plan)
+    # The same weights whatever the number of ranks: all ranks draw the same, and keep their slice.
+    with torch.random.fork_rng(devices=[world.device] if world.device.type == "cuda" else []):
+        torch.manual_seed(config.seed)
+        with deepspeed.zero.Init(config_dict_or_path=settings):
+            model = M3I(config.model, config.objective, config.data.image_size)
+    has_momentum = hasattr(model, "momentum")
+    if has_momentum:
+        start_equal(model.online, model.momentum)
+    engine, _, _, _ = deepspeed.initialize(
+        model=model,
+        optimizer=_adamw(config, model, world),
+        config=settings,
+    )
+    shards.create_adam_state(engine.optimizer)
+    engine.train()
+    momentum = ShardedMomentum(model.online, model.momentum) if has_momentum else None
+    return Sharded(engine, model, momentum)
+
+
+def _adamw(config: Config, model: nn.Module, world: World) -> torch.optim.Optimizer:
+    spec = config.optimizer
+    groups = parameter_groups(model, spec.weight_decay)
+    options = {"lr": spec.learning_rate, "betas": spec.betas, "eps": spec.epsilon}
+    if config.engine.zero.offload_optimizer:
+        from deepspeed.ops.adam import DeepSpeedCPUAdam
+
+        return DeepSpeedCPUAdam(groups, adamw_mode=True, **options)
+    return torch.optim.AdamW(groups, fused=world.device.type == "cuda", **options)
+
+
+def set_learning_rate(engine: deepspeed.DeepSpeedEngine, rate: float) -> None:
+    """Set the rate of every parameter group."""
+    for group in engine.optimizer.param_groups:
+        group["lr"] = rate

@@ -1,0 +1,73 @@
+"""The two forms of P(z_y | z_hat_y) of the method (section 1), and the decorrelation guard.
+
+All are computed in float32 whatever the inputs' dtype, and return one loss per row, without
+reduction, unless stated otherwise.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def gaussian(prediction: Tensor, target: Tensor, *, sigma: float, over_dimensions: str) -> Tensor:
+    """`||z_y - z_hat_y||^2 / (2 sigma^2)`: (..., D), (..., D) -> (...).
+
+    `over_dimensions` "sum" is the formula; "mean" divides it by D, so that the loss does not grow
+    with the width (with sigma^2 = 1/2 it is the mean squared error).
+    """
+    square = (target.float() - prediction.float()).square()
+    distance = square.mean(-1) if over_dimensions == "mean" else square.sum(-1)
+    return distance / (2 * sigma**2)
+
+
+def boltzmann(
+    scores: Tensor,
+    positive: Tensor,
+    *,
+    candidate_exists: Tensor | None = None,
+    label_smoothing: float = 0.0,
+) -> Tensor:
+    """`-log softmax(scores)[positive]`, `scores = z_hat_y . z' / tau`: (R, C), (R,) -> (R,).
+
+    `positive` is the column of each row's own target; rows without one carry -1 and get loss 0.
+    Columns where `candidate_exists` (C,) is False leave the sum over z'.
+    """
+    scores = scores.float()
+    if candidate_exists is not None:
+        scores = scores.masked_fill(~candidate_exists, torch.finfo(torch.float32).min)
+    # Rows without a target may have no candidate at all; they read column 0 and are set to zero.
+    present = positive >= 0
+    loss = F.cross_entropy(
+        scores, positive.clamp(min=0), label_smoothing=label_smoothing, reduction="none"
+    )
+    return torch.where(present, loss, torch.zeros_like(loss))
+
+
+def decorrelation(prediction: Tensor, target: Tensor, *, weight: float) -> Tensor:
+    """Redundancy reduction between two views (Barlow Twins): (R, D), (R, D) -> scalar.
+
+    `C` is the correlation, over the rows, of the standardised dimensions of both sides; the loss is
+    `sum_d (1 - C_dd)^2 + weight * sum_{d != e} C_de^2`. Call it with the rows of the global batch.
+    """
+    correlation = _standardise(prediction).T @ _standardise(target) / len(prediction)  # (D, D)
+    diagonal = torch.diagonal(correlation)
+    redundant = correlation.square().sum() - diagonal.square().sum()
+    return (1 - diagonal).square().sum() + weight * redundant
+
+
+def _standardise(rows: Tensor) -> Tensor:
+    rows = rows.float()
+    centred = rows - rows.mean(0)
+    return centred * torch.rsqrt(centred.square().mean(0) + 1e-5)
+
+
+def normalise(rows: Tensor, kind: str) -> Tensor:
+    """Normalise vectors (..., D) in float32: "none", "l2" or "layer_norm" (without affine part)."""
+    rows = rows.float()
+    if kind == "l2":
+        return F.normalize(rows, dim=-1)
+    if kind == "layer_norm":
+        return F.layer_norm(rows, rows.shape[-1:], eps=1e-6)
+    return rows

@@ -1,0 +1,71 @@
+"""Random masks over patches: which image of a mix (or which part of an image) is seen where."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+
+@dataclass(frozen=True)
+class PatchMask:
+    """Draws boolean masks over a grid of patches, True where image i is seen.
+
+    Exactly `round(ratio * rows * columns)` patches are False, in every mask, so that every sample
+    of a batch shows the same number of tokens.
+
+    `block` (section 2 of the method; Table 7 "blockwise, 50 %") removes rectangles of random size
+    and aspect until the ratio is reached; the last rectangle is cut row by row to fit exactly.
+    `random` removes single patches.
+    """
+
+    rows: int
+    columns: int
+    ratio: float = 0.5
+    kind: str = "block"
+    aspect: tuple[float, float] = (0.3, 1 / 0.3)
+
+    def __post_init__(self) -> None:
+        if self.kind not in ("block", "random"):
+            raise ValueError(f"mask kind {self.kind!r} is unknown; use 'block' or 'random'")
+        if not 0 < self.hidden < self.rows * self.columns:
+            raise ValueError(
+                f"mask ratio {self.ratio} hides {self.hidden} of {self.rows}x{self.columns} "
+                "patches; some must be hidden and some seen"
+            )
+
+    @property
+    def hidden(self) -> int:
+        """Number of False patches in every mask."""
+        return round(self.ratio * self.rows * self.columns)
+
+    def __call__(self, rng: np.random.Generator) -> NDArray[np.bool_]:
+        """One mask, bool (rows, columns)."""
+        draw = self._blocks if self.kind == "block" else self._patches
+        return draw(rng)
+
+    def _patches(self, rng: np.random.Generator) -> NDArray[np.bool_]:
+        mask = np.ones(self.rows * self.columns, dtype=bool)
+        mask[rng.permutation(mask.size)[: self.hidden]] = False
+        return mask.reshape(self.rows, self.columns)
+
+    def _blocks(self, rng: np.random.Generator) -> NDArray[np.bool_]:
+        mask = np.ones((self.rows, self.columns), dtype=bool)
+        while (missing := self.hidden - int((~mask).sum())) > 0:
+            top, left, height, width = self._rectangle(rng, missing)
+            block = mask[top : top + height, left : left + width]
+            new = np.flatnonzero(block)[:missing]
+            block[np.unravel_index(new, block.shape)] = False
+        return mask
+
+    def _rectangle(self, rng: np.random.Generator, missing: int) -> tuple[int, int, int, int]:
+        """A rectangle of at most about `missing` patches: (top, left, height, width)."""
+        smallest = max(1, self.rows * self.columns // 12)
+        area = rng.uniform(min(smallest, missing), missing)
+        aspect = np.exp(rng.uniform(*np.log(self.aspect)))
+        height = int(np.clip(round(np.sqrt(area * aspect)), 1, self.rows))
+        width = int(np.clip(round(np.sqrt(area / aspect)), 1, self.columns))
+        top = int(rng.integers(self.rows - height + 1))
+        left = int(rng.integers(self.columns - width + 1))
+        return top, left, height, width

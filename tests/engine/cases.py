@@ -1,0 +1,91 @@
+"""Small runs for the engine's tests: a stream of random samples, and what the processes do."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from conftest import SMALL, random_batch
+
+from m3i_scale.config import Config
+from m3i_scale.data.batch import Batch
+from m3i_scale.engine import loop, metrics, session
+from m3i_scale.engine.launch import World
+from m3i_scale.engine.stop import StopFlag
+
+
+class RandomStream:
+    """Samples that are functions of their position; `poison` makes one position's image endless."""
+
+    epoch_samples = 64
+
+    def loader(
+        self,
+        *,
+        start: int,
+        micro_batch: int,
+        rank: int,
+        world_size: int,
+        workers: int,
+        end: int | None,
+        pin_memory: bool,
+    ) -> Iterator[Batch]:
+        position = start + rank * micro_batch
+        while end is None or position < end:
+            yield random_batch(micro_batch, start=position)
+            position += micro_batch * world_size
+
+
+def small_config(folder: Path, overrides: dict[str, Any]) -> Config:
+    """The small configuration with its runs under `folder`; keys of `overrides` are `a.b`."""
+    tree = yaml.safe_load(SMALL)
+    tree["folder"] = str(folder)
+    for path, value in overrides.items():
+        node = tree
+        *parents, last = path.split(".")
+        for key in parents:
+            node = node.setdefault(key, {})
+        node[last] = value
+    return Config.model_validate(tree)
+
+
+def open_small(
+    world: World, folder: Path, overrides: dict[str, Any], resume: str = "auto"
+) -> loop.Run:
+    """A run on random samples, ready to start or to go on."""
+    config = small_config(folder, overrides)
+    stream = RandomStream()
+    return session.open_run(
+        config, world, stream, epoch_samples=stream.epoch_samples, resume=resume
+    )
+
+
+def full_weights(run: loop.Run) -> dict[str, torch.Tensor]:
+    """All parameters in full, gathered (a collective)."""
+    import deepspeed
+
+    weights = {}
+    for name, parameter in run.sharded.model.named_parameters():
+        with deepspeed.zero.GatheredParameters([parameter]):
+            weights[name] = parameter.detach().clone()
+    return weights
+
+
+def train_small(
+    world: World, folder: Path, overrides: dict[str, Any], resume: str = "auto"
+) -> dict[str, Any]:
+    """Train to the end; the final weights and the metrics."""
+    run = open_small(world, folder, overrides, resume)
+    record = metrics.MetricLog(
+        run.folder,
+        leads=world.leads,
+        total=run.schedule.total,
+        first=run.progress.step,
+        tensorboard=False,
+    )
+    finished = loop.pretrain(run, StopFlag(), record)
+    record.close()
+    return {"finished": finished, "weights": full_weights(run), "step": run.progress.step}
