@@ -6,6 +6,20 @@ from transformers import BertConfig, BertModel
 from m3i_scale.models.layers import Linear, init_transformer, require_divisible
 
 
+class BertEncoder(BertModel):
+    """`BertModel` without its pooler, initialised by its owner.
+
+    transformers draws weights after the constructors of the layers, too late for contexts that
+    split parameters at that point (see `layers`).
+    """
+
+    def __init__(self, config: BertConfig) -> None:
+        super().__init__(config, add_pooling_layer=False)
+
+    def _init_weights(self, module: nn.Module) -> None:
+        pass
+
+
 class TextTower(nn.Module):
     """BERT encoder; the first token's last state is projected linearly to `embed_dim`.
 
@@ -44,11 +58,10 @@ class TextTower(nn.Module):
             pad_token_id=pad_id,
             attn_implementation="sdpa",
         )
-        self.bert = BertModel(config, add_pooling_layer=False)
+        self.bert = BertEncoder(config)
+        self.bert.apply(init_transformer)
         if checkpoint_blocks:
             _enable_checkpointing(self.bert)
-        # transformers draws its weights after its layers' constructors, too late for some contexts.
-        self.bert.apply(init_transformer)
         self.projection = Linear(width, embed_dim, bias=False)
 
     def forward(self, tokens: Tensor, token_mask: Tensor) -> Tensor:
