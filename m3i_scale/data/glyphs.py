@@ -22,6 +22,7 @@ import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 import webdataset
@@ -51,7 +52,6 @@ BLOCKS: dict[str, tuple[int, int]] = {
     "Mathematical Alphanumeric Symbols": (0x1D400, 0x1D7FF),
 }
 OTHER = "Other"
-CATEGORIES = (*BLOCKS, OTHER)
 DEMO_BLOCKS = (
     "Basic Latin",
     "Greek",
@@ -97,11 +97,6 @@ class Glyph:
     def caption(self) -> str:
         """E.g. `Greek small letter alpha, serif bold`."""
         return f"{character_name(self.code)}, {self.typeface.style}"
-
-    @property
-    def category(self) -> int:
-        """Index into CATEGORIES."""
-        return CATEGORIES.index(block_of(self.code))
 
 
 @dataclass(frozen=True)
@@ -171,9 +166,9 @@ def glyphs(
     held = frozenset[int]().union(*(face.characters for face in faces if face.held_out))
     if blocks is not None:
         wanted = set(blocks)
-        unknown = wanted - set(CATEGORIES)
+        unknown = wanted - set(BLOCKS)
         if unknown:
-            raise ValueError(f"unknown blocks {sorted(unknown)}: choose from {list(CATEGORIES)}")
+            raise ValueError(f"unknown blocks {sorted(unknown)}: choose from {list(BLOCKS)}")
         trained = held = frozenset(code for code in trained & held if block_of(code) in wanted)
     every = [
         Glyph(face, code)
@@ -231,23 +226,26 @@ def build(
         category_share: share of the training glyphs that go to the image-category source.
         shards: shards per training source.
     """
-    folder = Path(folder)
-    recipe = {
+    folder, blocks = Path(folder), None if blocks is None else tuple(blocks)
+    recipe: dict[str, Any] = {
         "image_size": image_size,
         "seed": seed,
-        "blocks": None if blocks is None else sorted(blocks),
+        "blocks": None if blocks is None else [name for name in BLOCKS if name in set(blocks)],
         "category_share": category_share,
         "shards": shards,
     }
     done = folder / "glyphs.json"
     if not done.exists() or json.loads(done.read_text())["recipe"] != recipe:
-        trained, held = glyphs(typefaces(), recipe["blocks"])  # type: ignore[arg-type]
+        trained, held = glyphs(typefaces(), blocks)
         random.Random(seed).shuffle(trained)
         cut = round(len(trained) * category_share)
         splits = {"category": trained[:cut], "text": trained[cut:], "heldout": held}
+        categories = [*BLOCKS, OTHER] if blocks is None else recipe["blocks"]
         for name, chosen in splits.items():
-            _write(folder / name, name, chosen, recipe, 1 if name == "heldout" else shards)
-        done.write_text(json.dumps({"recipe": recipe, "categories": CATEGORIES}, indent=1))
+            count = 1 if name == "heldout" else shards
+            records = _records(chosen, name, image_size, seed, categories)
+            _write(folder / name, name, list(records), count)
+        done.write_text(json.dumps({"recipe": recipe, "categories": categories}, indent=1))
     return load(folder)
 
 
@@ -260,30 +258,32 @@ def load(folder: str | Path) -> GlyphData:
         Source(name, str(folder / f"{name}.parquet"), kind)
         for name, kind in (("text", "text"), ("category", "category"), ("heldout", "both"))
     )
-    return GlyphData(text, category, heldout, CATEGORIES)
+    categories = json.loads((folder / "glyphs.json").read_text())["categories"]
+    return GlyphData(text, category, heldout, tuple(categories))
 
 
-def _write(folder: Path, name: str, chosen: list[Glyph], recipe: dict, shards: int) -> None:
+def _write(folder: Path, name: str, records: list[dict[str, object]], shards: int) -> None:
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
-    paths = []
-    for shard in range(shards):
-        paths.append(folder / f"{name}-{shard:03d}.tar")
-        with webdataset.TarWriter(str(paths[-1])) as tar:
-            for record in _records(chosen[shard::shards], name, recipe):
+    paths = [str(folder / f"{name}-{shard:03d}.tar") for shard in range(shards)]
+    for shard, path in enumerate(paths):
+        with webdataset.TarWriter(path) as tar:
+            for record in records[shard::shards]:
                 tar.write(record)
     kind = "both" if name == "heldout" else name
-    index_shards([str(path) for path in paths], f"{folder}.parquet", kind=kind, progress=False)
+    index_shards(paths, f"{folder}.parquet", kind=kind, progress=False)
 
 
-def _records(chosen: list[Glyph], name: str, recipe: dict) -> Iterator[dict[str, object]]:
+def _records(
+    chosen: list[Glyph], name: str, image_size: int, seed: int, categories: Sequence[str]
+) -> Iterator[dict[str, object]]:
     for glyph in chosen:
-        image = render(glyph, recipe["image_size"], recipe["seed"])
+        image = render(glyph, image_size, seed)
         if image is None:
             continue
         record: dict[str, object] = {"__key__": glyph.key, "jpg": image}
         if name != "category":
             record["txt"] = glyph.caption
         if name != "text":
-            record["cls"] = str(glyph.category)
+            record["cls"] = str(categories.index(block_of(glyph.code)))
         yield record
