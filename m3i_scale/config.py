@@ -32,7 +32,12 @@ from pydantic import (
 
 
 class ConfigError(ValueError):
-    """The configuration cannot be used; the message is one sentence for the user."""
+    """The configuration cannot be used; the message is one sentence for the user.
+
+    `for_users` marks exceptions whose message is all that a user needs: no traceback is shown.
+    """
+
+    for_users = True
 
 
 class Duration(typing.NamedTuple):
@@ -281,8 +286,9 @@ class Source(Node):
 
     name: str
     index: str
-    kind: Literal["text", "category"]
+    kind: Literal["text", "category", "both"]
     weight: Positive | None = None
+    epochs: Positive = 1.0
 
 
 class Photometric(Node):
@@ -311,6 +317,16 @@ class Augmentation(Node):
     view_b: Photometric = Photometric(blur_probability=0.1, solarize_probability=0.2)
 
 
+class Storage(Node):
+    """How shards are read, as `m3i_scale.data.Storage`."""
+
+    retries: Annotated[int, Field(ge=0)] = 4
+    cache: str | None = None
+    cache_gigabytes: Positive = 100.0
+    allow_pipe: bool = False
+    options: dict[str, Any] = {}  # of the file systems, for instance {s3: {endpoint_url: ...}}
+
+
 class Data(Node):
     """The stream of images, texts and categories."""
 
@@ -320,10 +336,10 @@ class Data(Node):
     std: tuple[Positive, Positive, Positive] = (0.229, 0.224, 0.225)
     augmentation: Augmentation = Augmentation()
     workers: Annotated[int, Field(ge=0)] = 8
-    max_bad_fraction: Fraction = 0.01
-    allow_pipe: bool = False
-    cache: str | None = None
-    cache_gigabytes: Positive = 100.0
+    max_bad_rate: Fraction = 0.01
+    lanes: Count | None = None  # of the order; part of its identity. None: optimizer.batch
+    chunk_megabytes: Positive = 4.0  # read in one piece; part of the order's identity too
+    storage: Storage = Storage()
 
 
 # ----------------------------------------------------------------------------------------- training
@@ -414,7 +430,7 @@ class Config(Node):
         if "category" in wanted and not self.model.categories:
             raise ValueError("a category target needs model.categories; set their number")
         for kind in ("text", "category"):
-            if kind in wanted and kind not in kinds:
+            if kind in wanted and not kinds & {kind, "both"}:
                 raise ValueError(
                     f"the objective has a {kind} target but no data source of kind {kind}; "
                     "add one to data.sources or drop the target"

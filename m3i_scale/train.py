@@ -1,18 +1,26 @@
 """Pre-train: `deepspeed m3i_scale/train.py --config configs/demo.yaml [a.b=value ...]`.
 
 Also started by torchrun, by srun (see slurm/), or by plain python on one device.
-Exit codes: 0 finished, 2 something is wrong and the last line says what, 85 saved and stopped
+Exit codes: 0 finished; 2 something is wrong and the last line says what; 85 saved and stopped,
 because a signal asked for it.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 import logging
 import os
 import sys
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
 
 from m3i_scale.config import Config, ConfigError, load_config
+
+if TYPE_CHECKING:
+    from m3i_scale.data import Stream
 
 log = logging.getLogger("m3i")
 
@@ -39,12 +47,56 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
+def build_stream(config: Config) -> Stream:
+    """The stream of samples that the configuration describes.
+
+    Raises:
+        ConfigError: a tokenizer or an index is missing or does not fit.
+    """
+    from m3i_scale import data
+    from m3i_scale.models.tokenizer import load_tokenizer
+    from m3i_scale.objective.masks import PatchMask
+
+    spec, text, masking = config.data, config.model.text, config.objective.input
+    side = spec.image_size // masking.patch
+    augmentation = spec.augmentation.model_dump()
+    views = {name: data.Photometric(**augmentation.pop(name)) for name in ("view_a", "view_b")}
+    try:
+        tokenizer = load_tokenizer(text.tokenizer) if text else None
+        if tokenizer and text and tokenizer.vocab_size > text.vocab_size:
+            raise ValueError(
+                f"the tokenizer {text.tokenizer} has {tokenizer.vocab_size} tokens; set "
+                f"model.text.vocab_size to that or more (it is {text.vocab_size})"
+            )
+        return data.Stream(
+            [data.Source(**source.model_dump()) for source in spec.sources],
+            seed=config.seed,
+            image_size=spec.image_size,
+            augmentation=data.Augmentation(**augmentation, **views),
+            tokenize=(
+                functools.partial(tokenizer, max_length=text.max_length)
+                if tokenizer and text
+                else no_tokens
+            ),
+            mask_sampler=PatchMask(side, side, masking.ratio, masking.mask),
+            lanes=spec.lanes or config.optimizer.batch,
+            chunk_bytes=round(spec.chunk_megabytes * 2**20),
+            max_bad_rate=spec.max_bad_rate,
+        )
+    except ValueError as error:
+        raise ConfigError(f"data: {error}") from error
+
+
+def no_tokens(texts: list[str]) -> tuple[Tensor, Tensor]:
+    """Tokens (B, 0) and mask (B, 0) of an objective without texts."""
+    return torch.zeros(len(texts), 0, dtype=torch.int64), torch.zeros(len(texts), 0, dtype=bool)
+
+
 def run(options: argparse.Namespace, config: Config) -> int:
     """Build, train, and say how it ended."""
     from m3i_kernels import set_backend
 
-    from m3i_scale.engine import launch, loop, metrics, session, stop
-    from m3i_scale.inputs import build_stream
+    from m3i_scale.engine import launch, loop, metrics, report, session, stop
 
     world = launch.start(
         config.engine.device, config.engine.precision, config.seed, config.engine.timeout_minutes
@@ -54,10 +106,11 @@ def run(options: argparse.Namespace, config: Config) -> int:
     set_backend(config.engine.kernels)
     stream = build_stream(config)
     ready = session.open_run(
-        config, world, stream, epoch_samples=stream.epoch_samples, resume=options.resume
+        config, world, stream, epoch_samples=stream.samples, resume=options.resume
     )
     if options.dry_run:
-        print(session.describe(ready, stream) if world.leads else "", end="", flush=True)
+        if world.leads:
+            print(report.describe(ready, stream.describe()), end="", flush=True)
         launch.finish()
         return 0
     record = metrics.MetricLog(
@@ -78,9 +131,11 @@ def main() -> int:
     options = parse(sys.argv[1:])
     try:
         return run(options, load_config(options.config, options.overrides))
-    except (ConfigError, RuntimeError) as error:
+    except Exception as error:
+        if not getattr(error, "for_users", False):
+            raise
         if os.environ.get("RANK", "0") == "0":
-            print(f"error: {error}", file=sys.stderr)
+            print(f"error: {error}", file=sys.stderr, flush=True)
         return 2
 
 

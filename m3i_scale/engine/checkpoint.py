@@ -39,6 +39,8 @@ FORMAT = 1
 class CheckpointError(RuntimeError):
     """A checkpoint is damaged, incomplete or of another run."""
 
+    for_users = True
+
 
 def rank_file(rank: int, ranks: int) -> str:
     """Name of one rank's tensors."""

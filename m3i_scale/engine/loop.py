@@ -71,6 +71,8 @@ class Run:
 class UnstableError(RuntimeError):
     """Too many steps in a row without a finite gradient."""
 
+    for_users = True
+
 
 def pretrain(run: Run, stop: StopFlag, metrics: MetricLog) -> bool:
     """Train to the end of the schedule; False if it stopped before because it was asked to.

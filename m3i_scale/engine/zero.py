@@ -8,7 +8,7 @@ import deepspeed
 import torch
 from torch import nn
 
-from m3i_scale.config import Config, Zero
+from m3i_scale.config import Config, ConfigError, Zero
 from m3i_scale.engine import shards
 from m3i_scale.engine.launch import World
 from m3i_scale.engine.momentum import ShardedMomentum, start_equal
@@ -91,7 +91,7 @@ def build(config: Config, world: World, plan: BatchPlan) -> Sharded:
     with torch.random.fork_rng(devices=[world.device] if world.device.type == "cuda" else []):
         torch.manual_seed(config.seed)
         with deepspeed.zero.Init(config_dict_or_path=settings):
-            model = M3I(config.model, config.objective, config.data.image_size)
+            model = _networks(config)
     has_momentum = hasattr(model, "momentum")
     if has_momentum:
         start_equal(model.online, model.momentum)
@@ -106,10 +106,21 @@ def build(config: Config, world: World, plan: BatchPlan) -> Sharded:
     return Sharded(engine, model, momentum)
 
 
+def _networks(config: Config) -> M3I:
+    try:
+        return M3I(config.model, config.objective, config.data.image_size)
+    except ValueError as error:
+        raise ConfigError(f"the networks cannot be built: {error}") from error
+
+
 def _adamw(config: Config, model: nn.Module, world: World) -> torch.optim.Optimizer:
     spec = config.optimizer
     groups = parameter_groups(model, spec.weight_decay)
-    options = {"lr": spec.learning_rate, "betas": spec.betas, "eps": spec.epsilon}
+    options: dict[str, Any] = {
+        "lr": spec.learning_rate,
+        "betas": spec.betas,
+        "eps": spec.epsilon,
+    }
     if config.engine.zero.offload_optimizer:
         from deepspeed.ops.adam import DeepSpeedCPUAdam
 

@@ -54,6 +54,10 @@ class Scene(NamedTuple):
     has_text: Tensor  # bool (B,)
     category: Tensor  # int64 (B,), -1 without
 
+    def clean(self, view: str) -> Tensor:
+        """The uncorrupted view of a target: "same" as the input, or the "other" one."""
+        return self.clean_a if view == "same" else self.clean_b
+
 
 @torch.no_grad()
 def scene(
@@ -81,6 +85,7 @@ def scene(
     mixed = block_mix(
         view_a, view_b, partner, seen, patch_size=spec.patch, mean=mean, std=std, dtype=dtype
     )
+    assert mixed.clean_b is not None  # view_b was given
     image = {
         "none": lambda: mixed.clean_a,
         "mask": lambda: mixed.clean_a * _pixels(seen, spec.patch).to(dtype),

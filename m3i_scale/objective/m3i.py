@@ -59,6 +59,18 @@ class Term(NamedTuple):
     figures: dict[str, Tensor]
 
 
+class Encoder(nn.Module):
+    """The image backbone, and the projector of global targets where there is one."""
+
+    def __init__(self, model: Model, *, projector: bool) -> None:
+        super().__init__()
+        self.backbone = build_backbone(model.backbone.name, **model.backbone.options)
+        head = model.global_head
+        self.projector = (
+            MLP(self.backbone.embed_dim, head.hidden, head.width) if projector else None
+        )
+
+
 class M3I(nn.Module):
     """All networks of one objective; the forward pass gives its loss.
 
@@ -75,9 +87,9 @@ class M3I(nn.Module):
         super().__init__()
         self.objective = objective
         wanted = {target.representation for target in objective.targets}
-        self.online = _encoder(model, projector="global" in wanted)
+        self.online = Encoder(model, projector="global" in wanted)
         # Encoders that must run on clean views, and on which: (encoder, view).
-        self.encodings = sorted(
+        self.encodings: list[tuple[str, str]] = sorted(
             {
                 (t.encoder, t.view)
                 for t in objective.targets
@@ -85,8 +97,8 @@ class M3I(nn.Module):
             }
         )
         if any(encoder == "momentum" for encoder, _ in self.encodings):
-            self.momentum = _encoder(model, projector="global" in wanted).requires_grad_(False)
-        backbone = self.online["backbone"]
+            self.momentum = Encoder(model, projector="global" in wanted).requires_grad_(False)
+        backbone = self.online.backbone
         self.grid: tuple[int, int] = backbone.grid_size(image_size, image_size)
         self.tokens_per_patch = _tokens_per_patch(objective.input.patch, backbone.stride)
         self.hidden_tokens = _hidden_tokens(objective, image_size, self.tokens_per_patch)
@@ -132,7 +144,7 @@ class M3I(nn.Module):
         are those of the loss of the global batch.
         """
         targets = self.target_outputs(scene)
-        features = self.online["backbone"].features(scene.image)  # z_x (B, N, D)
+        features = self.online.backbone.features(scene.image)  # z_x (B, N, D)
         for_ssp, for_sp = self.probe.split(features)
         roles = self.roles(scene)
         terms = {
@@ -174,12 +186,12 @@ class M3I(nn.Module):
 
     def _encode(self, encoder: str, view: str, scene: Scene) -> Encoding:
         networks = self.momentum if encoder == "momentum" else self.online
-        image = scene.clean_a if view == "same" else scene.clean_b
+        image = scene.clean(view)
         with torch.no_grad() if encoder == "momentum" else contextlib.nullcontext():
-            features = networks["backbone"].features(image)
+            features = networks.backbone.features(image)
             pooled = None
-            if "projector" in networks:
-                pooled = networks["projector"](networks["backbone"].pool(features))
+            if networks.projector is not None:
+                pooled = networks.projector(networks.backbone.pool(features))
         return Encoding(features, pooled)
 
     def roles(self, scene: Scene) -> dict[str, Role]:
@@ -207,13 +219,14 @@ class M3I(nn.Module):
 
     def predict_global(self, features: Tensor, role: Role) -> Tensor:
         """z_hat_y of a global target: projected pool of the image's own tokens, (B, G)."""
-        pooled = self.online["backbone"].pool(features, role.seen)
-        projected = self.online["projector"](pooled)
+        pooled = self.online.backbone.pool(features, role.seen)
+        assert self.online.projector is not None  # built when a target is global
+        projected = self.online.projector(pooled)
         return self.predictor(projected) if hasattr(self, "predictor") else projected
 
     def predict_text(self, features: Tensor, role: Role) -> Tensor:
         """z_hat_y of a text target: projected pool of the image's tokens, unit length (B, E)."""
-        pooled = self.online["backbone"].pool(features, role.seen)
+        pooled = self.online.backbone.pool(features, role.seen)
         return normalise(self.text_projection(pooled), "l2")
 
     def _term(
@@ -240,7 +253,7 @@ class M3I(nn.Module):
     def _dense_target(self, target: Target, scene: Scene, targets: Targets) -> Tensor:
         if target.representation == "features":
             return targets.images[target.encoder, target.view].features
-        return patchify(scene.clean_a if target.view == "same" else scene.clean_b, self.stride)
+        return patchify(scene.clean(target.view), self.stride)
 
     def _self_supervised_term(self, target: Target, z_hat: Tensor, z: Tensor) -> Term:
         """Image targets: z_hat and z are (B, M, D) or (B, D)."""
@@ -287,7 +300,7 @@ class M3I(nn.Module):
         """Softmax over the classifier's weights, the category embeddings."""
         law = target.likelihood
         assert isinstance(law, Boltzmann)
-        pooled = self.online["backbone"].pool(features, role.seen)  # (B, E)
+        pooled = self.online.backbone.pool(features, role.seen)  # (B, E)
         scores, tau = self.temperatures["category"](self.category_head(pooled))  # (B, C)
         positive = scene.category[role.sample]
         losses = boltzmann(scores, positive, label_smoothing=law.label_smoothing)
@@ -297,15 +310,6 @@ class M3I(nn.Module):
 def patchify(image: Tensor, patch: int) -> Tensor:
     """Pixels of each patch, row-major: (B, 3, H, W) -> (B, H/p * W/p, 3 * p * p)."""
     return nn.functional.unfold(image, patch, stride=patch).transpose(1, 2)
-
-
-def _encoder(model: Model, *, projector: bool) -> nn.ModuleDict:
-    backbone = build_backbone(model.backbone.name, **model.backbone.options)
-    networks = nn.ModuleDict({"backbone": backbone})
-    if projector:
-        head = model.global_head
-        networks["projector"] = MLP(backbone.embed_dim, head.hidden, head.width)
-    return networks
 
 
 def _tokens_per_patch(patch: int, stride: int) -> int:
