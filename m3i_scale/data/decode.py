@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import io
 import json
-import warnings
 from typing import Any
 
 import numpy as np
@@ -54,9 +53,7 @@ def decode_image(data: bytes, *, max_pixels: int = MAX_PIXELS) -> Tensor:
 
 
 def _fast(decoder: Any, data: bytes, **options: bool) -> Tensor:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # torch.frombuffer on read-only bytes, which we never write
-        encoded = torch.frombuffer(data, dtype=torch.uint8)
+    encoded = torch.frombuffer(bytearray(data), dtype=torch.uint8)
     return decoder(encoded, mode=ImageReadMode.RGB, **options).permute(1, 2, 0)
 
 

@@ -23,7 +23,6 @@ from m3i_scale.data.scan import Wanted, index_shard, wanted_for
 from m3i_scale.data.storage import (
     PERMANENT,
     Storage,
-    check_url,
     is_local,
     local_path,
     parent,
@@ -89,7 +88,7 @@ def index_shards(
 def _expand(shards: Sequence[str], storage: Storage) -> list[str]:
     urls: list[str] = []
     for shard in shards:
-        check_url(shard)
+        storage.check(shard)
         urls += storage.glob(shard) if any(c in shard for c in "*?[") else [shard]
     urls = list(dict.fromkeys(urls))
     if not urls:

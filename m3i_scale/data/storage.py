@@ -1,4 +1,4 @@
-"""Reading byte ranges of files behind any fsspec URL, with retries.
+"""Reading byte ranges of files behind any fsspec URL, with retries and an optional disk cache.
 
 Permanent failures (no such file, no permission) are raised at once as `OSError`; everything else
 is tried again with exponential back-off and jitter, then raised as `StorageError`.
@@ -6,50 +6,47 @@ is tried again with exponential back-off and jitter, then raised as `StorageErro
 
 from __future__ import annotations
 
-import contextlib
+import hashlib
 import logging
 import os
 import random
+import subprocess
+import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any, TypeVar
 
+import aiohttp
 import fsspec
 from fsspec.core import split_protocol, url_to_fs
+
+from m3i_scale.data.cache import DiskCache
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
 
 PERMANENT = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError)
+_PIPE = "pipe:"
 
 
 class StorageError(OSError):
     """A range could not be read within the allowed number of attempts."""
 
 
-def check_url(url: str, *, allow_pipe: bool = False) -> str:
-    """Return `url`; refuse a shell command in its place unless the configuration allows it."""
-    if url.startswith("pipe:") and not allow_pipe:
-        raise ValueError(
-            f"{url!r} would run a shell command: a shard is a path or an fsspec URL; "
-            "set allow_pipe to run commands that come from your own configuration"
-        )
-    return url
-
-
 def is_local(url: str) -> bool:
     """Whether `url` is a path of this machine (plain or file://)."""
-    return split_protocol(url)[0] in (None, "file", "local")
+    return split_protocol(url)[0] in (None, "file", "local") and not url.startswith(_PIPE)
 
 
 def local_path(url: str) -> str:
     """The plain path behind a local URL."""
-    return str(url_to_fs(url)[1])
+    return url if split_protocol(url)[0] is None else str(url_to_fs(url)[1])
 
 
 def join(base: str, path: str) -> str:
     """`path` if it is a URL or absolute, else `path` beside the folder or URL `base`."""
-    if split_protocol(path)[0] or path.startswith(("/", "pipe:")):
+    if split_protocol(path)[0] or path.startswith(("/", _PIPE)):
         return path
     return f"{base.rstrip('/')}/{path}" if base else path
 
@@ -59,69 +56,67 @@ def parent(url: str) -> str:
     return url.rsplit("/", 1)[0] if "/" in url else ""
 
 
-def retrying(action: Callable[[], T], what: str, *, attempts: int, first_wait: float) -> T:
-    """Run `action`, waiting `first_wait` seconds after a failure and twice as long after each."""
-    for attempt in range(attempts):
-        try:
-            return action()
-        except PERMANENT:
-            raise
-        except Exception as error:
-            if attempt + 1 == attempts:
-                raise StorageError(f"{what} failed {attempts} times: {error!r}") from error
-            wait = first_wait * 2**attempt * random.uniform(0.5, 1.5)
-            log.warning("%s failed (%r), trying again in %.1f s", what, error, wait)
-            time.sleep(wait)
-    raise AssertionError("unreachable")
-
-
 class Storage:
     """Byte ranges of local files (pread) and of remote objects (one range request each).
 
     Safe to use from several threads and to hand to spawned or forked processes: file handles and
-    connections are made by the process that uses them.
+    connections belong to the process that makes them.
+
+    Args:
+        attempts: how often a read is tried before it counts as failed.
+        first_wait: seconds before the second attempt; twice as long before each further one.
+        options: keyword arguments of the fsspec file systems by protocol, e.g.
+            `{"s3": {"endpoint_url": ...}}`.
+        cache: where blocks of remote files are kept; None reads them anew each time.
+        allow_pipe: whether a shard `pipe:<command>` may run its shell command.
     """
 
     def __init__(
         self,
         *,
-        attempts: int = 5,
+        attempts: int = 6,
         first_wait: float = 0.5,
-        options: dict[str, Any] | None = None,
+        options: Mapping[str, dict[str, Any]] | None = None,
+        cache: DiskCache | None = None,
+        allow_pipe: bool = False,
     ) -> None:
         if attempts < 1:
             raise ValueError(f"attempts is {attempts}: a read needs at least 1")
+        if first_wait < 0:
+            raise ValueError(f"first_wait is {first_wait}: it is a time in seconds")
         self.attempts, self.first_wait = attempts, first_wait
-        self.options = options or {}
+        self.options, self.cache, self.allow_pipe = dict(options or {}), cache, allow_pipe
+
+    def check(self, url: str) -> str:
+        """Return `url`; refuse a shell command in its place unless the configuration allows it."""
+        if url.startswith(_PIPE) and not self.allow_pipe:
+            raise ValueError(
+                f"{url!r} would run a shell command: name a path or an fsspec URL instead, "
+                "or set allow_pipe if you trust whoever wrote that shard list"
+            )
+        return url
 
     def read(self, url: str, start: int, stop: int) -> bytes:
         """Bytes [start, stop) of `url`; fewer only where the file ends.
 
-        Raises OSError when the file is missing or unreadable, StorageError after all attempts.
+        Raises OSError when the file is missing, StorageError after all attempts.
         """
+        if self.check(url).startswith(_PIPE):
+            url = self._spool(url)
         if is_local(url):
-            return self._read_local(local_path(url), start, stop)
-        what = f"reading bytes {start}-{stop} of {url}"
-        return retrying(
-            lambda: self._read_remote(url, start, stop),
-            what,
-            attempts=self.attempts,
-            first_wait=self.first_wait,
-        )
+            return self._retry(lambda: _read_local(local_path(url), start, stop), f"reading {url}")
+        if self.cache:
+            return self.cache.read(url, start, stop, lambda low, high: self._fetch(url, low, high))
+        return self._fetch(url, start, stop)
 
     def size(self, url: str) -> int:
         """Length of `url` in bytes."""
-
-        def ask() -> int:
-            filesystem, path = url_to_fs(url, **self._options(url))
-            return int(filesystem.size(path))
-
-        return retrying(
-            ask, f"asking the size of {url}", attempts=self.attempts, first_wait=self.first_wait
-        )
+        return self._retry(lambda: self._size(url), f"asking the size of {url}")
 
     def open(self, url: str, mode: str = "rb") -> Any:
         """Open `url` as a file object (fsspec's `open`)."""
+        if self.check(url).startswith(_PIPE):
+            url = self._spool(url)
         return fsspec.open(url, mode, **self._options(url)).open()
 
     def glob(self, pattern: str) -> list[str]:
@@ -130,32 +125,81 @@ class Storage:
         found = sorted(filesystem.glob(path))
         return found if is_local(pattern) else [filesystem.unstrip_protocol(name) for name in found]
 
-    def _options(self, url: str) -> dict[str, Any]:
-        return {} if is_local(url) else self.options
+    def _retry(self, action: Callable[[], T], what: str) -> T:
+        return retrying(action, what, attempts=self.attempts, first_wait=self.first_wait)
 
-    @staticmethod
-    def _read_local(path: str, start: int, stop: int) -> bytes:
-        handle = os.open(path, os.O_RDONLY)
-        try:
-            return os.pread(handle, stop - start, start)
-        finally:
-            os.close(handle)
+    def _fetch(self, url: str, start: int, stop: int) -> bytes:
+        what = f"reading bytes {start}-{stop} of {url}"
+        return self._retry(lambda: self._read_remote(url, start, stop), what)
 
     def _read_remote(self, url: str, start: int, stop: int) -> bytes:
         filesystem, path = url_to_fs(url, **self._options(url))
-        data: bytes = filesystem.cat_file(path, start=start, end=stop)
-        if not data:
-            raise EOFError(f"no byte between {start} and {stop}")
+        size = None
+        try:
+            data: bytes = filesystem.cat_file(path, start=start, end=stop)
+        except Exception:
+            # Servers answer a range beyond the end with an error of their own kind.
+            size = int(filesystem.size(path))
+            if start < size:
+                raise
+            return b""
+        if len(data) > stop - start:  # a server that ignores Range sends the whole file
+            data = data[start:stop]
+        if len(data) < stop - start:
+            size = int(filesystem.size(path)) if size is None else size
+            if len(data) < min(stop, size) - start:
+                raise EOFError(f"{len(data)} bytes came, then the connection ended")
         return data
 
+    def _size(self, url: str) -> int:
+        if self.check(url).startswith(_PIPE):
+            return os.path.getsize(self._spool(url))
+        filesystem, path = url_to_fs(url, **self._options(url))
+        size = filesystem.size(path)
+        if size is None:
+            raise OSError(f"the server does not tell the size of {url}")
+        return int(size)
 
-def write_atomically(path: str, data: bytes) -> None:
-    """Write a local file so that a reader or a crash never sees half of it."""
-    temporary = f"{path}.{os.getpid()}.tmp"
+    def _options(self, url: str) -> dict[str, Any]:
+        protocol = split_protocol(url)[0]
+        if protocol in ("http", "https"):
+            timeout = aiohttp.ClientTimeout(total=300, sock_connect=20, sock_read=30)
+            return {"client_kwargs": {"timeout": timeout}, **self.options.get(protocol, {})}
+        return self.options.get(protocol or "file", {})
+
+    def _spool(self, url: str) -> str:
+        """Run the command of an allowed `pipe:` URL once per machine, into a file to seek in."""
+        folder = Path(tempfile.gettempdir()) / f"m3i-pipe-{os.getuid()}"
+        folder.mkdir(mode=0o700, exist_ok=True)
+        path = folder / f"{hashlib.sha256(url.encode()).hexdigest()[:32]}.tar"
+        if not path.exists():
+            temporary = path.with_suffix(f".{os.getpid()}.tmp")
+            with open(temporary, "wb") as file:
+                command = url.removeprefix(_PIPE)
+                subprocess.run(command, shell=True, check=True, stdout=file)  # noqa: S602
+            os.replace(temporary, path)
+        return str(path)
+
+
+def retrying(action: Callable[[], T], what: str, *, attempts: int, first_wait: float) -> T:
+    """Run `action`, waiting `first_wait` seconds after a failure and twice as long after each."""
+    for attempt in range(1, attempts + 1):
+        try:
+            return action()
+        except PERMANENT:
+            raise
+        except Exception as error:
+            if attempt == attempts:
+                raise StorageError(f"{what} failed {attempts} times: {error!r}") from error
+            wait = first_wait * 2 ** (attempt - 1) * random.uniform(0.5, 1.5)
+            log.warning("%s failed (%r), trying again in %.1f s", what, error, wait)
+            time.sleep(wait)
+    raise AssertionError("unreachable: attempts is at least 1")
+
+
+def _read_local(path: str, start: int, stop: int) -> bytes:
+    handle = os.open(path, os.O_RDONLY)
     try:
-        with open(temporary, "wb") as file:
-            file.write(data)
-        os.replace(temporary, path)
+        return os.pread(handle, stop - start, start)
     finally:
-        with contextlib.suppress(FileNotFoundError):
-            os.remove(temporary)
+        os.close(handle)

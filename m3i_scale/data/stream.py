@@ -203,6 +203,8 @@ def open_index(source: Source, storage: Storage) -> Index:
                 f"source {source.name!r} is of kind {source.kind!r} but its index was made without "
                 f"a {name} member: index it again with --kind {source.kind}"
             )
+    for shard in index.shards:
+        storage.check(shard)
     if index.samples == 0:
         raise ValueError(f"source {source.name!r}: its index {source.index!r} holds no sample")
     return index

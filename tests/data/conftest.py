@@ -1,0 +1,15 @@
+"""Fixtures of the data room's tests."""
+
+from __future__ import annotations
+
+import pytest
+from foreign import category_source, text_source
+
+from m3i_scale.data import Source
+
+
+@pytest.fixture(scope="session")
+def sources(tmp_path_factory) -> list[Source]:
+    """60 text samples in unequal shards, and 21 labelled images."""
+    folder = tmp_path_factory.mktemp("shards")
+    return [text_source(folder, [17, 1, 30, 12]), category_source(folder, [10, 11])]

@@ -1,0 +1,101 @@
+"""Small shards made by hand: tars as foreign tools write them, not by the project's own builder."""
+
+from __future__ import annotations
+
+import io
+import tarfile
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+
+from m3i_scale.data import Augmentation, Source, Stream
+from m3i_scale.data.indexing import index_shards
+
+
+def jpeg(seed: int = 0, size: tuple[int, int] = (40, 32), **options) -> bytes:
+    """A smooth JPEG of (width, height) whose colours depend on the seed."""
+    rng = np.random.default_rng(seed)
+    small = Image.fromarray(rng.integers(0, 256, (3, 4, 3), dtype=np.uint8))
+    buffer = io.BytesIO()
+    small.resize(size, Image.Resampling.BICUBIC).save(buffer, "JPEG", quality=90, **options)
+    return buffer.getvalue()
+
+
+def write_tar(path: Path, members: list[tuple[str, bytes]], **options) -> Path:
+    """A plain tar with the members in the given order."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tarfile.open(path, "w", **options) as tar:
+        for name, data in members:
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            tar.addfile(info, io.BytesIO(data))
+    return path
+
+
+def text_members(first: int, count: int) -> list[tuple[str, bytes]]:
+    """img2dataset's layout: key.jpg, key.json, key.txt."""
+    members = []
+    for number in range(first, first + count):
+        members += [
+            (f"{number:09d}.jpg", jpeg(number)),
+            (f"{number:09d}.json", b'{"caption": "c%d", "url": "x"}' % number),
+            (f"{number:09d}.txt", b"caption %d" % number),
+        ]
+    return members
+
+
+def category_members(first: int, count: int) -> list[tuple[str, bytes]]:
+    members = []
+    for number in range(first, first + count):
+        members += [(f"n{number}.cls", b"%d" % (number % 7)), (f"n{number}.jpg", jpeg(number))]
+    return members
+
+
+def tokenize(texts: list[str]):
+    """Bytes of the text, padded to 16."""
+    ids = torch.zeros(len(texts), 16, dtype=torch.int64)
+    for row, text in zip(ids, texts, strict=True):
+        row[: min(16, len(text))] = torch.tensor(list(text.encode()[:16]), dtype=torch.int64)
+    return ids, ids > 0
+
+
+def sample_mask(rng: np.random.Generator):
+    return rng.random((2, 2)) < 0.5
+
+
+def make_stream(sources: list[Source], **options) -> Stream:
+    chosen = {
+        "seed": 3,
+        "image_size": 16,
+        "augmentation": Augmentation(),
+        "tokenize": tokenize,
+        "mask_sampler": sample_mask,
+        "lanes": 8,
+        "chunk_bytes": 8192,
+    }
+    return Stream(sources, **{**chosen, **options})
+
+
+def text_source(folder: Path, counts: list[int], name: str = "pairs") -> Source:
+    """A text source of shards with the given numbers of samples."""
+    paths, first = [], 0
+    for number, count in enumerate(counts):
+        path = folder / name / f"{number:05d}.tar"
+        paths.append(str(write_tar(path, text_members(first, count))))
+        first += count
+    index = str(folder / f"{name}.parquet")
+    index_shards(paths, index, kind="text", progress=False)
+    return Source(name, index, "text")
+
+
+def category_source(folder: Path, counts: list[int], name: str = "labels") -> Source:
+    paths, first = [], 0
+    for number, count in enumerate(counts):
+        path = folder / name / f"{number:05d}.tar"
+        paths.append(str(write_tar(path, category_members(first, count))))
+        first += count
+    index = str(folder / f"{name}.parquet")
+    index_shards(paths, index, kind="category", progress=False)
+    return Source(name, index, "category")
