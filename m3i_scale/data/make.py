@@ -47,7 +47,7 @@ class Part:
     Only the views are a tensor (shared memory, no copy); the rest is small and travels as numpy.
     """
 
-    views: Tensor  # uint8 (2, b, S, S, 3)
+    views: Tensor  # uint8 (1 or 2, b, S, S, 3)
     arrays: dict[str, NDArray[Any]]
     key: list[str]
     faults: list[Fault] = field(default_factory=list)
@@ -61,9 +61,8 @@ class Part:
         """Join the parts of one micro-batch, in page-locked memory if asked."""
         side_by_side = [part for part in parts if len(part)] or list(parts[:1])
         size = sum(len(part) for part in side_by_side)
-        joined = torch.empty(
-            (2, size, *side_by_side[0].views.shape[2:]), dtype=torch.uint8, pin_memory=pin_memory
-        )
+        shape = side_by_side[0].views.shape
+        joined = torch.empty((shape[0], size, *shape[2:]), dtype=torch.uint8, pin_memory=pin_memory)
         torch.cat([part.views for part in side_by_side], dim=1, out=joined)
         tensors = {
             name: torch.from_numpy(np.concatenate([part.arrays[name] for part in side_by_side]))
@@ -76,7 +75,7 @@ class Part:
         ]
         return Batch(
             view_a=joined[0],
-            view_b=joined[1],
+            view_b=joined[-1],
             photometric_a=photometric[0],
             photometric_b=photometric[1],
             key=[key for part in side_by_side for key in part.key],
@@ -146,35 +145,33 @@ class Maker:
 
     def part(self, raws: list[Raw]) -> Part:
         """Decode and augment raw samples."""
-        size, faults = self.image_size, list[Fault]()
-        pixels = torch.empty((2, len(raws), size, size, 3), dtype=torch.uint8)
-        boxes = np.empty((2, len(raws), 4), dtype=np.float32)
-        flips = np.empty((2, len(raws)), dtype=bool)
-        draws = np.empty((2, len(raws), views.DRAWS_PER_VIEW))
+        size, count, faults = self.image_size, self.augmentation.views, list[Fault]()
+        pixels = torch.empty((count, len(raws), size, size, 3), dtype=torch.uint8)
+        crops = np.empty((count, len(raws), 5), dtype=np.float32)  # box and flip
+        draws = np.empty((count, len(raws), views.DRAWS_PER_VIEW))
         masks, samples = [], []
         for i, raw in enumerate(raws):
             sample = self.sample(raw, faults)
             rng = views.generator(self.seed, raw.position)
-            draws[:, i] = rng.random((2, views.DRAWS_PER_VIEW))
-            height, width = sample.image.shape[:2]
-            for v in (0, 1):
-                crop = views.draw_crop(draws[v, i], height, width, self.augmentation)
-                views.resize_into(pixels[v, i], sample.image, crop, self.augmentation.interpolation)
-                boxes[v, i] = crop.top, crop.left, crop.height, crop.width
-                flips[v, i] = crop.flip
+            draws[:, i] = rng.random((2, views.DRAWS_PER_VIEW))[:count]
+            for v in range(count):
+                crops[v, i] = self._view(pixels[v, i], sample.image, draws[v, i])
             masks.append(self.mask_sampler(rng))
             samples.append(sample)
         arrays = {
-            "box_a": boxes[0],
-            "box_b": boxes[1],
-            "flip_a": flips[0],
-            "flip_b": flips[1],
             "mask": np.stack(masks) if masks else self._no_mask(),
             "position": np.array([raw.position for raw in raws], dtype=np.int64),
+            **self._geometry(crops),
             **self._targets(samples),
             **self._photometric(draws),
         }
         return Part(pixels, arrays, [sample.key for sample in samples], faults)
+
+    def _view(self, out: Tensor, image: Tensor, draws: NDArray[np.float64]) -> views.Crop:
+        height, width = image.shape[:2]
+        crop = views.draw_crop(draws, height, width, self.augmentation)
+        views.resize_into(out, image, crop, self.augmentation.interpolation)
+        return crop
 
     def sample(self, raw: Raw, faults: list[Fault]) -> Sample:
         """Decode one sample or the first usable substitute of it; findings go to `faults`."""
@@ -209,11 +206,17 @@ class Maker:
             "category": np.array([sample.category for sample in samples], dtype=np.int64),
         }
 
+    def _geometry(self, crops: NDArray[np.float32]) -> dict[str, NDArray[Any]]:
+        both = {"a": crops[0], "b": crops[-1]}
+        boxes = {f"box_{view}": np.ascontiguousarray(crop[:, :4]) for view, crop in both.items()}
+        return {**boxes, **{f"flip_{view}": crop[:, 4] != 0 for view, crop in both.items()}}
+
     def _photometric(self, draws: NDArray[np.float64]) -> dict[str, NDArray[Any]]:
-        strengths = {"a": self.augmentation.view_a, "b": self.augmentation.view_b}
+        first, second = self.augmentation.view_a, self.augmentation.view_b
+        strengths = {"a": first, "b": second if len(draws) == 2 else first}
         return {
             f"{name}_{view}": values
-            for v, (view, strength) in enumerate(strengths.items())
+            for v, (view, strength) in zip((0, -1), strengths.items(), strict=True)
             for name, values in views.photometric_parameters(draws[v], strength).items()
         }
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field, fields
+from typing import NamedTuple
 
 import numpy as np
 import torch.nn.functional as F
@@ -69,6 +70,7 @@ class Augmentation:
     ratio: tuple[float, float] = (3 / 4, 4 / 3)  # width / height
     flip_probability: float = 0.5
     interpolation: str = "bicubic"  # or "bilinear"
+    views: int = 2  # 1: view b is view a itself
     view_a: Photometric = field(default_factory=lambda: Photometric(blur_probability=1.0))
     view_b: Photometric = field(
         default_factory=lambda: Photometric(blur_probability=0.1, solarize_probability=0.2)
@@ -80,14 +82,15 @@ class Augmentation:
         if not 0.0 < self.ratio[0] <= self.ratio[1]:
             raise ValueError(f"ratio is {self.ratio}: give 0 < low <= high")
         _check_probability("flip_probability", self.flip_probability)
+        if self.views not in (1, 2):
+            raise ValueError(f"views is {self.views}: a batch holds 1 or 2 different views")
         if self.interpolation not in ("bilinear", "bicubic"):
             raise ValueError(
                 f"interpolation is {self.interpolation!r}: it must be 'bilinear' or 'bicubic'"
             )
 
 
-@dataclass(frozen=True)
-class Crop:
+class Crop(NamedTuple):
     """A crop in whole pixels of the decoded image, and whether it is mirrored afterwards."""
 
     top: int
