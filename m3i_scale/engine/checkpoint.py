@@ -31,7 +31,6 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from m3i_scale.config import ConfigError
-from m3i_scale.engine.shards import extent
 
 FORMAT = 1
 
@@ -40,6 +39,20 @@ class CheckpointError(RuntimeError):
     """A checkpoint is damaged, incomplete or of another run."""
 
     for_users = True
+
+
+class Extent(NamedTuple):
+    """Where a shard lies in its flattened parameter."""
+
+    start: int
+    stop: int
+
+
+def extent(elements: int, rank: int, ranks: int) -> Extent:
+    """The real part of a rank's shard of a parameter with `elements` elements."""
+    size = -(-elements // ranks)
+    start = min(rank * size, elements)
+    return Extent(start, min(start + size, elements))
 
 
 def rank_file(rank: int, ranks: int) -> str:

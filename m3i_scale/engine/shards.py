@@ -2,33 +2,19 @@
 
 DeepSpeed keeps of every parameter with N elements the slice `[rank * k, (rank + 1) * k)` of the
 flattened tensor, `k = ceil(N / ranks)`, padded at the end. The views here include the padding;
-`valid` says how much of a shard is real.
+`checkpoint.extent` says how much of a shard is real.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from deepspeed.utils import safe_get_local_fp32_param, safe_get_local_optimizer_state
 from torch import Tensor, nn
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
-
-
-class Extent(NamedTuple):
-    """Where a shard lies in its flattened parameter."""
-
-    start: int
-    stop: int
-
-
-def extent(elements: int, rank: int, ranks: int) -> Extent:
-    """The real part of a rank's shard of a parameter with `elements` elements."""
-    size = -(-elements // ranks)
-    start = min(rank * size, elements)
-    return Extent(start, min(start + size, elements))
 
 
 def trained(module: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from m3i_scale.engine import shards
-from m3i_scale.engine.checkpoint import CheckpointError, Reader
+from m3i_scale.engine.checkpoint import CheckpointError, Extent, Reader, extent
 from m3i_scale.engine.launch import World, seed_rank
 from m3i_scale.engine.zero import Sharded
 from m3i_scale.objective.balance import LossBalance
@@ -81,10 +81,10 @@ def parameter_shapes(model: nn.Module) -> dict[str, list[int]]:
     return {name: list(getattr(p, "ds_shape", p.shape)) for name, p in shards.trained(model)}
 
 
-def _local_tensors(sharded: Sharded, world: World) -> Iterator[tuple[str, Tensor, shards.Extent]]:
+def _local_tensors(sharded: Sharded, world: World) -> Iterator[tuple[str, Tensor, Extent]]:
     """Key, view of the padded local shard and its extent, of everything a checkpoint holds."""
     for name, parameter in shards.trained(sharded.model):
-        own = shards.extent(parameter.ds_numel, world.rank, world.size)  # type: ignore[attr-defined]
+        own = extent(parameter.ds_numel, world.rank, world.size)  # type: ignore[attr-defined]
         yield f"weight/{name}", shards.local_weight(parameter), own
         for moment in shards.MOMENTS:
             yield f"{moment}/{name}", shards.local_moment(parameter, moment), own
