@@ -1,6 +1,6 @@
 """Throughput of the stream beside the usual pipeline and beside bare JPEG decoding.
 
-    python benchmarks/stream.py [--samples 2048] [--workers 0 1 2] [--seconds 8]
+    python benchmarks/stream.py [--samples 2048] [--workers 0 2] [--rounds 9]
 
 One run over the same tar shards (256 px JPEGs of about 21 kB, captions of 60 characters):
 
@@ -12,20 +12,22 @@ One run over the same tar shards (256 px JPEGs of about 21 kB, captions of 60 ch
 * `stream1`  the same with one view.
 
 Photometric work is drawn but not applied by `stream`: it runs on the device.  Samples per second
-are divided by the processes that work (one in-process, otherwise the workers).
+are per process that works.  All pipelines run in short turns and the medians are compared, in
+processor time where the work is in this process, so that a busy machine does not favour anyone.
 """
 
 from __future__ import annotations
 
 import argparse
 import io
-import itertools
 import os
-import platform
 import resource
+import statistics
 import tempfile
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -40,13 +42,14 @@ from m3i_scale.data import Augmentation, Source, Stream
 from m3i_scale.data.indexing import index_shards
 
 SIZE = 192
+Clock = Callable[[], float]
 
 
 def photograph(rng: np.random.Generator) -> bytes:
     """A 256 px JPEG of about 21 kB with smooth areas, edges and grain."""
     small = Image.fromarray(rng.integers(0, 256, (16, 16, 3), dtype=np.uint8))
     smooth = np.asarray(small.resize((256, 256), Image.Resampling.BICUBIC), dtype=np.float64)
-    grain = rng.normal(0, 13, (256, 256, 1))
+    grain = rng.normal(0, 10, (256, 256, 1))
     image = Image.fromarray((smooth + grain).clip(0, 255).astype(np.uint8))
     buffer = io.BytesIO()
     image.save(buffer, "JPEG", quality=82)
@@ -130,36 +133,52 @@ def stream(index: str, workers: int, batch: int, views: int, interpolation: str)
     return made.loader(start=0, micro_batch=batch, workers=workers)
 
 
-def rate(batches: Iterable, batch: int, seconds: float) -> float:
-    """Samples per second after a warm-up of ten batches."""
+def slices(batches: Iterable, batch: int, count: int, clock: Clock) -> Iterator[float]:
+    """Microseconds per sample of successive slices of `count` batches."""
     iterator = iter(batches)
-    for _ in range(10):
+    for _ in range(2):
         next(iterator)
-    begin, count = time.perf_counter(), 0
-    while time.perf_counter() - begin < seconds:
-        next(iterator)
-        count += batch
-    return count / (time.perf_counter() - begin)
+    while True:
+        begin = clock()
+        for _ in range(count):
+            next(iterator)
+        yield (clock() - begin) / (count * batch) * 1e6
 
 
-def decode_rate(images: list[bytes], seconds: float) -> float:
-    """Images per second of bare decoding."""
+def decode_slices(images: list[bytes]) -> Iterator[float]:
+    """Microseconds per image of bare decoding."""
     encoded = [torch.frombuffer(bytearray(image), dtype=torch.uint8) for image in images]
-    begin, count = time.perf_counter(), 0
-    for image in itertools.cycle(encoded):
-        decode_jpeg(image, ImageReadMode.RGB)
-        count += 1
-        if time.perf_counter() - begin > seconds:
-            break
-    return count / (time.perf_counter() - begin)
+    while True:
+        begin = time.process_time()
+        for image in encoded:
+            decode_jpeg(image, ImageReadMode.RGB)
+        yield (time.process_time() - begin) / len(encoded) * 1e6
+
+
+def table(title: str, taken: dict[str, list[float]]) -> None:
+    """Print the medians of microseconds per sample and process."""
+    medians = {name: statistics.median(values) for name, values in taken.items()}
+    print(f"\n{title}\n{'pipeline':10} {'samples/s per core':>18} {'of decode':>9} {'x usual':>8}")
+    for name, each in medians.items():
+        print(f"{name:10} {1e6 / each:18.0f} {medians['decode'] / each:9.0%} "
+              f"{medians['usual'] / each:8.1f}", flush=True)  # fmt: skip
+
+
+def in_process(rows: dict[str, Iterator[float]], rounds: int) -> dict[str, list[float]]:
+    """Slices of all rows in turn, so that a busy machine does not favour any of them."""
+    taken: dict[str, list[float]] = {name: [] for name in rows}
+    for _ in range(rounds):
+        for name, row in rows.items():
+            taken[name].append(next(row))
+    return taken
 
 
 def main() -> None:
-    """Run everything and print one table."""
+    """Run everything and print one table per number of workers."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--samples", type=int, default=2048)
     parser.add_argument("--workers", type=int, nargs="+", default=[0, 2])
-    parser.add_argument("--seconds", type=float, default=8.0)
+    parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--interpolation", default="bicubic")
     args = parser.parse_args()
@@ -169,27 +188,30 @@ def main() -> None:
         index = f"{folder}/index.parquet"
         index_shards(paths, index, kind="text", progress=False)
         size = sum(map(len, images)) / len(images)
-        print(
-            f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores, torch "
-            f"{torch.__version__}, torchvision {torchvision.__version__}, {size:.0f} bytes a JPEG"
-        )
-        ceiling = decode_rate(images, args.seconds)
-        print(f"{'pipeline':10} {'workers':>7} {'samples/s':>10} {'per core':>9} {'of decode':>9}")
-        print(f"{'decode':10} {'-':>7} {ceiling:10.0f} {ceiling:9.0f} {1:9.0%}")
+        print(f"{os.cpu_count()} cores, torch {torch.__version__}, torchvision "
+              f"{torchvision.__version__}, {size / 1000:.1f} kB a JPEG")  # fmt: skip
         for workers in args.workers:
-            rows = {
-                "usual": usual(paths, workers, args.batch, True),
-                "crop": usual(paths, workers, args.batch, False),
-                "stream": stream(index, workers, args.batch, 2, args.interpolation),
-                "stream1": stream(index, workers, args.batch, 1, args.interpolation),
+            pipelines: dict[str, Callable[[], Iterable]] = {
+                "usual": partial(usual, paths, workers, args.batch, True),
+                "crop": partial(usual, paths, workers, args.batch, False),
+                "stream": partial(stream, index, workers, args.batch, 2, args.interpolation),
+                "stream1": partial(stream, index, workers, args.batch, 1, args.interpolation),
             }
-            for name, batches in rows.items():
-                total = rate(batches, args.batch, args.seconds)
-                each = total / max(1, workers)
-                print(f"{name:10} {workers:7d} {total:10.0f} {each:9.0f} {each / ceiling:9.0%}",
-                      flush=True)  # fmt: skip
-        print(f"peak memory of the main process: "
-              f"{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024:.0f} MiB")  # fmt: skip
+            if workers == 0:
+                rows = {"decode": decode_slices(images)}
+                for name, make in pipelines.items():
+                    count = 2 if name in ("usual", "crop") else 8
+                    rows[name] = slices(make(), args.batch, count, time.process_time)
+                table("in process, processor time", in_process(rows, args.rounds))
+                continue
+            taken = {"decode": list(islice(decode_slices(images), args.rounds))}
+            for name, make in pipelines.items():
+                row = slices(make(), args.batch, 4 * workers, time.perf_counter)
+                taken[name] = [each * workers for each in islice(row, args.rounds)]
+                row.close()  # ends the workers, which would steal time from the next row
+            table(f"{workers} workers, wall time", taken)
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+        print(f"\npeak memory of the main process: {peak:.0f} MiB")
 
 
 if __name__ == "__main__":

@@ -60,10 +60,7 @@ class Part:
     def collate(parts: Sequence[Part], *, pin_memory: bool = False) -> Batch:
         """Join the parts of one micro-batch, in page-locked memory if asked."""
         side_by_side = [part for part in parts if len(part)] or list(parts[:1])
-        size = sum(len(part) for part in side_by_side)
-        shape = side_by_side[0].views.shape
-        joined = torch.empty((shape[0], size, *shape[2:]), dtype=torch.uint8, pin_memory=pin_memory)
-        torch.cat([part.views for part in side_by_side], dim=1, out=joined)
+        joined = _join_views([part.views for part in side_by_side], pin_memory)
         tensors = {
             name: torch.from_numpy(np.concatenate([part.arrays[name] for part in side_by_side]))
             for name in side_by_side[0].arrays
@@ -81,6 +78,14 @@ class Part:
             key=[key for part in side_by_side for key in part.key],
             **tensors,
         )
+
+
+def _join_views(views: list[Tensor], pin_memory: bool) -> Tensor:
+    if len(views) == 1 and not pin_memory:
+        return views[0]
+    shape = (views[0].shape[0], sum(view.shape[1] for view in views), *views[0].shape[2:])
+    joined = torch.empty(shape, dtype=torch.uint8, pin_memory=pin_memory)
+    return torch.cat(views, dim=1, out=joined)
 
 
 @dataclass

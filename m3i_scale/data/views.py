@@ -134,8 +134,10 @@ def central_crop(
 def resize_into(out: Tensor, image: Tensor, crop: Crop, interpolation: str = "bicubic") -> None:
     """Write a crop of uint8 (H, W, 3), resized with anti-aliasing, into `out` (S, S, 3)."""
     window = image[crop.top : crop.top + crop.height, crop.left : crop.left + crop.width]
+    # In this order of calls the strides say channels-last, which is the fast path of the resize,
+    # and its result needs no transposition.
     resized = F.interpolate(
-        window.permute(2, 0, 1)[None],  # (1, 3, h, w), channels-last in memory: the fast path
+        window[None].permute(0, 3, 1, 2),  # (1, 3, h, w)
         size=out.shape[:2],
         mode=interpolation,
         antialias=True,
