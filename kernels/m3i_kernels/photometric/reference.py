@@ -4,8 +4,6 @@ Grey levels are kept as float32 planes (B, 3, H, W) that hold whole numbers: lik
 operation ends on 8-bit levels.
 """
 
-from collections.abc import Callable
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -21,18 +19,17 @@ def photometric_reference(
     """Augment uint8 (B, H, W, 3); arguments as in `photometric`, already checked."""
     x = images.permute(0, 3, 1, 2).to(torch.float32, memory_format=torch.contiguous_format)
     x = _jitter(x, params)
-    _apply_where(params.grayscale, x, lambda chosen, _: _grey(chosen).expand_as(chosen))
-    _apply_where(
-        params.blur_sigma > 0,
-        x,
-        lambda chosen, rows: _blur(chosen, params.blur_sigma[rows], blur_kernel_size),
-    )
+    rows = params.grayscale.nonzero().flatten()
+    x[rows] = _grey(x[rows]).expand(-1, 3, -1, -1)
+    rows = (params.blur_sigma > 0).nonzero().flatten()
+    if rows.numel() > 0:
+        x[rows] = _blur(x[rows], params.blur_sigma[rows], blur_kernel_size)
     x = torch.where(x >= _per_sample(params.solarize), 255 - x, x)
     return x.permute(0, 2, 3, 1).to(torch.uint8, memory_format=torch.contiguous_format)
 
 
 def _jitter(x: Tensor, params: PhotometricParams) -> Tensor:
-    """Brightness, contrast, saturation and hue in the order each sample asks for."""
+    """Brightness, contrast, saturation and hue in the order each sample asks for, in place."""
     operations = (
         (params.brightness, 1.0, _brightness),
         (params.contrast, 1.0, _contrast),
@@ -42,19 +39,10 @@ def _jitter(x: Tensor, params: PhotometricParams) -> Tensor:
     for position in range(4):
         for index, (amount, identity, operation) in enumerate(operations):
             wanted = (params.order[:, position] == index) & (amount != identity)
-            _apply_where(
-                wanted,
-                x,
-                lambda chosen, rows, f=operation, a=amount: f(chosen, _per_sample(a[rows])),
-            )
+            rows = wanted.nonzero().flatten()
+            if rows.numel() > 0:
+                x[rows] = operation(x[rows], _per_sample(amount[rows]))
     return x
-
-
-def _apply_where(wanted: Tensor, x: Tensor, operation: Callable[[Tensor, Tensor], Tensor]) -> None:
-    """Replace the wanted samples of `x` in place; most samples skip most operations."""
-    rows = wanted.nonzero().flatten()
-    if rows.numel() > 0:
-        x[rows] = operation(x[rows], rows)
 
 
 def _per_sample(values: Tensor) -> Tensor:

@@ -1,0 +1,294 @@
+"""The Triton implementation as custom operators of torch, with fake and autograd functions."""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+import triton
+from torch import Tensor
+
+from m3i_kernels.dcnv3.geometry import Geometry
+from m3i_kernels.dcnv3.kernel import dcnv3_backward_kernel, dcnv3_forward_kernel
+
+_THREADS = 128
+_INT32_MAX = 2**31 - 1
+
+
+class Tiles(NamedTuple):
+    """How one launch is cut up: names as in the kernels."""
+
+    BLOCK_P: int
+    BLOCK_G: int
+    BLOCK_D: int
+    SPLIT: int
+    UNROLL: int
+    num_warps: int
+
+
+def choose_tiles(channels: int, points: int, backward: bool, warp_size: int = 32) -> Tiles:
+    """Choose the launch parameters for groups of `channels` channels and `points` points.
+
+    Every thread of a row repeats the arithmetic of its sampling location, so a row gets few threads
+    and each of them several channels, in two chunks where a group is wide. In the backward, 4
+    channels per thread and chunk is what float32 vector atomics take: with more, every tile would
+    change layout through shared memory before it is added.
+    """
+    block_d = triton.next_power_of_2(channels)
+    split = 2 if block_d >= 32 else 1
+    block_d //= split
+    rows = max(1, _THREADS * (4 if backward else 8) // block_d)
+    unroll = 3 if points <= 9 and not backward else 1  # more would spill in the backward
+    return Tiles(rows, 1, block_d, split, unroll, _THREADS // warp_size)
+
+
+@torch.library.custom_op("m3i_kernels::dcnv3", mutates_args=())
+def dcnv3_op(
+    x: Tensor,
+    offset: Tensor,
+    mask: Tensor,
+    center_scale: Tensor | None,
+    kernel_size: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+    offset_scale: float,
+    remove_center: bool,
+    mask_is_logits: bool,
+    deterministic: bool,
+) -> Tensor:
+    """Forward of `m3i_kernels.dcnv3`; arguments already checked."""
+    geometry = _geometry(
+        kernel_size, stride, padding, dilation, groups, offset_scale, remove_center
+    )
+    N, H, W, C = x.shape
+    y = x.new_empty((N, *geometry.output_size(H, W), C))
+    tensors = _unit_channel_stride(x, offset, mask, center_scale)
+    tiles = choose_tiles(C // groups, geometry.points, backward=False, warp_size=_warp_size())
+    launch_forward(tensors, y, geometry, mask_is_logits, tiles)
+    return y
+
+
+@dcnv3_op.register_fake
+def _(
+    x: Tensor,
+    offset: Tensor,
+    mask: Tensor,
+    center_scale: Tensor | None,
+    kernel_size: Sequence[int],
+    *_: Any,
+) -> Tensor:
+    return x.new_empty((x.shape[0], offset.shape[1], offset.shape[2], x.shape[3]))
+
+
+@torch.library.custom_op("m3i_kernels::dcnv3_backward", mutates_args=())
+def dcnv3_backward_op(
+    grad: Tensor,
+    y: Tensor,
+    x: Tensor,
+    offset: Tensor,
+    mask: Tensor,
+    center_scale: Tensor | None,
+    kernel_size: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+    offset_scale: float,
+    remove_center: bool,
+    mask_is_logits: bool,
+    deterministic: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of x, offset, mask and center_scale (empty where there is none)."""
+    geometry = _geometry(
+        kernel_size, stride, padding, dilation, groups, offset_scale, remove_center
+    )
+    grad = grad.contiguous()
+    tensors = _unit_channel_stride(x, offset, mask, center_scale)
+    unit = _fixed_point_unit(grad, mask, geometry, mask_is_logits) if deterministic else None
+    accumulator = torch.int64 if deterministic else torch.float32
+    dx = torch.zeros(x.shape, dtype=accumulator, device=x.device)
+    doffset = torch.empty(offset.shape, dtype=offset.dtype, device=x.device)
+    dmask = torch.empty(mask.shape, dtype=mask.dtype, device=x.device)
+    dscale = _empty_gradient(center_scale, x)
+    channels = x.shape[3] // groups
+    tiles = choose_tiles(channels, geometry.points, backward=True, warp_size=_warp_size())
+    gradients = (dx, doffset, dmask, dscale)
+    launch_backward(grad, y, tensors, unit, gradients, geometry, mask_is_logits, tiles)
+    if unit is not None:
+        # float64 holds every sum: 2**62 units are more than the largest possible one
+        dx = (dx.double() / unit.double()).to(x.dtype)
+    return dx.to(x.dtype), doffset, dmask, dscale
+
+
+@dcnv3_backward_op.register_fake
+def _(
+    grad: Tensor,
+    y: Tensor,
+    x: Tensor,
+    offset: Tensor,
+    mask: Tensor,
+    center_scale: Tensor | None,
+    *_: Any,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    dx, doffset, dmask = (
+        torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in (x, offset, mask)
+    )
+    return dx, doffset, dmask, _empty_gradient(center_scale, x)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, offset, mask, center_scale, *ctx.parameters = inputs
+    ctx.save_for_backward(output, x, offset, mask, center_scale)
+
+
+def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    dx, doffset, dmask, dscale = dcnv3_backward_op(grad, *ctx.saved_tensors, *ctx.parameters)
+    has_scale = ctx.saved_tensors[4] is not None
+    return dx, doffset, dmask, dscale if has_scale else None, *([None] * len(ctx.parameters))
+
+
+dcnv3_op.register_autograd(_backward, setup_context=_setup_context)
+
+
+def launch_forward(
+    tensors: tuple[Tensor, Tensor, Tensor, Tensor | None],
+    y: Tensor,
+    geometry: Geometry,
+    mask_is_logits: bool,
+    tiles: Tiles,
+) -> None:
+    """Run the forward kernel into `y` with the given launch parameters."""
+    x, offset, mask, center_scale = tensors
+    scale = x if center_scale is None else center_scale
+    dcnv3_forward_kernel[_grid(y, geometry, tiles)](
+        x,
+        offset,
+        mask,
+        scale,
+        y,
+        *_strides(x, offset, mask, scale),
+        *_sizes(x, y),
+        geometry.offset_scale,
+        **_constants(x, geometry, mask_is_logits, center_scale),
+        **tiles._asdict(),
+        enable_fp_fusion=True,
+    )
+
+
+def launch_backward(
+    grad: Tensor,
+    y: Tensor,
+    tensors: tuple[Tensor, Tensor, Tensor, Tensor | None],
+    unit: Tensor | None,
+    gradients: tuple[Tensor, Tensor, Tensor, Tensor],
+    geometry: Geometry,
+    mask_is_logits: bool,
+    tiles: Tiles,
+) -> None:
+    """Run the backward kernel; the first of `gradients` must be zero, int64 with `unit`."""
+    x, offset, mask, center_scale = tensors
+    scale = x if center_scale is None else center_scale
+    _, H, W, C = x.shape
+    dcnv3_backward_kernel[_grid(y, geometry, tiles)](
+        grad,
+        x,
+        offset,
+        mask,
+        scale,
+        y,
+        grad if unit is None else unit,
+        *gradients,
+        *_strides(x, offset, mask, scale),
+        H * W * C,
+        W * C,
+        *_sizes(x, y),
+        geometry.offset_scale,
+        **_constants(x, geometry, mask_is_logits, center_scale),
+        FIXED_POINT=unit is not None,
+        **tiles._asdict(),
+        enable_fp_fusion=True,
+    )
+
+
+def _geometry(
+    kernel_size: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+    offset_scale: float,
+    remove_center: bool,
+) -> Geometry:
+    k, s, p, d = ((pair[0], pair[1]) for pair in (kernel_size, stride, padding, dilation))
+    return Geometry(k, s, p, d, groups, offset_scale, remove_center)
+
+
+def _unit_channel_stride(
+    x: Tensor, offset: Tensor, mask: Tensor, center_scale: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """Copy only the tensors whose channels are not neighbours in memory."""
+    x, offset, mask = (t if t.stride(-1) == 1 else t.contiguous() for t in (x, offset, mask))
+    if center_scale is not None and center_scale.stride(-1) != 1:
+        center_scale = center_scale.contiguous()
+    return x, offset, mask, center_scale
+
+
+def _empty_gradient(center_scale: Tensor | None, x: Tensor) -> Tensor:
+    if center_scale is None:
+        return x.new_empty(0)
+    return torch.empty(center_scale.shape, dtype=center_scale.dtype, device=x.device)
+
+
+def _fixed_point_unit(
+    grad: Tensor, mask: Tensor, geometry: Geometry, mask_is_logits: bool
+) -> Tensor:
+    """Units per 1.0, a power of two, in which no sum of contributions to one element overflows.
+
+    Every point of every output position may read the same pixel with its whole weight, and the
+    centre blend adds one more contribution. Not finite where the incoming gradient is not, which
+    makes the whole gradient of x not finite too.
+    """
+    largest = grad.abs().amax().float()
+    if not mask_is_logits:
+        largest = largest * mask.abs().amax().float().clamp(min=1)
+    positions = grad.shape[1] * grad.shape[2]
+    bound = largest * (positions * geometry.points + 1)
+    exponent = (62 - torch.frexp(bound).exponent).clamp(-126, 100)
+    return torch.where(bound.isfinite(), torch.ldexp(torch.ones_like(bound), exponent), torch.nan)
+
+
+def _grid(y: Tensor, geometry: Geometry, tiles: Tiles) -> tuple[int]:
+    N, Ho, Wo, _ = y.shape
+    tiles_p = triton.cdiv(N * Ho * Wo, tiles.BLOCK_P)
+    return (tiles_p * triton.cdiv(geometry.groups, tiles.BLOCK_G),)
+
+
+def _strides(x: Tensor, offset: Tensor, mask: Tensor, scale: Tensor) -> tuple[int, ...]:
+    return *x.stride()[:3], *offset.stride()[:3], *mask.stride()[:3], *scale.stride()[:3]
+
+
+def _sizes(x: Tensor, y: Tensor) -> tuple[int, ...]:
+    N, Ho, Wo, _ = y.shape
+    return x.shape[1], x.shape[2], Ho, Wo, N * Ho * Wo
+
+
+def _constants(
+    x: Tensor, geometry: Geometry, mask_is_logits: bool, center_scale: Tensor | None
+) -> dict[str, int | bool]:
+    _, H, W, C = x.shape
+    extent = max(H * x.stride(1) + W * x.stride(2) + C, H * W * C + C)
+    names = ("KH", "KW", "SH", "SW", "PH", "PW", "DH", "DW")
+    return {
+        "G": geometry.groups,
+        "D": C // geometry.groups,
+        **dict(zip(names, sum(geometry[:4], ()), strict=True)),
+        "REMOVE_CENTER": geometry.remove_center,
+        "LOGITS": mask_is_logits,
+        "GATED": center_scale is not None,
+        "WIDE": extent > _INT32_MAX,
+    }
+
+
+def _warp_size() -> int:
+    return 64 if torch.version.hip else 32
