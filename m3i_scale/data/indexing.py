@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -77,7 +78,7 @@ def index_shards(
     parts = Path(f"{output}.parts")
     parts.mkdir(parents=True, exist_ok=True)
     scan = partial(_scan_to_part, folder=parts, wanted=wanted, storage=storage)
-    with _mapper(processes) as run:
+    with process_map(processes) as run:
         done = run(scan, urls)
         paths = list(tqdm(done, total=len(urls), unit="shard", disable=not progress))
     summary = _merge(paths, urls, output)
@@ -102,7 +103,8 @@ def _expand(shards: Sequence[str], storage: Storage) -> list[str]:
 
 
 @contextmanager
-def _mapper(processes: int) -> Iterator[Callable[..., Iterator[Path]]]:
+def process_map(processes: int) -> Iterator[Callable[..., Iterator[Any]]]:
+    """A `map` over that many processes, results in order."""
     if processes <= 1:
         yield map
         return

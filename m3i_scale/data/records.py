@@ -1,0 +1,218 @@
+"""Listing what a new set of shards is to be made of, without reading any image."""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+
+from m3i_scale.data import decode
+from m3i_scale.data.decode import BadSample
+from m3i_scale.data.scan import CATEGORY, IMAGE, TEXT, Group, group_members, read_members
+from m3i_scale.data.storage import Storage, join, parent
+
+_EXTENSIONS = tuple(f".{name}" for name in IMAGE)
+PATH_COLUMNS = ("path", "image", "file", "filename", "filepath", "image_path", "url")
+BYTES_COLUMNS = ("bytes", "image_bytes", "jpg", "image")
+TEXT_COLUMNS = ("caption", "text", "title", "txt")
+CATEGORY_COLUMNS = ("category", "label", "class", "cls")
+
+
+@dataclass(frozen=True)
+class Record:
+    """Where one sample comes from: a file, a byte range of an archive, or a row of a table."""
+
+    url: str
+    offset: int = 0
+    size: int = 0  # bytes of the image, 0 where that is not known before reading
+    group: int = -1  # row group and row of the Parquet table `url` whose `column` has the bytes
+    row: int = -1
+    column: str = ""
+    text: str | None = None
+    category: int | None = None
+
+
+@dataclass(frozen=True)
+class Listing:
+    """The records of a source, and the names of its categories where it has names."""
+
+    records: list[Record]
+    classes: list[str]
+
+
+def list_records(
+    source: str, text_column: str | None = None, category_column: str | None = None
+) -> Listing:
+    """List the samples of an image folder, a table, or tar or zip archives (path or glob).
+
+    Raises ValueError where there is none, or where some samples have a caption or a category and
+    others have not.
+    """
+    path = Path(source)
+    if path.is_dir():
+        found = _named(_from_folder(path))
+    elif source.endswith((".csv", ".tsv", ".parquet")):
+        found = _named(_from_table(source, text_column, category_column))
+    else:
+        archives = Storage().glob(source)
+        if not archives:
+            raise ValueError(f"{source} is neither a folder, a table nor a glob of archives")
+        found = _named(item for archive in archives for item in _from_archive(archive))
+    _check_uniform(source, found.records)
+    return found
+
+
+def _check_uniform(source: str, records: list[Record]) -> None:
+    if not records:
+        raise ValueError(f"there is no image in {source}")
+    kinds = {(record.text is not None, record.category is not None) for record in records}
+    if kinds == {(False, False)}:
+        raise ValueError(
+            f"the images of {source} have neither captions nor categories: put them in one folder "
+            "per category, a .txt beside each, or name the columns"
+        )
+    if len(kinds) > 1:
+        full = (any(kind[0] for kind in kinds), any(kind[1] for kind in kinds))
+        odd = next(r for r in records if (r.text is not None, r.category is not None) != full)
+        raise ValueError(f"some samples of {source} lack a caption or category, e.g. {odd.url}")
+
+
+def _named(items: Iterator[tuple[Record, str | int | None]]) -> Listing:
+    """Number the categories: integers stay, names are numbered in sorted order."""
+    pairs = list(items)
+    names = sorted({category for _, category in pairs if isinstance(category, str)})
+    number = {name: i for i, name in enumerate(names)}
+    records = []
+    for record, category in pairs:
+        index = number[category] if isinstance(category, str) else category
+        records.append(Record(**{**vars(record), "category": index}))
+    return Listing(records, names)
+
+
+def _from_folder(folder: Path) -> Iterator[tuple[Record, str | None]]:
+    for path in sorted(folder.rglob("*")):
+        if path.suffix.lower() not in _EXTENSIONS or not path.is_file():
+            continue
+        caption = path.with_suffix(".txt")
+        text = _caption(caption.read_bytes()) if caption.exists() else None
+        inside = path.parent.relative_to(folder).as_posix()
+        size = path.stat().st_size
+        yield Record(str(path), size=size, text=text), None if inside == "." else inside
+
+
+def _caption(data: bytes) -> str | None:
+    try:
+        return decode.decode_text(data, "txt")[0]
+    except BadSample:
+        return None
+
+
+def _from_table(
+    source: str, text_column: str | None, category_column: str | None
+) -> Iterator[tuple[Record, str | int | None]]:
+    rows = _parquet_rows(source) if source.endswith(".parquet") else _csv_rows(source)
+    columns, values = rows
+    text = _column(columns, text_column, TEXT_COLUMNS)
+    category = _column(columns, category_column, CATEGORY_COLUMNS)
+    image = _column(columns, None, PATH_COLUMNS + BYTES_COLUMNS)
+    if image is None:
+        raise ValueError(
+            f"{source} has the columns {columns}: one of {PATH_COLUMNS + BYTES_COLUMNS} must hold "
+            "the images' paths or bytes"
+        )
+    for group, row, value in values:
+        caption = _caption(str(value[text]).encode()) if text and value[text] is not None else None
+        label = value[category] if category else None
+        if isinstance(label, str) and label.strip().isdigit():
+            label = int(label)
+        where = value[image]
+        if isinstance(where, str):
+            yield Record(join(parent(source), where), text=caption), label
+        else:
+            yield Record(source, group=group, row=row, column=image, text=caption), label
+
+
+def _column(columns: Sequence[str], chosen: str | None, known: tuple[str, ...]) -> str | None:
+    if chosen is not None and chosen not in columns:
+        raise ValueError(f"there is no column {chosen!r}: the table has {list(columns)}")
+    return chosen or next((name for name in known if name in columns), None)
+
+
+Rows = Iterator[tuple[int, int, dict[str, Any]]]  # (row group, row in it, values by column)
+
+
+def _csv_rows(source: str) -> tuple[list[str], Rows]:
+    with open(source, newline="", encoding="utf-8", errors="replace") as file:
+        table = list(csv.DictReader(file, delimiter="\t" if source.endswith(".tsv") else ","))
+    columns = list(table[0]) if table else []
+    return columns, ((-1, -1, row) for row in table)
+
+
+def _parquet_rows(source: str) -> tuple[list[str], Rows]:
+    """Rows without the images: columns of bytes, or of structs of them, come back as None."""
+    file = pq.ParquetFile(source)
+    light = [field.name for field in file.schema_arrow if not _holds_bytes(field.type)]
+    heavy = {field.name: None for field in file.schema_arrow if field.name not in light}
+
+    def rows() -> Rows:
+        for group in range(file.num_row_groups):
+            table = (
+                file.read_row_group(group, columns=light).to_pylist()
+                if light
+                else [{}] * (file.metadata.row_group(group).num_rows)
+            )
+            for row, values in enumerate(table):
+                yield group, row, {**values, **heavy}
+
+    return [field.name for field in file.schema_arrow], rows()
+
+
+def _holds_bytes(kind: Any) -> bool:
+    """Whether a column is bytes or, as in Hugging Face's tables, struct<bytes, path>."""
+    return str(kind).startswith(("binary", "large_binary", "struct<bytes"))
+
+
+def _from_archive(archive: str) -> Iterator[tuple[Record, str | int | None]]:
+    if archive.endswith(".zip"):
+        yield from _from_zip(archive)
+        return
+    storage = Storage()
+    with storage.open(archive) as file:
+        for group in group_members(read_members(file, storage.size(archive))):
+            image = group.image()
+            if image is None:
+                continue
+            caption = _member(file, group, TEXT)
+            label = _member(file, group, CATEGORY)
+            text = _caption(caption) if caption is not None else None
+            # Archives without captions and labels hold one category each, as ImageNet's do.
+            alone = None if caption is not None else Path(archive).stem
+            category = int(label) if label is not None and label.strip().isdigit() else alone
+            yield Record(archive, image.offset, image.size, text=text), category
+
+
+def _member(file: Any, group: Group, kinds: tuple[str, ...]) -> bytes | None:
+    for kind in kinds:
+        if kind in group.members:
+            _, offset, size = group.members[kind]
+            file.seek(offset)
+            return bytes(file.read(min(size, decode.MAX_TEXT_BYTES)))
+    return None
+
+
+def _from_zip(archive: str) -> Iterator[tuple[Record, str | None]]:
+    import zipfile
+
+    with zipfile.ZipFile(archive) as file:
+        names = {info.filename: info.file_size for info in file.infolist()}
+        for name, size in sorted(names.items()):
+            if not name.lower().endswith(_EXTENSIONS):
+                continue
+            caption = f"{name.rsplit('.', 1)[0]}.txt"
+            text = _caption(file.read(caption)) if caption in names else None
+            folder = name.rsplit("/", 1)[0] if "/" in name else None
+            yield Record(f"zip://{name}::{archive}", size=size, text=text), folder
