@@ -1,0 +1,120 @@
+"""Plain networks, whole and on one device, from a run's configuration and checkpoint."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from m3i_scale.config import Config
+from m3i_scale.objective.m3i import M3I
+
+Which = Literal["student", "momentum"]
+ENCODER = "online."  # the part of the networks that has a momentum average
+
+
+class Weights(Protocol):
+    """A checkpoint as `m3i_scale.engine.checkpoint.Reader` gives it, sharded or not.
+
+    `kind` is "weight" (float32 master weights) or "momentum" (float32 averages of the encoder);
+    `shapes` are those of all trained parameters by name; `state` holds the counters.
+    """
+
+    path: Path
+    state: Mapping[str, Any]
+    shapes: Mapping[str, list[int]]
+
+    def tensor(self, kind: str, name: str) -> Tensor:
+        """One whole tensor in its own shape."""
+        ...
+
+    def slice(self, kind: str, name: str, start: int, stop: int) -> Tensor:
+        """Elements `[start, stop)` of a flattened tensor."""
+        ...
+
+
+def build_untrained(config: Config) -> M3I:
+    """The networks as a run starts with them, in float32 on the CPU, in evaluation mode.
+
+    The weights are a function of `config.seed`; the caller's random generator is left alone.
+
+    Raises:
+        ValueError: the networks cannot be built.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(config.seed)
+        networks = M3I(config.model, config.objective, config.data.image_size)
+    return networks.eval().requires_grad_(False)
+
+
+def build_trained(config: Config, weights: Weights, which: Which = "student") -> M3I:
+    """The networks of a checkpoint, in float32 on the CPU, in evaluation mode.
+
+    Args:
+        config: of the run that wrote the checkpoint.
+        weights: the checkpoint.
+        which: "student", or "momentum" for the averages of the image encoder (everything else,
+            the text tower say, has no average and is the student's).
+
+    Raises:
+        ValueError: the checkpoint is of other networks, or has no averages.
+    """
+    networks = build_untrained(config)
+    own = dict(_trained(networks))
+    shapes = {name: list(parameter.shape) for name, parameter in own.items()}
+    _require_equal(shapes, weights)
+    kinds = stored_kinds(shapes, which, has_momentum=hasattr(networks, "momentum"))
+    with torch.no_grad():
+        for name, parameter in own.items():
+            parameter.copy_(weights.tensor(kinds[name], name))
+    return networks
+
+
+def stored_kinds(names: Mapping[str, Any], which: Which, *, has_momentum: bool) -> dict[str, str]:
+    """Under which kind the checkpoint holds each parameter of the chosen model.
+
+    Raises:
+        ValueError: momentum averages were asked for and the run has none.
+    """
+    if which == "momentum" and not has_momentum:
+        raise ValueError(
+            "this run has no momentum encoder, since no target of its objective uses one; take "
+            "the student"
+        )
+    averaged = which == "momentum"
+    return {
+        name: "momentum" if averaged and name.startswith(ENCODER) else "weight" for name in names
+    }
+
+
+def has_momentum(config: Config) -> bool:
+    """Whether a run of this configuration keeps a momentum encoder."""
+    return any(
+        target.encoder == "momentum" and target.representation in ("features", "global")
+        for target in config.objective.targets
+    )
+
+
+def _trained(networks: M3I) -> Iterator[tuple[str, nn.Parameter]]:
+    """What the optimiser updates: all but the momentum encoder."""
+    return (
+        (name, parameter)
+        for name, parameter in networks.named_parameters()
+        if not name.startswith("momentum.")
+    )
+
+
+def _require_equal(shapes: Mapping[str, list[int]], weights: Weights) -> None:
+    stored = dict(weights.shapes)
+    if stored == shapes:
+        return
+    differing = sorted(n for n in stored.keys() | shapes.keys() if stored.get(n) != shapes.get(n))
+    name = differing[0]
+    raise ValueError(
+        f"{weights.path} is of other networks: {len(differing)} parameters differ, for instance "
+        f"{name} is {stored.get(name, 'absent')} there and {shapes.get(name, 'absent')} by the "
+        "configuration; use the config.yaml of the run that wrote it"
+    )
