@@ -202,10 +202,9 @@ def render(glyph: Glyph, size: int, seed: int) -> bytes | None:
 
 
 def _colours(rng: random.Random) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Paper and ink of any two hues, one of them light and the other dark."""
-    values = [rng.uniform(0.75, 1.0), rng.uniform(0.0, 0.4)]
-    rng.shuffle(values)
-    pair = [colorsys.hsv_to_rgb(rng.random(), rng.uniform(0.0, 0.7), value) for value in values]
+    """Dark ink of any hue on light paper of any other."""
+    looks = [(rng.uniform(0.0, 0.3), rng.uniform(0.8, 1.0)), (rng.random(), rng.uniform(0.0, 0.4))]
+    pair = [colorsys.hsv_to_rgb(rng.random(), saturation, value) for saturation, value in looks]
     return tuple(tuple(round(255 * channel) for channel in colour) for colour in pair)  # type: ignore[return-value]
 
 

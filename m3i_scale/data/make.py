@@ -24,6 +24,10 @@ if TYPE_CHECKING:
 _MOST_SUBSTITUTES = 32
 
 
+class TooManyBadSamples(RuntimeError):  # noqa: N818  (the name is the message)
+    """More samples had to be replaced than the configuration tolerates."""
+
+
 @dataclass(frozen=True)
 class Fault:
     """A finding about one sample: why it was replaced, or what was repaired in it."""
@@ -44,10 +48,12 @@ class Fault:
 class Part:
     """Some consecutive samples of a micro-batch, in the form that crosses process borders.
 
-    Only the views are a tensor (shared memory, no copy); the rest is small and travels as numpy.
+    The views of a worker process lie in shared memory that is there from the start and is used
+    again and again; only the small arrays are sent.
     """
 
-    views: Tensor  # uint8 (1 or 2, b, S, S, 3)
+    views: Tensor | None  # uint8 (1 or 2, b, S, S, 3); None while it is on its way
+    slot: int  # which of the worker's shared buffers holds the views
     arrays: dict[str, NDArray[Any]]
     key: list[str]
     faults: list[Fault] = field(default_factory=list)
@@ -56,36 +62,36 @@ class Part:
     def __len__(self) -> int:
         return len(self.key)
 
-    @staticmethod
-    def collate(parts: Sequence[Part], *, pin_memory: bool = False) -> Batch:
-        """Join the parts of one micro-batch, in page-locked memory if asked."""
-        side_by_side = [part for part in parts if len(part)] or list(parts[:1])
-        joined = _join_views([part.views for part in side_by_side], pin_memory)
-        tensors = {
-            name: torch.from_numpy(np.concatenate([part.arrays[name] for part in side_by_side]))
-            for name in side_by_side[0].arrays
-        }
-        if pin_memory:
-            tensors = {name: tensor.pin_memory() for name, tensor in tensors.items()}
-        photometric = [
-            {name: tensors.pop(f"{name}_{view}") for name in PHOTOMETRIC_FIELDS} for view in "ab"
-        ]
-        return Batch(
-            view_a=joined[0],
-            view_b=joined[-1],
-            photometric_a=photometric[0],
-            photometric_b=photometric[1],
-            key=[key for part in side_by_side for key in part.key],
-            **tensors,
-        )
+
+def collate(parts: Sequence[Part], *, pin_memory: bool = False) -> Batch:
+    """Join the parts of one micro-batch, in page-locked memory if asked; copies if it joins."""
+    parts = [part for part in parts if len(part)] or parts[:1]
+    joined = _join_views([part.views for part in parts if part.views is not None], pin_memory)
+    tensors = {
+        name: torch.from_numpy(np.concatenate([part.arrays[name] for part in parts]))
+        for name in parts[0].arrays
+    }
+    if pin_memory:
+        tensors = {name: tensor.pin_memory() for name, tensor in tensors.items()}
+    photometric = [
+        {name: tensors.pop(f"{name}_{view}") for name in PHOTOMETRIC_FIELDS} for view in "ab"
+    ]
+    return Batch(
+        view_a=joined[0],
+        view_b=joined[-1],
+        photometric_a=photometric[0],
+        photometric_b=photometric[1],
+        key=[key for part in parts for key in part.key],
+        **tensors,
+    )
 
 
-def _join_views(views: list[Tensor], pin_memory: bool) -> Tensor:
-    if len(views) == 1 and not pin_memory:
-        return views[0]
-    shape = (views[0].shape[0], sum(view.shape[1] for view in views), *views[0].shape[2:])
+def _join_views(parts: list[Tensor], pin_memory: bool) -> Tensor:
+    if len(parts) == 1 and not parts[0].is_shared() and not pin_memory:
+        return parts[0]
+    shape = (parts[0].shape[0], sum(part.shape[1] for part in parts), *parts[0].shape[2:])
     joined = torch.empty(shape, dtype=torch.uint8, pin_memory=pin_memory)
-    return torch.cat(views, dim=1, out=joined)
+    return torch.cat(parts, dim=1, out=joined)
 
 
 @dataclass
@@ -139,19 +145,30 @@ class Maker:
         self.seed, self.image_size, self.augmentation = seed, image_size, augmentation
         self.tokenize, self.mask_sampler, self.max_pixels = tokenize, mask_sampler, max_pixels
 
-    def parts(self, blocks: Iterable[NDArray[np.int64]]) -> Iterator[Part]:
-        """One part per block of positions, in order."""
-        for raws in self.reader.stream(self.order.locate(block) for block in blocks):
+    def parts(
+        self, blocks: Iterable[NDArray[np.int64]], buffers: Tensor | None = None
+    ) -> Iterator[Part]:
+        """One part per block of positions, in order.
+
+        With shared `buffers` (slots, views, b, S, S, 3) the views go there, slot after slot, and
+        the parts come without them.
+        """
+        stream = self.reader.stream(self.order.locate(block) for block in blocks)
+        for number, raws in enumerate(stream):
             before = vars(self.reader.count).copy()
-            part = self.part(raws)
+            if buffers is None:
+                part = self.part(raws, self._new_views(len(raws)))
+            else:
+                slot = number % len(buffers)
+                part = self.part(raws, buffers[slot, :, : len(raws)])
+                part.views, part.slot = None, slot
             after = vars(self.reader.count)
             part.read = {name: after[name] - before[name] for name in after}
             yield part
 
-    def part(self, raws: list[Raw]) -> Part:
-        """Decode and augment raw samples."""
-        size, count, faults = self.image_size, self.augmentation.views, list[Fault]()
-        pixels = torch.empty((count, len(raws), size, size, 3), dtype=torch.uint8)
+    def part(self, raws: list[Raw], pixels: Tensor) -> Part:
+        """Decode and augment raw samples; the views are written to `pixels` (views, b, S, S, 3)."""
+        count, faults = len(pixels), list[Fault]()
         crops = np.empty((count, len(raws), 5), dtype=np.float32)  # box and flip
         draws = np.empty((count, len(raws), views.DRAWS_PER_VIEW))
         masks, samples = [], []
@@ -170,7 +187,11 @@ class Maker:
             **self._targets(samples),
             **self._photometric(draws),
         }
-        return Part(pixels, arrays, [sample.key for sample in samples], faults)
+        return Part(pixels, 0, arrays, [sample.key for sample in samples], faults)
+
+    def _new_views(self, count: int) -> Tensor:
+        shape = (self.augmentation.views, count, self.image_size, self.image_size, 3)
+        return torch.empty(shape, dtype=torch.uint8)
 
     def _view(self, out: Tensor, image: Tensor, draws: NDArray[np.float64]) -> views.Crop:
         height, width = image.shape[:2]
@@ -196,7 +217,7 @@ class Maker:
                 )
             where = self.order.substitute(raw.position, attempt)
             raw = self.reader.one(raw.position, *where)
-        raise RuntimeError(
+        raise TooManyBadSamples(
             f"position {raw.position}: {_MOST_SUBSTITUTES} samples drawn from source "
             f"{self.sources[raw.source].name!r} are all unusable; the last one: {faults[-1]}"
         )

@@ -15,6 +15,7 @@ from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,7 +24,7 @@ from webdataset.tariterators import base_plus_ext
 from m3i_scale.data.decode import BadSample
 from m3i_scale.data.index import Index
 from m3i_scale.data.order import Located
-from m3i_scale.data.scan import BLOCK, parse_header
+from m3i_scale.data.scan import BLOCK
 from m3i_scale.data.storage import PERMANENT, Storage
 
 _GAP = 64 << 10  # bytes that are cheaper read through than asked for separately
@@ -165,9 +166,9 @@ class Reader:
         self.count.reads += len(plan.reads)
         self.count.bytes += sum(stop - start for _, _, start, stop in plan.reads)
         self.count.sample_bytes += int((plan.stop - plan.start).sum())
-        raws = [self._raw(i, located, plan, results) for i in range(len(plan.start))]
+        raws = self._raws(located, plan, results)
         ends = np.cumsum([len(block.position) for block in window]).tolist()
-        return [raws[i:j] for i, j in zip([0, *ends[:-1]], ends, strict=True)]
+        return [raws[i:j] for i, j in pairwise([0, *ends])]
 
     def _read(self, read: tuple[int, int, int, int]) -> bytes | BadSample:
         source, shard, start, stop = read
@@ -178,33 +179,50 @@ class Reader:
         except OSError as error:
             return BadSample("unreadable shard", str(error))
 
-    def _raw(self, i: int, located: Located, plan: Plan, results: list[bytes | BadSample]) -> Raw:
-        source, shard = int(located.source[i]), int(located.shard[i])
-        raw = Raw(int(located.position[i]), source, shard, self.indexes[source].shards[shard])
-        result = results[plan.read[i]]
-        if isinstance(result, BadSample):
-            raw.problem = result
-            return raw
-        base = plan.reads[plan.read[i]][2]
-        raw.key = _header_key(result, int(plan.members[i, 0]) - base, int(plan.members[i, 1]))
-        parts: list[bytes | None] = []
-        for offset, size in plan.members[i].reshape(3, 2).tolist():
-            piece = result[offset - base : offset - base + size] if offset >= 0 else None
-            if piece is not None and len(piece) < size:
-                raw.problem = BadSample("truncated shard", f"{len(piece)} of {size} bytes")
-            parts.append(piece)
-        raw.image, raw.text, raw.category = parts[0] or b"", parts[1], parts[2]
-        if not raw.key and raw.problem is None:
-            raw.problem = BadSample("shard does not match its index", "no such member header")
-        return raw
+    def _raws(self, located: Located, plan: Plan, results: list[bytes | BadSample]) -> list[Raw]:
+        columns = (located.position, located.source, located.shard, plan.read, plan.members)
+        rows = zip(*(column.tolist() for column in columns), strict=True)
+        raws = []
+        for position, source, shard, read, members in rows:
+            raw = Raw(position, source, shard, self.indexes[source].shards[shard])
+            result = results[read]
+            if isinstance(result, BadSample):
+                raw.problem = result
+            else:
+                _cut(raw, result, plan.reads[read][2], members)
+            raws.append(raw)
+        return raws
 
 
-def _header_key(data: bytes, at: int, size: int) -> str:
-    """Key of the image whose data starts at `at`, or "" where its tar header is not as indexed."""
-    header = parse_header(data[at - BLOCK : at]) if len(data) >= at else None
-    if header is None or header.size != size:
+def _cut(raw: Raw, data: bytes, base: int, members: list[int]) -> None:
+    """Cut the members of one sample out of a read that begins at byte `base` of the shard."""
+    parts: list[bytes | None] = []
+    for offset, size in zip(members[::2], members[1::2], strict=True):
+        part = data[offset - base : offset - base + size] if offset >= 0 else None
+        if part is not None and len(part) < size:
+            raw.problem = BadSample("truncated shard", f"{len(part)} of {size} bytes")
+        parts.append(part)
+    raw.image, raw.text, raw.category = parts[0] or b"", parts[1], parts[2]
+    name = header_name(data, members[0] - base, members[1])
+    raw.key = base_plus_ext(name)[0] or name
+    if not name and raw.problem is None:
+        raw.problem = BadSample("shard does not match its index", "no such member header")
+
+
+def header_name(data: bytes, at: int, size: int) -> str:
+    """Name in the tar header before `at`, or "" where there is none for a member of `size` bytes.
+
+    A shard that was changed after it was indexed shows here.  Names beyond the 100 characters of a
+    plain header come shortened; they only serve the logs.
+    """
+    field = data[at - BLOCK + 124 : at - BLOCK + 136]  # size, octal, or binary from 8 GiB on
+    try:
+        same = field[:1] == b"\x80" or int(field.rstrip(b" \0"), 8) == size
+    except ValueError:
+        same = False
+    if not same:
         return ""
-    return base_plus_ext(header.name)[0] or header.name
+    return data[at - BLOCK : at - BLOCK + 100].rstrip(b"\0").decode("utf-8", "backslashreplace")
 
 
 def _join(
@@ -213,15 +231,18 @@ def _join(
     """Join ranges of one shard with gaps below _GAP into reads of up to _LONGEST_READ bytes."""
     reads: list[tuple[int, int, int, int]] = []
     covered_by = np.empty(len(start), dtype=np.int64)
-    for i in np.lexsort((start, located.shard, located.source)).tolist():
-        source, shard = int(located.source[i]), int(located.shard[i])
-        first, end = int(start[i]), int(stop[i])
-        if reads and reads[-1][:2] == (source, shard):
-            previous = reads[-1]
-            if first - previous[3] <= _GAP and end - previous[2] <= _LONGEST_READ:
-                reads[-1] = (source, shard, previous[2], max(previous[3], end))
-                covered_by[i] = len(reads) - 1
-                continue
-        reads.append((source, shard, first, end))
+    order = np.lexsort((start, located.shard, located.source))
+    columns = (located.source[order], located.shard[order], start[order], stop[order])
+    at = (-1, -1, 0, 0)
+    for i, source, shard, first, end in zip(
+        order.tolist(), *(column.tolist() for column in columns), strict=True
+    ):
+        near = (source, shard) == at[:2] and first - at[3] <= _GAP
+        if near and end - at[2] <= _LONGEST_READ:
+            at = (source, shard, at[2], max(at[3], end))
+            reads[-1] = at
+        else:
+            at = (source, shard, first, end)
+            reads.append(at)
         covered_by[i] = len(reads) - 1
     return covered_by, reads

@@ -19,12 +19,13 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from m3i_scale.data.batch import Batch
 from m3i_scale.data.decode import MAX_PIXELS
 from m3i_scale.data.index import Index
-from m3i_scale.data.make import Fault, Maker, Part
+from m3i_scale.data.make import Fault, Maker, Part, TooManyBadSamples, collate
 from m3i_scale.data.order import Order, SourceOrder, chunk_samples, integer_weights
 from m3i_scale.data.reader import Reader
 from m3i_scale.data.storage import Storage
@@ -34,6 +35,7 @@ log = logging.getLogger(__name__)
 
 KINDS = ("text", "category", "both")
 MIB = 1 << 20
+_PREFETCH = 2  # parts that each worker makes ahead
 
 
 @dataclass(frozen=True)
@@ -57,10 +59,6 @@ class Source:
             raise ValueError(f"source {self.name!r} has weight {self.weight}: it must be positive")
         if self.epochs <= 0:
             raise ValueError(f"source {self.name!r} has epochs {self.epochs}: it must be positive")
-
-
-class TooManyBadSamples(RuntimeError):  # noqa: N818  (the name is the message)
-    """More samples had to be replaced than the configuration tolerates."""
 
 
 class Stream:
@@ -129,6 +127,11 @@ class Stream:
     def samples(self) -> int:
         """Samples in all sources together."""
         return sum(index.samples for index in self.indexes)
+
+    def view_shape(self, samples: int) -> tuple[int, ...]:
+        """Shape of the views of that many samples: (views, samples, S, S, 3)."""
+        size = self._maker_options["image_size"]
+        return (self._maker_options["augmentation"].views, samples, size, size, 3)
 
     def describe(self) -> dict[str, dict[str, int | float | str]]:
         """Per source: kind, samples, shards, bytes and share of the stream."""
@@ -260,13 +263,14 @@ class Slices:
 class _Feed(IterableDataset):
     """What runs in one worker process: its blocks of positions, made into parts."""
 
-    def __init__(self, stream: Stream, slices: Slices) -> None:
-        self.stream, self.slices = stream, slices
+    def __init__(self, stream: Stream, slices: Slices, buffers: Tensor | None) -> None:
+        self.stream, self.slices, self.buffers = stream, slices, buffers
 
     def __iter__(self) -> Iterator[Part]:
         info = get_worker_info()
         worker, workers = (info.id, info.num_workers) if info else (0, 1)
-        return self.stream.maker().parts(self.slices.blocks(worker, workers))
+        buffers = None if self.buffers is None else self.buffers[worker]
+        return self.stream.maker().parts(self.slices.blocks(worker, workers), buffers)
 
 
 def _single_thread(_: int) -> None:
@@ -289,28 +293,32 @@ class Loader:
         self._seen = self._replaced = 0
 
     def __iter__(self) -> Iterator[Batch]:
-        feed = _Feed(self.stream, self.slices)
-        parts: Iterator[Part]
-        if self.workers == 0:
-            parts = iter(feed)
-        else:
-            parts = iter(
-                DataLoader(
-                    feed,
-                    batch_size=None,
-                    num_workers=self.workers,
-                    prefetch_factor=2,
-                    worker_init_fn=_single_thread,
-                )
-            )
-        while True:
-            # Workers are polled in turn and give one part per micro-batch each.
-            group = [part for _, part in zip(range(max(1, self.workers)), parts, strict=False)]
-            if not group:
-                return
+        parts = self._from_workers() if self.workers else self._in_process()
+        # Workers are polled in turn and give one part per micro-batch each.
+        while group := [part for _, part in zip(range(max(1, self.workers)), parts, strict=False)]:
             for part in group:
                 self._note(part)
-            yield Part.collate(group, pin_memory=self.pin_memory)
+            yield collate(group, pin_memory=self.pin_memory)
+
+    def _in_process(self) -> Iterator[Part]:
+        return iter(_Feed(self.stream, self.slices, None))
+
+    def _from_workers(self) -> Iterator[Part]:
+        # A worker is asked for part n + _PREFETCH when part n is taken, so with one slot more than
+        # that it never writes over a part that is not collated yet.
+        largest = -(-self.slices.micro_batch // self.workers)
+        shape = (self.workers, _PREFETCH + 1, *self.stream.view_shape(largest))
+        buffers = torch.empty(shape, dtype=torch.uint8).share_memory_()
+        loader = DataLoader(
+            _Feed(self.stream, self.slices, buffers),
+            batch_size=None,
+            num_workers=self.workers,
+            prefetch_factor=_PREFETCH,
+            worker_init_fn=_single_thread,
+        )
+        for number, part in enumerate(loader):
+            part.views = buffers[number % self.workers, part.slot, :, : len(part)]
+            yield part
 
     def _note(self, part: Part) -> None:
         self.read.update(part.read)
