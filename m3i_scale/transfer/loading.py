@@ -19,13 +19,23 @@ ENCODER = "online."  # the part of the networks that has a momentum average
 class Weights(Protocol):
     """A checkpoint as `m3i_scale.engine.checkpoint.Reader` gives it, sharded or not.
 
-    `kind` is "weight" (float32 master weights) or "momentum" (float32 averages of the encoder);
-    `shapes` are those of all trained parameters by name; `state` holds the counters.
+    `kind` is "weight" (float32 master weights) or "momentum" (float32 averages of the encoder).
     """
 
-    path: Path
-    state: Mapping[str, Any]
-    shapes: Mapping[str, list[int]]
+    @property
+    def path(self) -> Path:
+        """Where it lies, for messages."""
+        ...
+
+    @property
+    def state(self) -> Mapping[str, Any]:
+        """Counters: "step" among them."""
+        ...
+
+    @property
+    def shapes(self) -> Mapping[str, list[int]]:
+        """Shapes of all trained parameters by name."""
+        ...
 
     def tensor(self, kind: str, name: str) -> Tensor:
         """One whole tensor in its own shape."""
