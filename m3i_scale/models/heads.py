@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-from m3i_scale.models.layers import Linear, layer_norm
+from m3i_scale.models.layers import XavierLinear, layer_norm
 
 
 class MLP(nn.Sequential):
@@ -19,10 +19,10 @@ class MLP(nn.Sequential):
 
     def __init__(self, in_width: int, hidden: int, out_width: int) -> None:
         super().__init__(
-            Linear(in_width, hidden),
+            XavierLinear(in_width, hidden),
             layer_norm(hidden),
             nn.GELU(),
-            Linear(hidden, out_width),
+            XavierLinear(hidden, out_width),
         )
 
 

@@ -65,12 +65,16 @@ class ZeroLinear(nn.Linear):
 def init_transformer(module: nn.Module) -> None:
     """Initialise one Transformer layer: `owner.apply(init_transformer)` in the owner's constructor.
 
-    Linear and embedding weights from a truncated normal (0.02), biases zero (ViT, BERT).
+    Linear weights from Glorot's uniform distribution, as masked image models do: at small widths a
+    fixed deviation of 0.02 would all but silence a stack of them. Embeddings from a truncated
+    normal (0.02, BERT), biases zero.
     """
-    if isinstance(module, nn.Linear | nn.Embedding):
+    if isinstance(module, nn.Linear):
+        xavier_uniform_(module.weight)
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)
+    elif isinstance(module, nn.Embedding):
         trunc_normal_(module.weight)
-    if isinstance(module, nn.Linear) and module.bias is not None:
-        nn.init.zeros_(module.bias)
 
 
 class ToChannelsLast(nn.Module):

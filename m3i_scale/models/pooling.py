@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from m3i_scale.models.layers import Linear, layer_norm, require_divisible
+from m3i_scale.models.layers import XavierLinear, layer_norm, require_divisible
 
 
 class CrossAttention(nn.Module):
@@ -22,10 +22,10 @@ class CrossAttention(nn.Module):
         self.q_bias = nn.Parameter(torch.zeros(width))
         self.k_bias = nn.Parameter(torch.zeros(width))
         self.v_bias = nn.Parameter(torch.zeros(width))
-        self.q = Linear(width, width, bias=False)
-        self.k = Linear(width, width, bias=False)
-        self.v = Linear(width, width, bias=False)
-        self.proj = Linear(width, out_width)
+        self.q = XavierLinear(width, width, bias=False)
+        self.k = XavierLinear(width, width, bias=False)
+        self.v = XavierLinear(width, width, bias=False)
+        self.proj = XavierLinear(width, out_width)
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, keep: Tensor | None = None) -> Tensor:
         """Attend from q (B, Q, D) to k, v (B, N, D) where keep (B, N) is True -> (B, Q, E)."""

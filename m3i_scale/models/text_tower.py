@@ -3,7 +3,7 @@
 from torch import Tensor, nn
 from transformers import BertConfig, BertModel
 
-from m3i_scale.models.layers import Linear, init_transformer, require_divisible
+from m3i_scale.models.layers import XavierLinear, init_transformer, require_divisible
 
 
 class BertEncoder(BertModel):
@@ -62,7 +62,7 @@ class TextTower(nn.Module):
         self.bert.apply(init_transformer)
         if checkpoint_blocks:
             _enable_checkpointing(self.bert)
-        self.projection = Linear(width, embed_dim, bias=False)
+        self.projection = XavierLinear(width, embed_dim, bias=False)
 
     def forward(self, tokens: Tensor, token_mask: Tensor) -> Tensor:
         """Encode tokens int64 (B, L), mask bool (B, L) True on real ones -> (B, E), not normalised.

@@ -19,7 +19,7 @@ from m3i_scale.models.backbone import build_backbone
 from m3i_scale.models.category_head import CategoryHead
 from m3i_scale.models.heads import MLP, Temperature
 from m3i_scale.models.image_decoder import ImageDecoder
-from m3i_scale.models.layers import Linear
+from m3i_scale.models.layers import XavierLinear
 from m3i_scale.models.positions import relative_positions
 from m3i_scale.models.text_tower import TextTower
 from m3i_scale.objective.balance import GradientProbe
@@ -118,7 +118,7 @@ class M3I(nn.Module):
         if "text" in wanted:
             assert model.text is not None  # Config refuses a text target without model.text
             self.text_tower = TextTower(**model.text.model_dump(exclude={"tokenizer"}))
-            self.text_projection = Linear(backbone.embed_dim, model.text.embed_dim)
+            self.text_projection = XavierLinear(backbone.embed_dim, model.text.embed_dim)
         if "category" in wanted:
             self.category_head = CategoryHead(backbone.embed_dim, model.categories)
         self.temperatures = nn.ModuleDict(

@@ -53,19 +53,19 @@ class PatchMask:
     def _blocks(self, rng: np.random.Generator) -> NDArray[np.bool_]:
         mask = np.ones((self.rows, self.columns), dtype=bool)
         while (missing := self.hidden - int((~mask).sum())) > 0:
-            top, left, height, width = self._rectangle(rng, missing)
-            block = mask[top : top + height, left : left + width]
+            block = mask[self._rectangle(rng, missing)]
             new = np.flatnonzero(block)[:missing]
             block[np.unravel_index(new, block.shape)] = False
         return mask
 
-    def _rectangle(self, rng: np.random.Generator, missing: int) -> tuple[int, int, int, int]:
-        """A rectangle of at most about `missing` patches: (top, left, height, width)."""
+    def _rectangle(self, rng: np.random.Generator, missing: int) -> tuple[slice, slice]:
+        """Rows and columns of a rectangle of at most about `missing` patches."""
         smallest = max(1, self.rows * self.columns // 12)
         area = rng.uniform(min(smallest, missing), missing)
         aspect = np.exp(rng.uniform(*np.log(self.aspect)))
         height = int(np.clip(round(np.sqrt(area * aspect)), 1, self.rows))
         width = int(np.clip(round(np.sqrt(area / aspect)), 1, self.columns))
-        top = int(rng.integers(self.rows - height + 1))
-        left = int(rng.integers(self.columns - width + 1))
-        return top, left, height, width
+        # It may hang over the border: placed inside, corners would hardly ever be hidden.
+        top = int(rng.integers(1 - height, self.rows))
+        left = int(rng.integers(1 - width, self.columns))
+        return slice(max(top, 0), top + height), slice(max(left, 0), left + width)
