@@ -16,6 +16,7 @@ import torch
 
 BACKENDS = ("auto", "triton", "reference")
 
+_HAS_TRITON = importlib.util.find_spec("triton") is not None
 _log = logging.getLogger(__name__)
 _choice = "auto"
 _reported: set[tuple[str, str]] = set()
@@ -74,7 +75,7 @@ def _check_name(name: str) -> None:
 
 
 def _check_triton_runs(device: torch.device) -> None:
-    if importlib.util.find_spec("triton") is None:
+    if not _HAS_TRITON:
         raise ValueError(
             'backend is "triton", but the triton package is not installed: '
             'install triton or choose backend="reference"'

@@ -143,8 +143,9 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 
 def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    dx, doffset, dmask, dscale = dcnv3_backward_op(grad, *ctx.saved_tensors, *ctx.parameters)
-    has_scale = ctx.saved_tensors[4] is not None
+    saved = ctx.saved_tensors  # once: activation checkpointing recomputes at every access
+    dx, doffset, dmask, dscale = dcnv3_backward_op(grad, *saved, *ctx.parameters)
+    has_scale = saved[4] is not None
     return dx, doffset, dmask, dscale if has_scale else None, *([None] * len(ctx.parameters))
 
 

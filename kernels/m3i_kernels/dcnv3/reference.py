@@ -5,6 +5,10 @@ For output position p0 and group g (arXiv 2211.05778, equation 2)
     y_g(p0) = sum_k  m_gk(p0) * x_g( c(p0) + offset_scale * (p_k + dp_gk(p0)) )
 
 where c(p0) is the kernel's centre in the input and x_g is read bilinearly, zero outside the image.
+
+At whole-pixel locations, where every network starts, bilinear reading has a kink and the gradient
+of the offset is one-sided: to the right and downwards in the kernels, to either side here, as the
+rounding of `grid_sample`'s normalised coordinates has it.
 """
 
 from typing import Any
