@@ -3,7 +3,7 @@
 Blocks are whole files that appear by rename after fsync: a reader never sees half a block, and
 neither does the next run after a crash.  The space is reserved in a counter under a file lock
 before anything is written, so the limit also holds while many processes write.  The counter heals
-itself: whenever it reaches the limit, the folder is measured and the blocks that were used least
+itself: when it reaches the limit, the folder is measured and the blocks that were used least
 recently go.  Files behind a URL are taken to be immutable, as shards are.
 """
 
@@ -58,7 +58,8 @@ class DiskCache:
 
     def used(self) -> int:
         """Bytes on disk now."""
-        return sum(size for _, size, _ in self._files())
+        with self._locked():
+            return sum(size for _, size, _ in self._files())
 
     def _path(self, url: str, number: int) -> Path:
         name = hashlib.sha256(url.encode()).hexdigest()
@@ -77,25 +78,28 @@ class DiskCache:
         path = self._path(url, number)
         temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
         try:
-            self._reserve(len(block))
             path.parent.mkdir(exist_ok=True)
-            with open(temporary, "wb") as file:
+            self._reserve(temporary, len(block))
+            with open(temporary, "r+b") as file:
                 file.write(block)
                 file.flush()
                 os.fsync(file.fileno())
-            os.replace(temporary, path)
+            with self._locked():
+                os.replace(temporary, path)
         except OSError as error:  # a full or broken disk costs speed, not the run
             log.warning("cannot cache a block in %s: %s", self.folder, error)
             with contextlib.suppress(OSError):
                 os.remove(temporary)
 
-    def _reserve(self, size: int) -> None:
-        """Count `size` bytes as used, making room first where they would not fit."""
+    def _reserve(self, temporary: Path, size: int) -> None:
+        """Create the file at its full length, making room first where it would not fit."""
         with self._locked() as counter:
             text = os.pread(counter, 32, 0)
             used = int(text) if text.isdigit() else self.max_bytes  # unknown: measure
             if used + size > self.max_bytes:
                 used = self._make_room(size)
+            with open(temporary, "wb") as file:
+                file.truncate(size)
             os.ftruncate(counter, 0)
             os.pwrite(counter, str(used + size).encode(), 0)
 

@@ -174,7 +174,9 @@ class Index:
             if is_local(self.path):
                 self._file = _parquet(self.path, local_path(self.path))
             else:
-                self._file = _parquet(self.path, self._storage.open(self.path))
+                self._file = _parquet(
+                    self.path, self._storage.open(self.path, buffer_bytes=1 << 16)
+                )
             self._owner = os.getpid()
             meta = self._file.metadata
             rows = [meta.row_group(i).num_rows for i in range(meta.num_row_groups)]

@@ -108,8 +108,9 @@ def process_map(processes: int) -> Iterator[Callable[..., Iterator[Any]]]:
     if processes <= 1:
         yield map
         return
-    # Spawned, because fsspec's event loop and its connections do not survive a fork.
-    with ProcessPoolExecutor(processes, mp_context=get_context("spawn")) as pool:
+    # Forked, because a new interpreter would first import torch for half a minute; fsspec and
+    # pyarrow both start their threads anew in a forked child.
+    with ProcessPoolExecutor(processes, mp_context=get_context("fork")) as pool:
         yield partial(pool.map, chunksize=1)
 
 

@@ -7,6 +7,7 @@ is tried again with exponential back-off and jitter, then raised as `StorageErro
 from __future__ import annotations
 
 import hashlib
+import io
 import logging
 import os
 import random
@@ -18,7 +19,6 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import aiohttp
-import fsspec
 from fsspec.core import split_protocol, url_to_fs
 
 from m3i_scale.data.cache import DiskCache
@@ -113,11 +113,13 @@ class Storage:
         """Length of `url` in bytes."""
         return self._retry(lambda: self._size(url), f"asking the size of {url}")
 
-    def open(self, url: str, mode: str = "rb") -> Any:
-        """Open `url` as a file object (fsspec's `open`)."""
+    def open(self, url: str, *, buffer_bytes: int = 8 << 20) -> io.BufferedReader:
+        """Open `url` for reading and seeking; remote reads are retried, `buffer_bytes` at once."""
         if self.check(url).startswith(_PIPE):
             url = self._spool(url)
-        return fsspec.open(url, mode, **self._options(url)).open()
+        if is_local(url):
+            return open(local_path(url), "rb")
+        return io.BufferedReader(_RangeFile(self, url), buffer_bytes)
 
     def glob(self, pattern: str) -> list[str]:
         """URLs that match `pattern`, sorted, with the protocol of the pattern."""
@@ -179,6 +181,37 @@ class Storage:
                 subprocess.run(command, shell=True, check=True, stdout=file)  # noqa: S602
             os.replace(temporary, path)
         return str(path)
+
+
+class _RangeFile(io.RawIOBase):
+    """A remote file whose reads are `Storage.read`."""
+
+    def __init__(self, storage: Storage, url: str) -> None:
+        self._storage, self._url = storage, url
+        self._at, self._length = 0, storage.size(url)
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def tell(self) -> int:
+        return self._at
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        base = {os.SEEK_SET: 0, os.SEEK_CUR: self._at, os.SEEK_END: self._length}[whence]
+        self._at = base + offset
+        return self._at
+
+    def readinto(self, buffer: Any) -> int:
+        stop = min(self._at + len(buffer), self._length)
+        if stop <= self._at:
+            return 0
+        data = self._storage.read(self._url, self._at, stop)
+        buffer[: len(data)] = data
+        self._at += len(data)
+        return len(data)
 
 
 def retrying(action: Callable[[], T], what: str, *, attempts: int, first_wait: float) -> T:

@@ -1,0 +1,303 @@
+"""Storage against a real S3 server on loopback and an HTTP server that fails in every way."""
+
+from __future__ import annotations
+
+import http.server
+import os
+import socket
+import threading
+import time
+from multiprocessing import get_context
+from pathlib import Path
+
+import aiohttp
+import pytest
+from foreign import category_members, make_stream, text_members, write_tar
+from test_stream import assert_same, by_position
+
+from m3i_scale.data import Source, Storage
+from m3i_scale.data.cache import DiskCache
+from m3i_scale.data.indexing import index_shards
+from m3i_scale.data.storage import StorageError
+
+FAULTS = ("refuse", "500", "short", "ignore range", "reset", "stall")
+
+
+class Flaky(http.server.BaseHTTPRequestHandler):
+    """Serves files with ranges; every `server.every`-th data request goes wrong in some way."""
+
+    protocol_version = "HTTP/1.1"
+
+    def log_message(self, *args):
+        pass
+
+    def do_HEAD(self):
+        self.answer(body=False)
+
+    def do_GET(self):
+        self.answer(body=True)
+
+    def answer(self, body: bool):
+        server = self.server
+        path = os.path.join(server.folder, self.path.lstrip("/"))
+        if not os.path.isfile(path):
+            self.send_error(404)
+            return
+        with server.lock:
+            server.requests += body
+            number = server.requests
+        fault = ""
+        if body and server.every and number % server.every == 0:
+            fault = FAULTS[number // server.every % len(FAULTS)]
+            server.faults.append(fault)
+        if fault == "reset":
+            self.close_connection = True
+            self.connection.shutdown(socket.SHUT_RDWR)
+            return
+        if fault == "stall":
+            time.sleep(1.5)
+        if fault in ("refuse", "500"):
+            self.send_error(503 if fault == "refuse" else 500)
+            return
+        self.serve(path, body, fault)
+
+    def serve(self, path: str, body: bool, fault: str):
+        data = Path(path).read_bytes()
+        size, wanted = len(data), self.headers.get("Range")
+        status = 200
+        if wanted and fault != "ignore range":
+            low, high = wanted.removeprefix("bytes=").split("-")
+            start, stop = int(low), min(int(high) + 1 if high else size, size)
+            if start >= size:
+                self.send_error(416)
+                return
+            data, status = data[start:stop], 206
+        self.send_response(status)
+        if status == 206:
+            self.send_header("Content-Range", f"bytes {start}-{stop - 1}/{size}")
+        self.send_header("Accept-Ranges", "bytes")
+        self.send_header("Content-Length", str(len(data)))
+        self.end_headers()
+        if body:
+            self.wfile.write(data[: len(data) // 2] if fault == "short" else data)
+            if fault == "short":
+                self.wfile.flush()
+                self.close_connection = True
+                self.connection.shutdown(socket.SHUT_RDWR)
+
+
+@pytest.fixture
+def flaky(tmp_path):
+    (tmp_path / "www").mkdir()
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Flaky)
+    server.folder, server.every, server.requests = str(tmp_path / "www"), 0, 0
+    server.lock, server.faults = threading.Lock(), []
+    server.url = f"http://127.0.0.1:{server.server_port}"
+    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread.start()
+    yield server
+    server.shutdown()
+    server.server_close()
+    thread.join()
+
+
+@pytest.fixture(scope="module")
+def s3():
+    """moto's S3 server; the storage options that lead to it."""
+    from moto.server import ThreadedMotoServer
+
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        os.environ.setdefault(name, "test")
+    os.environ.setdefault("AWS_DEFAULT_REGION", "us-east-1")
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    server.start()
+    host, port = server.get_host_and_port()
+    yield {"s3": {"endpoint_url": f"http://{host}:{port}", "key": "test", "secret": "test"}}
+    server.stop()
+
+
+def fast(options=None, **more) -> Storage:
+    http_timeout = {"client_kwargs": {"timeout": aiohttp.ClientTimeout(sock_read=0.5)}}
+    return Storage(first_wait=0.01, options=options or {"http": http_timeout}, **more)
+
+
+def test_flaky_http_delivers_every_byte(flaky):
+    data = os.urandom(300_000)
+    with open(f"{flaky.folder}/x", "wb") as file:
+        file.write(data)
+    flaky.every = 2
+    storage = fast()
+    for start in range(0, 300_000, 20_000):
+        assert storage.read(f"{flaky.url}/x", start, start + 20_000) == data[start : start + 20_000]
+    assert storage.read(f"{flaky.url}/x", 299_990, 300_500) == data[299_990:]
+    assert set(flaky.faults) == set(FAULTS)
+
+
+def test_what_is_not_there_fails_at_once_and_what_stays_broken_after_all_attempts(flaky):
+    storage = Storage(attempts=3, first_wait=30)
+    with pytest.raises(FileNotFoundError):  # at once: the second attempt would come after 30 s
+        storage.read(f"{flaky.url}/none", 0, 10)
+    assert flaky.requests == 0
+    with open(f"{flaky.folder}/x", "wb") as file:
+        file.write(b"0" * 100)
+    flaky.every = 1
+    with pytest.raises(StorageError, match="failed 2 times"):
+        Storage(attempts=2, first_wait=0.01).read(f"{flaky.url}/x", 0, 10)
+
+
+def test_local_files(tmp_path):
+    (tmp_path / "x").write_bytes(b"0123456789")
+    storage = Storage()
+    assert storage.read(str(tmp_path / "x"), 2, 5) == b"234"
+    assert storage.read(f"file://{tmp_path}/x", 8, 20) == b"89"
+    with pytest.raises(FileNotFoundError):
+        storage.read(str(tmp_path / "y"), 0, 1)
+
+
+def test_a_stream_over_flaky_http_is_the_stream_over_local_files(flaky, tmp_path):
+    paths = [write_tar(tmp_path / "www" / f"{n}.tar", text_members(9 * n, 9)) for n in range(3)]
+    index_shards([str(p) for p in paths], str(tmp_path / "www" / "i.parquet"), kind="text",
+                 progress=False)  # fmt: skip
+    local = make_stream([Source("pairs", str(tmp_path / "www" / "i.parquet"), "text")])
+    expected = by_position([local.loader(start=0, micro_batch=9, end=54)])
+    flaky.every = 3
+    remote = make_stream([Source("pairs", f"{flaky.url}/i.parquet", "text")], storage=fast())
+    got = by_position([remote.loader(start=0, micro_batch=9, end=54, workers=2)])
+    assert_same(got, expected)
+    assert flaky.faults
+
+
+def test_index_and_stream_on_s3(s3, tmp_path):
+    import s3fs
+
+    filesystem = s3fs.S3FileSystem(**s3["s3"])
+    filesystem.mkdir("bucket")
+    for number in range(3):
+        path = write_tar(tmp_path / f"{number}.tar", category_members(7 * number, 7))
+        filesystem.put(str(path), f"bucket/shards/{number}.tar")
+    storage = fast(options=s3)
+    index = str(tmp_path / "remote.parquet")
+    summary = index_shards(["s3://bucket/shards/*.tar"], index, kind="category", processes=2,
+                           storage=storage, progress=False)  # fmt: skip
+    assert (summary.shards, summary.samples, summary.problems) == (3, 21, {})
+    cache = DiskCache(tmp_path / "cache", 64 << 20)
+    cached = make_stream(
+        [Source("labels", index, "category")], storage=fast(options=s3, cache=cache)
+    )
+    got = by_position([cached.loader(start=0, micro_batch=7, end=21, workers=2)])
+    index_shards([str(tmp_path / f"{n}.tar") for n in range(3)], str(tmp_path / "here.parquet"),
+                 kind="category", progress=False)  # fmt: skip
+    local = make_stream([Source("labels", str(tmp_path / "here.parquet"), "category")])
+    expected = by_position([local.loader(start=0, micro_batch=7, end=21)])
+    strip = lambda rows: {  # noqa: E731  (the keys differ by the name of the shard alone)
+        n: (key.split("/")[-1], row) for n, (key, row) in rows.items()
+    }
+    assert_same(strip(got), strip(expected))
+    assert cache.used() == sum((tmp_path / f"{n}.tar").stat().st_size for n in range(3))
+    filesystem.rm("bucket/shards", recursive=True)  # from now on only the cache has the bytes
+    again = by_position([cached.loader(start=0, micro_batch=7, end=21)])
+    assert_same(strip(again), strip(expected))
+
+
+def reader_of(data: bytes):
+    calls = []
+
+    def fetch(start: int, stop: int) -> bytes:
+        calls.append((start, stop))
+        return data[start:stop]
+
+    return fetch, calls
+
+
+def test_cache_reads_each_block_once_and_joins_what_is_missing(tmp_path):
+    data = bytes(range(256)) * 20  # 5120 bytes
+    fetch, calls = reader_of(data)
+    cache = DiskCache(tmp_path, 100_000, block_bytes=1000)
+    assert cache.read("u", 1500, 1600, fetch) == data[1500:1600]
+    assert cache.read("u", 500, 4500, fetch) == data[500:4500]
+    assert calls == [(1000, 2000), (0, 1000), (2000, 5000)]
+    assert cache.read("u", 4900, 6000, fetch) == data[4900:]
+    assert cache.read("u", 0, 5120, fetch) == data
+    assert len(calls) == 4
+
+
+def test_cache_keeps_its_limit_and_drops_what_was_used_least_recently(tmp_path):
+    fetch, _ = reader_of(os.urandom(100_000))
+    cache = DiskCache(tmp_path, 20_000, block_bytes=1000)
+    for block in range(60):
+        cache.read("u", block * 1000, block * 1000 + 10, fetch)
+        cache.read("u", 0, 10, fetch)  # used all the time
+        assert cache.used() <= 20_000
+    assert cache._load("u", 0, 0, 10) is not None
+    assert cache._load("u", 1, 0, 10) is None
+
+
+def _hammer(folder: str, seed: int) -> int:
+    import random
+
+    data = bytes(range(256)) * 400
+    cache, rng = DiskCache(folder, 12_000, block_bytes=1000), random.Random(seed)
+    wrong = 0
+    for _ in range(150):
+        start = rng.randrange(0, 100_000)
+        stop = start + rng.randrange(1, 3000)
+        wrong += cache.read("u", start, stop, lambda a, b: data[a:b]) != data[start:stop]
+        wrong += cache.used() > 12_000
+    return wrong
+
+
+def test_cache_is_shared_by_processes(tmp_path):
+    with get_context("fork").Pool(4) as pool:
+        assert pool.starmap(_hammer, [(str(tmp_path), seed) for seed in range(4)]) == [0] * 4
+
+
+def test_cache_survives_a_crash(tmp_path):
+    fetch, _ = reader_of(b"x" * 10_000)
+    cache = DiskCache(tmp_path, 5000, block_bytes=1000)
+    cache.read("u", 0, 2000, fetch)
+    block = cache._path("u", 0)
+    half = block.with_name(f"{block.name}.999.tmp")  # what a writer that was killed leaves behind
+    half.write_bytes(b"half")
+    os.utime(half, (1, 1))
+    (tmp_path / "used").write_bytes(b"garbage")
+    after = DiskCache(tmp_path, 5000, block_bytes=1000)
+    assert after.read("u", 0, 10_000, fetch) == b"x" * 10_000
+    assert after.used() <= 5000
+    assert not half.exists()
+
+
+def test_a_cache_that_cannot_be_written_costs_no_data(tmp_path, monkeypatch):
+    cache = DiskCache(tmp_path, 5000, block_bytes=1000)
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    fetch, _ = reader_of(b"y" * 3000)
+    assert cache.read("u", 0, 3000, fetch) == b"y" * 3000
+    assert not list(tmp_path.rglob("*.tmp"))
+
+
+def test_a_cache_too_small_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="too small"):
+        DiskCache(tmp_path, 1000)
+
+
+def test_pipe_is_refused_unless_allowed(tmp_path, monkeypatch):
+    marker = tmp_path / "ran"
+    tar = write_tar(tmp_path / "a.tar", text_members(0, 4))
+    url = f"pipe:touch {marker}; cat {tar}"
+    with pytest.raises(ValueError, match="allow_pipe"):
+        Storage().read(url, 0, 10)
+    index = str(tmp_path / "i.parquet")
+    with pytest.raises(ValueError, match="allow_pipe"):
+        index_shards([url], index, kind="text", progress=False)
+    assert not marker.exists()
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    trusting = Storage(allow_pipe=True)
+    index_shards([url], index, kind="text", storage=trusting, progress=False)
+    assert marker.exists()
+    with pytest.raises(ValueError, match="allow_pipe"):
+        make_stream([Source("p", index, "text")])
+    stream = make_stream([Source("p", index, "text")], storage=trusting)
+    assert len(next(iter(stream.loader(start=0, micro_batch=4)))) == 4
