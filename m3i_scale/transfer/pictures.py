@@ -16,9 +16,9 @@ from matplotlib.figure import Figure
 from m3i_scale.transfer import knn, zero_shot
 from m3i_scale.transfer.evaluation import Evaluation
 from m3i_scale.transfer.features import Place, read_image
-from m3i_scale.transfer.labels import categories, subject, subjects
+from m3i_scale.transfer.labels import categories, rows_with, subject, subjects
 
-RIGHT, WRONG, UNKNOWN = "#1a7f37", "#b42318", "#6b7280"
+RIGHT, WRONG = "#1a7f37", "#b42318"
 _PANELS = {
     "losses": ("loss/",),
     "accuracy within the batch": ("accuracy/",),
@@ -38,8 +38,9 @@ def save_retrieval(
 ) -> None:
     """Draw held-out queries with their nearest captions and nearest gallery images.
 
-    The queries are a fixed random choice, neither the best nor the worst. Green: the subject of the
-    caption is right (of an image without a caption: the category); red: it is not; grey: unknown.
+    The queries are a fixed random choice, neither the best nor the worst. Green: the caption's
+    subject is the query's, red: it is not. Gallery images without a caption are passed over;
+    where captions cannot be compared at all, categories are.
 
     Args:
         path: the PNG to write.
@@ -49,26 +50,25 @@ def save_retrieval(
         columns: captions and images for each.
     """
     chosen = _choice(len(evaluation.queries), rows)
+    found = _neighbours(evaluation, chosen, columns)
     has_captions = evaluation.caption_embeddings is not None
-    widths = [1.0, *([3.6] if has_captions else []), *[1.0] * columns]
+    widths = [1.0, *([2.9] if has_captions else []), *[1.0] * columns]
     figure = _figure(1.25 * sum(widths), 1.35 * len(chosen) + 0.5)
     axes = figure.subplots(len(chosen), len(widths), squeeze=False, width_ratios=widths)
     for axis in axes.flat:
         axis.set_axis_off()
     axes[0, 0].set_title("query", fontsize=9)
-    axes[0, 1 + has_captions].set_title("nearest training images", fontsize=9, loc="left")
+    axes[0, 1 + has_captions].set_title("nearest gallery images", fontsize=9, loc="left")
     if has_captions:
         axes[0, 1].set_title("nearest captions", fontsize=9, loc="left")
-    found = knn.neighbours(evaluation.query_features[chosen], evaluation.gallery_features, columns)[
-        1
-    ].tolist()
     for row, query in enumerate(chosen):
         _draw(axes[row, 0], evaluation.queries.places[query], image_size)
+        _name(axes[row, 0], subject(evaluation.queries.captions[query]))
         if has_captions:
             _write_captions(axes[row, 1], evaluation, query, columns)
-        for axis, neighbour in zip(axes[row, 1 + has_captions :], found[row], strict=False):
-            _draw(axis, evaluation.gallery.places[neighbour], image_size)
-            _frame(axis, _image_verdict(evaluation, query, neighbour))
+        for axis, (image, right) in zip(axes[row, 1 + has_captions :], found[row], strict=False):
+            _draw(axis, evaluation.gallery.places[image], image_size)
+            _frame(axis, RIGHT if right else WRONG)
     figure.savefig(path, dpi=110)
 
 
@@ -79,6 +79,11 @@ def _choice(total: int, rows: int) -> list[int]:
 
 def _draw(axis: Any, place: Place, size: int) -> None:
     axis.imshow(read_image(place, size).numpy())
+
+
+def _name(axis: Any, text: str) -> None:
+    short = textwrap.shorten(text, 28, placeholder=" …")
+    axis.text(0.5, -0.02, short, fontsize=6, ha="center", va="top", transform=axis.transAxes)
 
 
 def _frame(axis: Any, colour: str) -> None:
@@ -97,20 +102,30 @@ def _write_captions(axis: Any, evaluation: Evaluation, query: int, k: int) -> No
     truth = evaluation.queries.captions[query]
     for line, (value, i) in enumerate(zip(cosine[0].tolist(), index[0].tolist(), strict=True)):
         caption = evaluation.captions[i]
-        right = subject(caption) == subject(truth)
-        colour = (RIGHT if right else WRONG) if truth else UNKNOWN
+        colour = RIGHT if subject(caption) == subject(truth) else WRONG
         text = f"{value:.2f} {textwrap.shorten(caption, 48, placeholder=' …')}"
         height = 0.92 - 0.2 * line
         axis.text(0, height, text, fontsize=7, va="center", color=colour, transform=axis.transAxes)
 
 
-def _image_verdict(evaluation: Evaluation, query: int, neighbour: int) -> str:
+def _neighbours(
+    evaluation: Evaluation, chosen: Sequence[int], k: int
+) -> list[list[tuple[int, bool]]]:
+    """For each query the k nearest gallery images that can be judged, and whether they are right.
+
+    They are judged by the first kind of label that both sides carry; no images where there is none.
+    """
     for labelling in (subjects, categories):
-        wanted = labelling(evaluation.queries)[query]
-        found = labelling(evaluation.gallery)[neighbour]
-        if wanted is not None and found is not None:
-            return RIGHT if wanted == found else WRONG
-    return UNKNOWN
+        wanted, known = labelling(evaluation.queries), labelling(evaluation.gallery)
+        rows = rows_with(known)
+        if len(rows) and len(rows_with(wanted)):
+            features = evaluation.query_features[list(chosen)], evaluation.gallery_features[rows]
+            nearest = rows[knn.neighbours(*features, k)[1]].tolist()
+            return [
+                [(image, known[image] == wanted[query]) for image in images]
+                for query, images in zip(chosen, nearest, strict=True)
+            ]
+    return [[] for _ in chosen]
 
 
 # ------------------------------------------------------------------------------------------- curves
