@@ -37,11 +37,12 @@ class Fault:
     shard: str
     key: str
     detail: str
-    replaced: bool
+    outcome: str  # "replaced", "repaired", or "passed over" as a substitute
 
     def __str__(self) -> str:
-        what = "replaced" if self.replaced else "repaired"
-        return f"{what} sample {self.key or '?'} of {self.shard} ({self.detail or self.cause})"
+        return (
+            f"{self.outcome} sample {self.key or '?'} of {self.shard} ({self.detail or self.cause})"
+        )
 
 
 @dataclass
@@ -116,7 +117,7 @@ def decode_sample(
         member = index.text_member[raw.shard] or "txt"
         text, repaired = decode.decode_text(raw.text or b"", member)
         if repaired:
-            faults.append(Fault(raw.position, "bad UTF-8", shard, raw.key, "", replaced=False))
+            faults.append(Fault(raw.position, "bad UTF-8", shard, raw.key, "", "repaired"))
     if source.kind != "text":
         member = index.category_member[raw.shard] or "cls"
         category = decode.decode_category(raw.category or b"", member)
@@ -212,9 +213,8 @@ class Maker:
                 )
             except BadSample as bad:
                 name = f"{self.sources[raw.source].name}/{raw.shard_name}"
-                faults.append(
-                    Fault(raw.position, bad.cause, name, raw.key, str(bad), replaced=True)
-                )
+                outcome = "passed over" if attempt else "replaced"
+                faults.append(Fault(raw.position, bad.cause, name, raw.key, str(bad), outcome))
             where = self.order.substitute(raw.position, attempt)
             raw = self.reader.one(raw.position, *where)
         raise TooManyBadSamples(

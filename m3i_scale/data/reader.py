@@ -12,10 +12,11 @@ windows are short, so that the first batch after a resume does not wait for a fu
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -97,7 +98,7 @@ class Reader:
         ):
             pending: Future[list[list[Raw]]] | None = None
             for window in self._windows(iter(blocks)):
-                following = planner.submit(self._load, window, pool)
+                following = planner.submit(self._load, window, pool.map)
                 if pending is not None:
                     yield from pending.result()
                 pending = following
@@ -107,8 +108,7 @@ class Reader:
     def one(self, position: int, source: int, shard: int, sample: int) -> Raw:
         """Fetch a single sample at once."""
         where = [np.array([value]) for value in (position, source, 0, shard, sample)]
-        with ThreadPoolExecutor(1) as pool:
-            return self._load([Located(*where)], pool)[0][0]
+        return self._load([Located(*where)], map)[0][0]
 
     def plan(self, located: Located) -> Plan:
         """The reads that fetch `located`."""
@@ -154,7 +154,7 @@ class Reader:
         self._slices.move_to_end(key)
         return self._slices[key]
 
-    def _load(self, window: list[Located], pool: ThreadPoolExecutor) -> list[list[Raw]]:
+    def _load(self, window: list[Located], run: Callable[..., Any]) -> list[list[Raw]]:
         located = Located(
             *(
                 np.concatenate([getattr(block, name) for block in window])
@@ -162,7 +162,7 @@ class Reader:
             )
         )
         plan = self.plan(located)
-        results = list(pool.map(self._read, plan.reads))
+        results = list(run(self._read, plan.reads))
         self.count.reads += len(plan.reads)
         self.count.bytes += sum(stop - start for _, _, start, stop in plan.reads)
         self.count.sample_bytes += int((plan.stop - plan.start).sum())

@@ -331,7 +331,7 @@ class Loader:
     def _note_fault(self, fault: Fault) -> None:
         self.faults[fault.cause] += 1
         log.warning("position %d: %s", fault.position, fault)
-        self._replaced += fault.replaced
+        self._replaced += fault.outcome == "replaced"
         window, rate = self.stream.bad_window, self.stream.max_bad_rate
         if self._replaced > rate * window:
             causes = ", ".join(f"{cause}: {count}" for cause, count in self.faults.most_common())
