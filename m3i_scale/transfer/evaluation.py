@@ -128,9 +128,10 @@ def evaluate(
 
 def markdown(rows: Sequence[Row]) -> str:
     """The table, accuracies in percent."""
-    width = max(len(row.task) for row in rows)
+    title = "accuracy, %"
+    width = max(len(title), *(len(row.task) for row in rows))
     lines = [
-        f"| {'accuracy, %':{width}} | trained | untrained | chance | queries | labels |",
+        f"| {title:{width}} | trained | untrained | chance | queries | labels |",
         f"| {'-' * width} | ------: | --------: | -----: | ------: | -----: |",
     ]
     lines += [
