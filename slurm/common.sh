@@ -1,0 +1,123 @@
+# What the templates share; sourced by them inside a job, from the repository's root.
+#
+#   new_attempt RUN_FOLDER   log folder, restart counting; gives up when restarts bring no progress
+#   rendezvous               MASTER_ADDR and MASTER_PORT, from Slurm's own variables
+#   preflight                checks the nodes; excludes a bad one and requeues (M3I_PREFLIGHT=yes)
+#   conclude EXIT_CODE       finished, stopped, broken: what happens next
+#
+# Expects from a template's site block: M3I_DEVICE, M3I_PREFLIGHT, M3I_MAX_STUCK, and the arrays
+# `python` (the interpreter, in its container if there is one) and `srun_options`.
+
+set -uo pipefail
+
+say() { echo "$(date '+%F %T') [job $SLURM_JOB_ID, restart $restart] $*"; }
+
+restart=${SLURM_RESTART_COUNT:-0}
+mapfile -t nodes < <(scontrol show hostnames "${SLURM_JOB_NODELIST:?not inside a Slurm job}")
+
+# A launcher's variables in the submitting shell would be taken for this job's.
+unset RANK LOCAL_RANK WORLD_SIZE MASTER_ADDR MASTER_PORT
+# Since Slurm 22.05 srun does not take over the batch script's --cpus-per-task by itself.
+export SRUN_CPUS_PER_TASK=${SLURM_CPUS_PER_TASK:-1}
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} PYTHONUNBUFFERED=1
+
+# One task that ends must not kill the others at once, because ranks that were asked to stop all
+# leave with code 85 within seconds of each other; but none may wait for a dead peer for long.
+srun_options+=(--kill-on-bad-exit=0 --wait=60)
+
+# The last lines of a file in which a progress bar may have overwritten one line many times.
+ending() { tail -c 4000 "$1" | tr '\r' '\n' | tail -n 20; }
+
+newest_step() {
+    local marker step=0
+    for marker in "$run_folder"/checkpoints/step-*/complete.json; do
+        [[ $marker =~ /step-([0-9]+)/complete.json$ ]] && step=$((10#${BASH_REMATCH[1]}))
+    done
+    echo "$step"
+}
+
+new_attempt() {
+    run_folder=$1
+    logs=$run_folder/logs/$SLURM_JOB_ID-$restart
+    mkdir -p "$logs" && ln -sfn "$SLURM_JOB_ID-$restart" "$run_folder/logs/latest" || exit 1
+    local attempts=$run_folder/logs/attempts step stuck
+    step=$(newest_step)
+    # One line per attempt. Restarts in a row that found no newer checkpoint than the attempt before
+    # them are stuck; a new submission starts counting anew.
+    echo "$SLURM_JOB_ID $restart $step" >> "$attempts"
+    stuck=$(awk -v job="$SLURM_JOB_ID" -v last=-1 \
+        '$1 == job { stuck = $3 == last ? stuck + 1 : 0; last = $3 } END { print stuck }' "$attempts")
+    say "starts from step $step on ${nodes[*]}; the ranks' logs are in $logs"
+    if (( stuck >= M3I_MAX_STUCK )); then
+        say "gives up: $stuck restarts in a row without a new checkpoint. See $run_folder/logs/," \
+            "mend the cause and submit again; training will go on from step $step."
+        exit 1
+    fi
+}
+
+rendezvous() {
+    local tasks=${SLURM_NTASKS_PER_NODE:-} gpus=${SLURM_GPUS_PER_NODE:-}
+    gpus=${gpus##*:}  # h100:8 -> 8
+    if [[ $tasks && $gpus && $tasks != "$gpus" ]]; then
+        say "--ntasks-per-node is $tasks and --gpus-per-node is $gpus: make them equal, one task per GPU"
+        exit 2
+    fi
+    # The address by which Slurm itself reaches the first node, so that it need not be in the DNS.
+    MASTER_ADDR=$(scontrol show node -o "${nodes[0]}" | sed -n 's/.* NodeAddr=\([^ ]*\).*/\1/p')
+    # Another port for every job and every restart, below the range of outgoing connections.
+    MASTER_PORT=$((15000 + (SLURM_JOB_ID * 7 + restart) % 15000))
+    export MASTER_ADDR MASTER_PORT
+}
+
+preflight() {
+    [[ $M3I_PREFLIGHT == yes ]] || return 0
+    local bad=$logs/bad-nodes
+    srun "${srun_options[@]}" --wait=600 --output="$logs/preflight.log" \
+        "${python[@]}" -m m3i_scale.engine.preflight --folder "$run_folder" --device "$M3I_DEVICE" \
+        --nodes "$(IFS=,; echo "${nodes[*]}")" --bad-nodes "$bad"
+    local code=$?
+    (( code == 0 )) && return
+    ending "$logs/preflight.log"
+    if [[ -s $bad ]]; then
+        requeue "$(paste -sd, "$bad")"
+    fi
+    say "pre-flight failed (exit code $code) and no single node is to blame"
+    requeue
+}
+
+conclude() {
+    case $1 in
+        0)  say "finished at step $(newest_step)"; exit 0 ;;
+        2)  say "cannot go on, and a restart would not help:" ;;
+        85) say "was asked to stop and has saved step $(newest_step)"; requeue ;;
+        *)  say "failed with exit code $1; the newest checkpoint is of step $(newest_step). srun names" \
+                "above the tasks that failed, rank-NNNN.log has their words; rank 0 ends with:" ;;
+    esac
+    ending "$logs/rank-0000.log"
+    (( $1 == 2 )) && exit 2
+    requeue
+}
+
+# requeue [NODES]: start this job again, from its newest checkpoint, not on NODES; does not return.
+requeue() {
+    local job excluded
+    job=$(scontrol show job -o "$SLURM_JOB_ID")
+    # Slurm may have requeued it already (scontrol requeue, preemption without grace); and the script
+    # of an attempt whose node was declared dead may outlive it: the job is then no longer its own.
+    if [[ $job != *" JobState=RUNNING "* || $job != *" Restarts=$restart "* ]]; then
+        say "is requeued already"
+        exit 85
+    fi
+    trap '' TERM  # requeueing sends it to this script and to the commands it still has to run
+    if ! scontrol requeue "$SLURM_JOB_ID"; then
+        say "cannot be requeued here; submit it again and it will go on from step $(newest_step)"
+        exit 1
+    fi
+    if [[ -n ${1:-} ]]; then  # only now, because a running job's list cannot be changed
+        excluded=$(sed -n 's/.* ExcNodeList=\([^ ]*\).*/\1/p' <<< "$job")
+        [[ $excluded == "(null)" ]] && excluded= || excluded+=,
+        say "will not run on $1 again"
+        scontrol update "JobId=$SLURM_JOB_ID" "ExcNodeList=$excluded$1"
+    fi
+    exit 85
+}

@@ -1,0 +1,103 @@
+"""A very small pre-training run: data, configuration, and its loss curve by step."""
+
+from __future__ import annotations
+
+import io
+import json
+import tarfile
+from pathlib import Path
+
+import numpy as np
+import yaml
+from PIL import Image
+
+from m3i_scale.data.indexing import index_shards
+from m3i_scale.models.tokenizer import train_wordpiece
+
+STEPS = 16
+CONFIGURATION = """
+run: unnamed
+model:
+  backbone:
+    name: vit
+    options: {width: 32, depth: 2, heads: 2, pool_heads: 2, embed_dim: 24}
+  decoder: {depth: 1, width: 32, heads: 4, ffn: 64}
+  text: {tokenizer: none, vocab_size: 100, depth: 1, width: 32, heads: 4, ffn: 64, max_length: 8,
+         embed_dim: 16}
+  categories: 5
+objective:
+  targets:
+    - {name: image_i, image: i, view: same, representation: features, guard: stop_gradient,
+       likelihood: {form: gaussian}, positions: masked, normalise: layer_norm}
+    - {name: text_i, image: i, representation: text, guard: negatives,
+       likelihood: {form: boltzmann, learnable: true}}
+    - {name: category_j, image: j, representation: category, guard: negatives,
+       likelihood: {form: boltzmann, temperature: 1.0, label_smoothing: 0.1}}
+data: {image_size: 64, workers: 0}
+optimizer: {batch: 8, max_micro_batch: 8, warmup: 2 steps}
+engine: {precision: fp32, timeout_minutes: 2}
+checkpoint: {every: 4 steps}
+logging: {tensorboard: false, pictures: false}
+"""
+
+
+def write_workload(folder: Path) -> Path:
+    """Write data and configuration into the folder; the configuration's path."""
+    tree = yaml.safe_load(CONFIGURATION)
+    captions = [f"caption {number} of many" for number in range(96)]
+    tokenizer = folder / "tokenizer.json"
+    train_wordpiece(captions, 100, tokenizer)
+    tree["model"]["text"]["tokenizer"] = str(tokenizer)
+    texts = [(".txt", caption.encode()) for caption in captions]
+    classes = [(".cls", b"%d" % (number % 5)) for number in range(64)]
+    tree["data"]["sources"] = [
+        {"name": kind, "index": _source(folder, kind, labels), "kind": kind}
+        for kind, labels in (("text", texts), ("category", classes))
+    ]
+    tree["optimizer"]["length"] = f"{STEPS} steps"
+    path = folder / "small.yaml"
+    path.write_text(yaml.safe_dump(tree))
+    return path
+
+
+def _source(folder: Path, kind: str, labels: list[tuple[str, bytes]]) -> str:
+    shard = folder / f"{kind}.tar"
+    with tarfile.open(shard, "w") as tar:
+        for number, (suffix, label) in enumerate(labels):
+            for name, content in ((suffix, label), (".jpg", _jpeg(number))):
+                info = tarfile.TarInfo(f"{number:06d}{name}")
+                info.size = len(content)
+                tar.addfile(info, io.BytesIO(content))
+    index = folder / f"{kind}.parquet"
+    index_shards([str(shard)], str(index), kind=kind, progress=False)
+    return str(index)
+
+
+def _jpeg(seed: int) -> bytes:
+    pixels = np.random.default_rng(seed).integers(0, 256, (6, 6, 3), dtype=np.uint8)
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).resize((72, 72), Image.Resampling.BICUBIC).save(buffer, "JPEG")
+    return buffer.getvalue()
+
+
+def steps_done(run_folder: Path) -> int:
+    """Steps that the metrics of a run tell of so far."""
+    path = run_folder / "metrics.jsonl"
+    return max(curve(run_folder), default=-1) + 1 if path.exists() else 0
+
+
+def curve(run_folder: Path) -> dict[int, dict[str, float]]:
+    """Everything measured of each step but times; a step made twice must have come out the same.
+
+    Raises:
+        AssertionError: it did not.
+    """
+    found: dict[int, dict[str, float]] = {}
+    for line in (run_folder / "metrics.jsonl").read_text().splitlines(keepends=True):
+        if not line.endswith("\n"):  # being written
+            break
+        values = json.loads(line)
+        step = values.pop("step")
+        kept = {k: v for k, v in values.items() if "second" not in k and k != "time"}
+        assert found.setdefault(step, kept) == kept, f"step {step} differs when repeated"
+    return found
