@@ -9,9 +9,10 @@ from torch import Tensor
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 # Largest ||found - expected|| / ||expected|| against float64, any output or gradient of any case
-# here. Measured in the interpreter: float32 8e-7, float16 6e-4, bfloat16 1.3e-2. Half precision is
-# the rounding of inputs and results; the interpreter truncates to bfloat16, which doubles it.
-TOLERANCE = {torch.float32: 3e-6, torch.float16: 2e-3, torch.bfloat16: 3e-2}
+# here. Measured in the interpreter: float32 1e-6, float16 6e-4, bfloat16 1.1e-2 (the gradient of
+# logits; 4e-3 the others). Half precision is the rounding of results, and of the output that the
+# softmax's gradient starts from; the interpreter truncates to bfloat16, which makes it a bias.
+TOLERANCE = {torch.float32: 3e-6, torch.float16: 2e-3, torch.bfloat16: 2e-2}
 
 
 @contextlib.contextmanager

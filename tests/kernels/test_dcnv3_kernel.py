@@ -76,7 +76,11 @@ def inputs_of(case: dict[str, Any], seed: int = 0) -> tuple[dict[str, Tensor], d
     }
     if case["gated"]:
         tensors["center_scale"] = normal(N, H, W, G).sigmoid()
-    return {k: v.to(case["dtype"]) for k, v in tensors.items()}, keywords
+    tensors = {k: v.to(case["dtype"]) for k, v in tensors.items()}
+    # On whole pixels the gradient of the offset has two values, one for each side.
+    whole = tensors["offset"] == tensors["offset"].round()
+    tensors["offset"] += 0.25 * whole
+    return tensors, keywords
 
 
 def run(

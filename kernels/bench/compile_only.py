@@ -1,0 +1,154 @@
+"""Compile kernels for GPUs that are not there, and read what the compiler says about them.
+
+A launch is recorded, not run: the operators' own launch code is called on meta tensors with the
+kernel replaced by a recorder. So what is compiled here is what a GPU would be given: the same
+signature, constants, alignment hints and options.
+"""
+
+import contextlib
+import pathlib
+import re
+import subprocess
+import tempfile
+from collections.abc import Callable, Iterator
+from types import ModuleType
+from typing import Any, NamedTuple
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+TARGETS = {
+    "sm_80": GPUTarget("cuda", 80, 32),
+    "sm_90": GPUTarget("cuda", 90, 32),
+    "sm_100": GPUTarget("cuda", 100, 32),
+    "gfx942": GPUTarget("hip", "gfx942", 64),
+}
+SHARED_LIMIT = {"sm_80": 163 << 10, "sm_90": 227 << 10, "sm_100": 227 << 10, "gfx942": 64 << 10}
+_POINTERS = {
+    torch.float32: "*fp32",
+    torch.bfloat16: "*bf16",
+    torch.float16: "*fp16",
+    torch.uint8: "*u8",
+    torch.int32: "*i32",
+    torch.int64: "*i64",
+    torch.bool: "*i1",
+}
+_OPTIONS = ("num_warps", "num_stages", "enable_fp_fusion")
+
+
+class Launch(NamedTuple):
+    """One recorded launch: the kernel, its arguments by name and the compiler's options."""
+
+    kernel: Any
+    arguments: dict[str, Any]
+    options: dict[str, Any]
+
+
+class Resources(NamedTuple):
+    """What one compiled kernel takes."""
+
+    registers: int
+    spilled_bytes: int
+    shared_bytes: int
+    instructions: int
+
+
+class _Recorder:
+    def __init__(self, kernel: Any, launches: list[Launch]) -> None:
+        self.kernel, self.launches = kernel, launches
+
+    def __getitem__(self, grid: object) -> Callable[..., None]:
+        return self._record
+
+    def _record(self, *args: Any, **kwargs: Any) -> None:
+        options = {k: kwargs.pop(k) for k in _OPTIONS if k in kwargs}
+        arguments = dict(zip(self.kernel.arg_names, args, strict=False)) | kwargs
+        self.launches.append(Launch(self.kernel, arguments, options))
+
+
+@contextlib.contextmanager
+def record(module: ModuleType) -> Iterator[list[Launch]]:
+    """Record the launches of all kernels that `module` imported, instead of running them."""
+    launches: list[Launch] = []
+    kernels = {k: v for k, v in vars(module).items() if isinstance(v, triton.runtime.JITFunction)}
+    try:
+        for name, kernel in kernels.items():
+            setattr(module, name, _Recorder(kernel, launches))
+        yield launches
+    finally:
+        for name, kernel in kernels.items():
+            setattr(module, name, kernel)
+
+
+def compile_launch(launch: Launch, target: str) -> Resources:
+    """Compile a recorded launch for a target, one of `TARGETS`.
+
+    `num_warps` is what the operator chose for warps of 32 threads; a target with warps of 64 gets
+    half as many, as it does at run time.
+    """
+    gpu = TARGETS[target]
+    options = dict(launch.options)
+    options["num_warps"] = max(1, options["num_warps"] * 32 // gpu.warp_size)
+    compiled = triton.compile(_source(launch), target=gpu, options=options)
+    read = _read_cubin if gpu.backend == "cuda" else _read_amdgcn
+    return read(compiled)
+
+
+def _source(launch: Launch) -> ASTSource:
+    signature: dict[str, str] = {}
+    constants: dict[str, Any] = {}
+    hints: dict[tuple[int], list[list[Any]]] = {}
+    for i, parameter in enumerate(launch.kernel.params):
+        name, value = parameter.name, launch.arguments[parameter.name]
+        specialised = not parameter.do_not_specialize
+        if parameter.is_constexpr or (specialised and isinstance(value, int) and value == 1):
+            signature[name], constants[name] = "constexpr", value
+            continue
+        signature[name] = _type_of(value)
+        aligned = isinstance(value, torch.Tensor) or (isinstance(value, int) and value % 16 == 0)
+        if specialised and aligned:
+            hints[(i,)] = [["tt.divisibility", 16]]
+    return ASTSource(launch.kernel, signature, constexprs=constants, attrs=hints)
+
+
+def _type_of(value: Any) -> str:
+    if isinstance(value, torch.Tensor):
+        return _POINTERS[value.dtype]
+    if isinstance(value, int):
+        return "i32" if -(2**31) <= value < 2**31 else "i64"
+    return "fp32"
+
+
+def _read_cubin(compiled: Any) -> Resources:
+    tools = pathlib.Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
+        cubin.write(compiled.asm["cubin"])
+        cubin.flush()
+        usage = _output(tools / "cuobjdump", "--dump-resource-usage", cubin.name)
+        sass = _output(tools / "nvdisasm", "-c", cubin.name)
+    fields = dict(re.findall(r"(REG|STACK|SHARED|LOCAL):(\d+)", usage))
+    return Resources(
+        registers=int(fields["REG"]),
+        spilled_bytes=int(fields["STACK"]) + int(fields["LOCAL"]),
+        shared_bytes=max(int(fields["SHARED"]), compiled.metadata.shared),
+        instructions=len(re.findall(r"^\s+/\*[0-9a-f]{4,}\*/", sass, re.MULTILINE)),
+    )
+
+
+def _read_amdgcn(compiled: Any) -> Resources:
+    text = compiled.asm["amdgcn"]
+    field = {k: int(v) for k, v in re.findall(r"^\s+(?:- )?\.(\w+):\s+(\d+)$", text, re.MULTILINE)}
+    return Resources(
+        registers=field["vgpr_count"],
+        spilled_bytes=field["private_segment_fixed_size"]
+        + 4 * (field["vgpr_spill_count"] + field["sgpr_spill_count"]),
+        shared_bytes=max(field["group_segment_fixed_size"], compiled.metadata.shared),
+        instructions=len(re.findall(r"^\t[vsdbg]\w+_\w+", text, re.MULTILINE)),
+    )
+
+
+def _output(*command: object) -> str:
+    done = subprocess.run([str(c) for c in command], capture_output=True, text=True, check=True)
+    return done.stdout

@@ -1,0 +1,121 @@
+"""Benchmark the operators on a GPU, or read the compiler's report without one.
+
+    python kernels/bench/run.py --op dcnv3                      on a GPU
+    python kernels/bench/run.py --op dcnv3 --problems "H 192"   only problems with this in the name
+    python kernels/bench/run.py --static                        anywhere
+
+An implementation that disagrees with the float64 reference is not timed, and the exit code is 1.
+"""
+
+import argparse
+import os
+import pathlib
+import sys
+
+# Measured and compiled kernels are native ones; Triton reads this when it is imported.
+os.environ["TRITON_INTERPRET"] = "0"
+
+import compile_only
+import measure
+import operators
+import report
+import static
+import torch
+
+RESULTS = pathlib.Path(__file__).parent / "results"
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+STATIC_COLUMNS = static.Row._fields
+COLUMNS = ("problem", "direction", "implementation", "ms_p50", "gb_per_s", "fraction_of_copy")
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the command line; return the exit code."""
+    options = _parser().parse_args(arguments)
+    options.out.mkdir(parents=True, exist_ok=True)
+    if options.static:
+        return run_static(options)
+    if not torch.cuda.is_available():
+        print(
+            "There is no GPU here, so nothing can be timed. `--static` compiles every kernel for "
+            f"{', '.join(compile_only.TARGETS)} and reports registers, spills and shared memory.",
+            file=sys.stderr,
+        )
+        return 2
+    chosen = options.op or list(operators.OPERATORS)
+    return max(run_operator(operators.OPERATORS[name], options) for name in chosen)
+
+
+def run_static(options: argparse.Namespace) -> int:
+    """Compile the shipped configurations, print and write the report, name what is wrong."""
+    chosen = [
+        c
+        for c in static.configurations()
+        if (not options.op or c.operator in options.op) and options.problems in c.name
+    ]
+    rows = []
+    for row in static.report(chosen, options.targets, options.processes):
+        rows.append(row)
+        print(report.markdown([row], STATIC_COLUMNS).splitlines()[-1], flush=True)
+    if not rows:
+        print("No configuration has that name.", file=sys.stderr)
+        return 2
+    versions = f"torch {torch.__version__}, triton {measure.triton.__version__}"
+    text = f"# Compiler report\n\n{versions}\n\n{report.markdown(rows, STATIC_COLUMNS)}"
+    (options.out / "static.md").write_text(text)
+    report.write_csv(rows, options.out / "static.csv")
+    wrong = static.problems(rows)
+    print(f"{len(rows)} kernels compiled; {len(wrong)} spill or do not fit.")
+    print("\n".join(wrong), end="\n" if wrong else "")
+    return 1 if wrong else 0
+
+
+def run_operator(operator: operators.Operator, options: argparse.Namespace) -> int:
+    """Check, time and report one operator on the GPU."""
+    torch.cuda.init()
+    device, dtype = "cuda", DTYPES[options.dtype]
+    bandwidth = measure.copy_bandwidth(device)
+    print(f"{operator.name}: a copy moves {bandwidth * 1e-9:.0f} GB/s")
+    rows: list[measure.Row] = []
+    failed = 0
+    for problem in operator.problems(options.batch, dtype):
+        if options.problems not in problem.name:
+            continue
+        for name in operator.implementations(problem):
+            if options.implementations and name not in options.implementations:
+                continue
+            try:
+                new = measure.measure(operator, problem, options.batch, device, bandwidth, (name,))
+            except measure.CheckError as error:
+                print(error, file=sys.stderr)
+                failed = 1
+                continue
+            rows += new
+            for row in new:
+                print(report.markdown([row], COLUMNS).splitlines()[-1], flush=True)
+    if rows:
+        stem = f"{operator.name}_{options.dtype}"
+        report.write_csv(rows, options.out / f"{stem}.csv")
+        (options.out / f"{stem}.md").write_text(report.markdown(rows, COLUMNS))
+        report.plot(rows, options.out / f"{stem}.png")
+    return failed
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--op", action="append", choices=list(operators.OPERATORS))
+    parser.add_argument("--static", action="store_true", help="compile only, no GPU needed")
+    parser.add_argument("--problems", default="", help="only those with this in their name")
+    parser.add_argument("--implementations", nargs="*", default=[], help="only these")
+    parser.add_argument("--batch", type=int, default=64, help="images")
+    parser.add_argument("--dtype", choices=list(DTYPES), default="bf16")
+    parser.add_argument("--out", type=pathlib.Path, default=RESULTS)
+    targets = list(compile_only.TARGETS)
+    parser.add_argument("--targets", nargs="*", default=targets, choices=targets)
+    parser.add_argument("--processes", type=int, default=2, help="of --static")
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,98 @@
+"""The benchmark's command line: compilation without a GPU, and its refusals."""
+
+import csv
+import os
+import pathlib
+import subprocess
+import sys
+
+import pytest
+import torch
+from kernel_checks import DEVICE
+
+BENCH = pathlib.Path(__file__).parents[2] / "kernels" / "bench"
+
+
+def run(*arguments: object) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, BENCH / "run.py", *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "TRITON_INTERPRET": "0"},
+    )
+
+
+@pytest.mark.parametrize(
+    ("operator", "configurations"),
+    [
+        ("dcnv3", "bfloat16"),
+        ("block_mix", "bfloat16"),
+        ("photometric", "bfloat16 channels_last"),
+    ],
+)
+def test_kernels_compile_for_every_target_without_spills(
+    operator: str, configurations: str, tmp_path: pathlib.Path
+) -> None:
+    done = run("--static", "--op", operator, "--problems", configurations, "--out", tmp_path)
+    assert done.returncode == 0, done.stdout + done.stderr
+    with (tmp_path / "static.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert {r["target"] for r in rows} == {"sm_80", "sm_90", "sm_100", "gfx942"}
+    for row in rows:
+        assert int(row["spilled_bytes"]) == 0, row
+        assert 0 < int(row["registers"]) <= 512, row
+        assert int(row["instructions"]) > 50, row
+        assert float(row["requested_bytes"]) > float(row["minimal_bytes"]) > 0, row
+
+
+def test_a_spilling_kernel_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(BENCH))
+    import static
+
+    good = static.Row("op", "c", "k", "sm_90", 4, 255, 0, 100, 900, 2.0, 1.0)
+    assert static.problems([good]) == []
+    assert "spills 8 bytes" in static.problems([good._replace(spilled_bytes=8)])[0]
+    crowded = good._replace(target="gfx942", shared_bytes=65 << 10)
+    assert "shared memory" in static.problems([crowded])[0]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="says so only where there is no GPU")
+def test_says_that_there_is_no_gpu(tmp_path: pathlib.Path) -> None:
+    done = run("--op", "dcnv3", "--out", tmp_path)
+    assert done.returncode == 2
+    assert "There is no GPU here" in done.stderr
+    assert "--static" in done.stderr
+
+
+def test_refuses_what_disagrees_with_the_reference(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(BENCH))
+    import measure
+    import operators
+
+    operator = operators.OPERATORS["dcnv3"]
+    shape = {"size": 3, "channels": 32, "groups": 2, "gated": True}
+    problem = operators.Problem("small", torch.bfloat16, shape)
+    good = operator.implementations(problem)["reference eager"]
+    assert measure.check(operator, problem, good, "good", DEVICE.type) < 1e-2
+    with pytest.raises(measure.CheckError, match=r"dcnv3 wrong on small: .* not timed"):
+        measure.check(operator, problem, lambda **t: 1.1 * good(**t), "wrong", DEVICE.type)
+
+
+@pytest.mark.parametrize("name", ["dcnv3", "dcnv3_plain", "block_mix", "photometric"])
+def test_every_operator_passes_its_own_check(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The shipped implementation on the smallest problem, as the benchmark would run it."""
+    monkeypatch.syspath_prepend(str(BENCH))
+    import measure
+    import operators
+
+    operator = operators.OPERATORS[name]
+    problem = next(iter(operator.problems(2, torch.bfloat16)))
+    small = {"dcnv3": {"size": 2}, "dcnv3_plain": {"size": 2}, "block_mix": {"size": 32}}
+    shape = problem.shape | small.get(name, {"size": 16})
+    problem = problem._replace(shape=shape)
+    shipped = operator.implementations(problem)["triton"]
+    limit = operator.tolerance(torch.bfloat16) * (3 if DEVICE.type == "cpu" else 1)
+    monkeypatch.setattr(type(operator), "tolerance", lambda self, dtype: limit)
+    measure.check(operator, problem, shipped, "triton", DEVICE.type)
+    inputs = operator.inputs(problem, 2, DEVICE.type)
+    assert operator.minimal_bytes(inputs, 8, "forward") > sum(t.nbytes for t in inputs.values())
