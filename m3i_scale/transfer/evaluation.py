@@ -6,15 +6,15 @@ learn from, the queries are what all figures are about.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from m3i_scale.config import Config
-from m3i_scale.data import Source
+from m3i_scale.data import Source, Storage
 from m3i_scale.models.tokenizer import Tokenizer, load_tokenizer
 from m3i_scale.objective.m3i import M3I
 from m3i_scale.transfer import knn, labels, linear_probe, zero_shot
@@ -25,6 +25,7 @@ from m3i_scale.transfer.features import (
     encode_captions,
     encode_sources,
     open_source,
+    open_storage,
 )
 
 TRAINED, UNTRAINED = "trained", "untrained"
@@ -63,6 +64,7 @@ class Evaluation(NamedTuple):
     query_texts: Tensor | None  # (Q, T); None without a text tower
     captions: list[str]  # the candidates of zero-shot, empty without a text tower
     caption_embeddings: Tensor | None  # (M, T)
+    storage: Storage  # where the images can be read again
 
 
 def evaluate(
@@ -85,16 +87,22 @@ def evaluate(
         ValueError: an index cannot be used, is both gallery and queries, there is nothing to
             compare, or a category is outside the classifier.
     """
-    gallery_sources, query_sources = _open(gallery_paths, query_paths)
-    pixels = Pixels.of(config.data)
-    gallery, gallery_encoded = encode_sources(
-        networks, gallery_sources, pixels, batch=options.batch, limit=options.limit,
-        progress="gallery",
-    )  # fmt: skip
-    queries, query_encoded = encode_sources(
-        networks, query_sources, pixels, batch=options.batch, limit=options.limit,
-        progress="queries",
-    )  # fmt: skip
+    storage = open_storage(config.data)
+    gallery_sources, query_sources = _open(gallery_paths, query_paths, storage)
+
+    def encode(sources: list[Source], title: str) -> tuple[Known, dict[str, Encoded]]:
+        return encode_sources(
+            networks,
+            sources,
+            Pixels.of(config.data),
+            batch=options.batch,
+            limit=options.limit,
+            storage=storage,
+            progress=title,
+        )
+
+    gallery, gallery_encoded = encode(gallery_sources, "gallery")
+    queries, query_encoded = encode(query_sources, "queries")
     candidates = sorted({c for c in (*gallery.captions, *queries.captions) if c})
     embeddings: dict[str, Tensor] = {}
     text = config.model.text
@@ -123,6 +131,7 @@ def evaluate(
         query_encoded[TRAINED].text if embeddings else None,
         candidates if embeddings else [],
         embeddings.get(TRAINED),
+        storage,
     )
 
 
@@ -142,14 +151,17 @@ def markdown(rows: Sequence[Row]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _open(gallery: Sequence[str], queries: Sequence[str]) -> tuple[list[Source], list[Source]]:
-    both = {Path(path).resolve() for path in gallery} & {Path(path).resolve() for path in queries}
+def _open(
+    gallery: Sequence[str], queries: Sequence[str], storage: Storage
+) -> tuple[list[Source], list[Source]]:
+    both = set(map(os.path.realpath, gallery)) & set(map(os.path.realpath, queries))
     if both:
         raise ValueError(
             f"{both.pop()} is gallery and queries at once, so every query would find itself; "
             "name an index of other images"
         )
-    return [open_source(path) for path in gallery], [open_source(path) for path in queries]
+    first, second = ([open_source(path, storage) for path in paths] for paths in (gallery, queries))
+    return first, second
 
 
 def _row(task: str, scores: Mapping[str, Tensor], truth: Tensor, names: int, *, k: int = 1) -> Row:

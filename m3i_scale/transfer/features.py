@@ -139,7 +139,8 @@ def encode_sources(
     category: list[int] = []
     places: list[Place] = []
     device = next(next(iter(networks.values())).parameters()).device
-    total = sum(min(limit or size, size) for size in map(count, sources))
+    sizes = [Index(source.index, storage).samples for source in sources]
+    total = sum(min(limit or size, size) for size in sizes)
     # The networks run side by side, each in a thread, while the next batch is being decoded.
     with (
         tqdm(total=total, desc=progress, unit="img", disable=progress is None) as bar,
@@ -163,11 +164,17 @@ def encode_sources(
     return known, {name: _join(encoded) for name, encoded in parts.items()}
 
 
-def read_image(place: Place, size: int) -> Tensor:
+def read_image(place: Place, size: int, storage: Storage | None = None) -> Tensor:
     """Read one image again: uint8 (S, S, 3), its largest central square."""
-    _, sample = next(walk(place.source, start=place.number, limit=1))
+    _, sample = next(walk(place.source, start=place.number, limit=1, storage=storage))
     assert isinstance(sample, Sample)  # it was usable before
     return central_square(sample.image, size)
+
+
+def open_storage(data: Data) -> Storage:
+    """Storage as the run reads its shards, without the cache: evaluation reads everything once."""
+    spec = data.storage
+    return Storage(attempts=spec.retries + 1, options=spec.options, allow_pipe=spec.allow_pipe)
 
 
 def open_source(path: str, storage: Storage | None = None) -> Source:
@@ -187,11 +194,6 @@ def open_source(path: str, storage: Storage | None = None) -> Source:
         )
     kind = "both" if all(has.values()) else next(kind for kind, there in has.items() if there)
     return Source(path, path, kind)
-
-
-def count(source: Source) -> int:
-    """Samples in a source, usable or not."""
-    return Index(source.index).samples
 
 
 def _usable(

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from m3i_scale.config import Config
 from m3i_scale.objective.m3i import M3I
@@ -49,7 +49,8 @@ class Weights(Protocol):
 def build_untrained(config: Config) -> M3I:
     """The networks as a run starts with them, in float32 on the CPU, in evaluation mode.
 
-    The weights are a function of `config.seed`; the caller's random generator is left alone.
+    The weights are a function of `config.seed`; the caller's random generator is left alone. There
+    is no momentum encoder among them: its weights, if wanted, take the place of the student's.
 
     Raises:
         ValueError: the networks cannot be built.
@@ -57,6 +58,8 @@ def build_untrained(config: Config) -> M3I:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
         networks = M3I(config.model, config.objective, config.data.image_size)
+    if hasattr(networks, "momentum"):
+        del networks.momentum
     return networks.eval().requires_grad_(False)
 
 
@@ -73,10 +76,10 @@ def build_trained(config: Config, weights: Weights, which: Which = "student") ->
         ValueError: the checkpoint is of other networks, or has no averages.
     """
     networks = build_untrained(config)
-    own = dict(_trained(networks))
+    own = dict(networks.named_parameters())
     shapes = {name: list(parameter.shape) for name, parameter in own.items()}
     _require_equal(shapes, weights)
-    kinds = stored_kinds(shapes, which, has_momentum=hasattr(networks, "momentum"))
+    kinds = stored_kinds(shapes, which, has_momentum=has_momentum(config))
     with torch.no_grad():
         for name, parameter in own.items():
             parameter.copy_(weights.tensor(kinds[name], name))
@@ -105,15 +108,6 @@ def has_momentum(config: Config) -> bool:
     return any(
         target.encoder == "momentum" and target.representation in ("features", "global")
         for target in config.objective.targets
-    )
-
-
-def _trained(networks: M3I) -> Iterator[tuple[str, nn.Parameter]]:
-    """What the optimiser updates: all but the momentum encoder."""
-    return (
-        (name, parameter)
-        for name, parameter in networks.named_parameters()
-        if not name.startswith("momentum.")
     )
 
 

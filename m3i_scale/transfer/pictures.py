@@ -51,6 +51,10 @@ def save_retrieval(
     """
     chosen = _choice(len(evaluation.queries), rows)
     found = _neighbours(evaluation, chosen, columns)
+
+    def image_at(place: Place) -> Any:
+        return read_image(place, image_size, evaluation.storage).numpy()
+
     has_captions = evaluation.caption_embeddings is not None
     widths = [1.0, *([2.9] if has_captions else []), *[1.0] * columns]
     figure = _figure(1.25 * sum(widths), 1.35 * len(chosen) + 0.5)
@@ -62,12 +66,12 @@ def save_retrieval(
     if has_captions:
         axes[0, 1].set_title("nearest captions", fontsize=9, loc="left")
     for row, query in enumerate(chosen):
-        _draw(axes[row, 0], evaluation.queries.places[query], image_size)
+        axes[row, 0].imshow(image_at(evaluation.queries.places[query]))
         _name(axes[row, 0], subject(evaluation.queries.captions[query]))
         if has_captions:
             _write_captions(axes[row, 1], evaluation, query, columns)
         for axis, (image, right) in zip(axes[row, 1 + has_captions :], found[row], strict=False):
-            _draw(axis, evaluation.gallery.places[image], image_size)
+            axis.imshow(image_at(evaluation.gallery.places[image]))
             _frame(axis, RIGHT if right else WRONG)
     figure.savefig(path, dpi=110)
 
@@ -75,10 +79,6 @@ def save_retrieval(
 def _choice(total: int, rows: int) -> list[int]:
     generator = torch.Generator().manual_seed(0)
     return torch.randperm(total, generator=generator)[:rows].tolist()
-
-
-def _draw(axis: Any, place: Place, size: int) -> None:
-    axis.imshow(read_image(place, size).numpy())
 
 
 def _name(axis: Any, text: str) -> None:
