@@ -53,11 +53,10 @@ def test_padding_changes_nothing(tower, batch):
 
 
 def test_initialisation(tower):
-    for weight in (
-        tower.bert.embeddings.word_embeddings.weight,
-        tower.bert.encoder.layer[0].intermediate.dense.weight,
-    ):
-        assert weight.std().item() == pytest.approx(0.02, rel=0.1)
+    embedding = tower.bert.embeddings.word_embeddings.weight
+    assert embedding.std().item() == pytest.approx(0.02, rel=0.1)
+    dense = tower.bert.encoder.layer[0].intermediate.dense.weight
+    assert dense.std().item() == pytest.approx((2 / sum(dense.shape)) ** 0.5, rel=0.1)
 
 
 def test_gradients_reach_every_parameter_and_checkpointing_changes_none(batch):

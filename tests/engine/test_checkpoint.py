@@ -1,0 +1,129 @@
+"""The format alone, without DeepSpeed: elastic slices, damage, half-written folders."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from m3i_scale.config import ConfigError
+from m3i_scale.engine import checkpoint
+from m3i_scale.engine.checkpoint import CheckpointError, Reader, extent
+
+SHAPES = {"a.weight": [5, 3], "a.bias": [1], "b.weight": [7]}
+
+
+def whole(name: str, step: int) -> Tensor:
+    count = int(torch.Size(SHAPES[name]).numel())
+    return torch.arange(count, dtype=torch.float32) + 100 * step + len(name)
+
+
+def write(folder: Path, step: int, ranks: int) -> Path:
+    """A complete checkpoint as that many ranks write it."""
+    writes = []
+    for rank in range(ranks):
+        tensors = {"rng/cpu": torch.full((4,), rank, dtype=torch.uint8)}
+        for name in SHAPES:
+            own = extent(whole(name, step).numel(), rank, ranks)
+            tensors[f"weight/{name}"] = whole(name, step)[own.start : own.stop].clone()
+        state = {"ranks": ranks, "shapes": SHAPES, "step": step}
+        writes.append(checkpoint.begin_write(folder, step, rank, ranks, tensors, state))
+    for one in writes:
+        one.thread.join()
+        assert not one.failure
+    return checkpoint.publish(writes[0], ranks)
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3, 8])
+def test_any_slice_of_a_checkpoint_of_any_number_of_ranks(tmp_path: Path, ranks: int):
+    reader = Reader(write(tmp_path, 7, ranks))
+    for name, shape in SHAPES.items():
+        expected = whole(name, 7)
+        assert torch.equal(reader.tensor("weight", name), expected.reshape(shape))
+        for start in range(expected.numel() + 1):
+            for stop in range(start, expected.numel() + 1):
+                assert torch.equal(reader.slice("weight", name, start, stop), expected[start:stop])
+    assert reader.generator_states(ranks - 1)["cpu"].tolist() == [ranks - 1] * 4
+
+
+@pytest.mark.parametrize("elements", [1, 2, 7, 16, 17])
+@pytest.mark.parametrize("ranks", [1, 2, 3, 8])
+def test_extents_cover_everything_once(elements: int, ranks: int):
+    covered = [i for r in range(ranks) for i in range(*extent(elements, r, ranks))]
+    assert covered == list(range(elements))
+
+
+def test_only_complete_checkpoints_are_found(tmp_path: Path):
+    first, second = write(tmp_path, 1, 2), write(tmp_path, 2, 2)
+    (tmp_path / "step-00000003.partial").mkdir()
+    (tmp_path / "step-00000003.partial" / "complete.json").write_text("{}")
+    (tmp_path / "step-00000004").mkdir()
+    assert checkpoint.complete_checkpoints(tmp_path) == [first, second]
+    assert list(checkpoint.candidates(tmp_path, "auto")) == [second, first]
+    assert list(checkpoint.candidates(tmp_path, str(first))) == [first]
+    assert list(checkpoint.candidates(tmp_path, "never")) == []
+    with pytest.raises(ConfigError, match="no complete checkpoint"):
+        list(checkpoint.candidates(tmp_path, str(tmp_path / "step-00000004")))
+
+
+@pytest.mark.parametrize("damage", ["flip", "cut", "remove"])
+def test_damage_is_noticed(tmp_path: Path, damage: str):
+    path = write(tmp_path, 1, 2)
+    assert checkpoint.verify(path) is None
+    victim = path / checkpoint.rank_file(1, 2)
+    content = bytearray(victim.read_bytes())
+    if damage == "flip":
+        content[-1] ^= 1
+        victim.write_bytes(content)
+    elif damage == "cut":
+        victim.write_bytes(content[:-7])
+    else:
+        victim.unlink()
+    assert victim.name in str(checkpoint.verify(path))
+
+
+def test_shares_of_the_check_cover_all_files(tmp_path: Path):
+    path = write(tmp_path, 1, 3)
+    (path / "state.json").write_text("{}")
+    assert [checkpoint.verify(path, r, 2) is None for r in range(2)].count(False) == 1
+
+
+def test_nothing_in_it_is_pickled(tmp_path: Path):
+    path = write(tmp_path, 1, 2)
+    assert {file.suffix for file in path.iterdir()} == {".json", ".safetensors"}
+
+
+def test_a_full_disk_is_reported_and_leaves_the_one_before(tmp_path: Path):
+    good = write(tmp_path, 1, 1)
+    (tmp_path / "step-00000002.partial").write_text("a file where the folder should be")
+    failed = checkpoint.begin_write(tmp_path, 2, 0, 1, {"x": torch.ones(1)}, {})
+    failed.thread.join()
+    assert failed.failure
+    assert checkpoint.complete_checkpoints(tmp_path) == [good]
+    assert checkpoint.verify(good) is None
+
+
+def test_reaching_a_step_again_replaces_its_checkpoint(tmp_path: Path):
+    write(tmp_path, 1, 2)
+    path = write(tmp_path, 1, 1)
+    assert Reader(path).ranks == 1
+    assert checkpoint.verify(path) is None
+
+
+def test_keep_rule(tmp_path: Path):
+    for step in range(1, 8):
+        write(tmp_path, step, 1)
+    checkpoint.prune(tmp_path, keep_last=2, keep_every=3)
+    left = [int(p.name[5:]) for p in checkpoint.complete_checkpoints(tmp_path)]
+    assert left == [3, 6, 7]
+
+
+def test_a_newer_format_is_refused(tmp_path: Path):
+    path = write(tmp_path, 1, 1)
+    state = json.loads((path / "state.json").read_text())
+    (path / "state.json").write_text(json.dumps(state | {"format": 99}))
+    with pytest.raises(CheckpointError, match="format 99"):
+        Reader(path)

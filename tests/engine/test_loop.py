@@ -1,0 +1,224 @@
+"""Real processes: 1 and 2 ZeRO-3 ranks on gloo train the small network with the whole objective."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from cases import RandomStream, full_weights, open_small, small_config, train_small
+from ranks import run_ranks
+
+from m3i_scale.engine import loop, metrics
+from m3i_scale.engine.launch import World
+from m3i_scale.engine.stop import StopFlag
+from m3i_scale.objective.m3i import M3I
+from m3i_scale.objective.momentum import ema_coefficient
+
+pytestmark = pytest.mark.distributed
+
+
+def curve(folder: Path, name: str = "loss/total") -> dict[int, float]:
+    """A metric by step; steps that ran twice must agree."""
+    found: dict[int, float] = {}
+    for line in (folder / "small" / "metrics.jsonl").read_text().splitlines():
+        entry = json.loads(line)
+        assert found.setdefault(entry["step"], entry[name]) == entry[name] or math.isnan(
+            entry[name]
+        )
+    return found
+
+
+def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
+    """Six steps on two ranks, two micro-batches a step, with drop-path."""
+    folder = tmp_path_factory.mktemp("undisturbed")
+    return folder, run_ranks(2, train_small, folder, overrides=DISTURBED)[0]
+
+
+DISTURBED = {
+    "optimizer.max_micro_batch": 2,
+    "model.backbone.options.drop_path_rate": 0.2,
+    "checkpoint.every": "2 steps",
+    "checkpoint.keep_last": 9,
+}
+
+
+def test_trains_and_records_everything(undisturbed: tuple[Path, dict[str, Any]]):
+    folder, result = undisturbed
+    assert result["finished"]
+    assert result["step"] == 6
+    last = json.loads((folder / "small" / "metrics.jsonl").read_text().splitlines()[-1])
+    for name in ("loss/image_i", "loss/text_j", "accuracy/category_i", "spread/image_j",
+                 "temperature/text_i", "balance/lambda", "gradient/ssp", "gradient/sp", "momentum",
+                 "learning_rate", "images_per_second", "data_wait_seconds"):  # fmt: skip
+        assert math.isfinite(last[name]), name
+    for name in ("config.yaml", "deepspeed.json", "origin.json"):
+        assert (folder / "small" / name).stat().st_size > 0
+
+
+def test_resumed_run_is_bitwise_the_undisturbed_one(
+    undisturbed: tuple[Path, dict[str, Any]], tmp_path: Path
+):
+    folder, expected = undisturbed
+    kept = folder / "small" / "checkpoints" / "step-00000002"
+    result = run_ranks(2, train_small, tmp_path, overrides=DISTURBED, resume=str(kept))[0]
+    assert same(result["weights"], expected["weights"])
+    resumed, whole = curve(tmp_path), curve(folder)
+    assert list(resumed) == [2, 3, 4, 5]
+    assert resumed == {step: whole[step] for step in resumed}
+
+
+def test_another_number_of_ranks_continues_the_same_batches(
+    undisturbed: tuple[Path, dict[str, Any]], tmp_path: Path
+):
+    kept = undisturbed[0] / "small" / "checkpoints" / "step-00000002"
+    # Without drop-path, whose draws belong to a rank; with the same samples in each softmax.
+    plain = DISTURBED | {"model.backbone.options.drop_path_rate": 0.0}
+    two = run_ranks(2, train_small, tmp_path / "two", overrides=plain, resume=str(kept))[0]
+    wider = plain | {"optimizer.max_micro_batch": 4}
+    one = run_ranks(1, train_small, tmp_path / "one", overrides=wider, resume=str(kept))[0]
+    # Adam makes a full step of the rounding noise of a bias without effect: compare by norm.
+    a, b = (torch.cat([w.flatten() for w in r["weights"].values()]) for r in (one, two))
+    assert (a - b).norm() < 1e-3 * b.norm()
+    a, b = curve(tmp_path / "one"), curve(tmp_path / "two")
+    assert list(a) == [2, 3, 4, 5]
+    for step, value in b.items():
+        assert a[step] == pytest.approx(value, rel=1e-5)
+
+
+def one_step(world: World, folder: Path, overrides: dict[str, Any]) -> dict[str, Any]:
+    """Loss, gradients in full and the balance's norms of the first step."""
+    from deepspeed.utils import safe_get_full_grad
+
+    run = open_small(world, folder, overrides)
+    gradients: dict[str, torch.Tensor] = {}
+    engine = run.sharded.engine
+    original = engine.step
+
+    def step() -> None:
+        if engine.is_gradient_accumulation_boundary():
+            for name, parameter in run.sharded.model.named_parameters():
+                if parameter.requires_grad:
+                    gradients[name] = safe_get_full_grad(parameter).clone()
+        original()
+
+    engine.step = step
+    record = metrics.MetricLog(run.folder, leads=world.leads, total=1, first=0, tensorboard=False)
+    loop.pretrain(run, StopFlag(), record)
+    record.close()
+    return {"gradients": gradients}
+
+
+def test_two_ranks_with_half_the_batch_give_the_loss_and_gradients_of_one(tmp_path: Path):
+    single = {"optimizer.length": "1 step", "optimizer.warmup": "0 steps"}
+    one = run_ranks(1, one_step, tmp_path / "one", overrides=single)[0]["gradients"]
+    two = run_ranks(2, one_step, tmp_path / "two", overrides=single)[0]["gradients"]
+    for name in ("loss/total", "gradient/ssp", "gradient/sp"):
+        (a,), (b,) = (curve(tmp_path / k, name).values() for k in ("one", "two"))
+        assert a == pytest.approx(b, rel=1e-4), name
+    largest = max(gradient.abs().max().item() for gradient in one.values())
+    for name, gradient in one.items():
+        torch.testing.assert_close(
+            two[name], gradient, rtol=1e-3, atol=1e-6 * largest, msg=lambda m, name=name: name + m
+        )
+
+
+def momentum_trace(world: World, folder: Path, overrides: dict[str, Any]) -> dict[str, Any]:
+    """Online weights after every step, and the momentum encoder's at the end."""
+    run = open_small(world, folder, overrides)
+    assert run.sharded.momentum is not None
+    start = full_weights(run)
+    trace = []
+    original = run.sharded.momentum.update
+
+    def update(coefficient: float) -> None:
+        trace.append(full_weights(run))
+        original(coefficient)
+
+    run.sharded.momentum.update = update  # type: ignore[method-assign]
+    record = metrics.MetricLog(run.folder, leads=world.leads, total=6, first=0, tensorboard=False)
+    loop.pretrain(run, StopFlag(), record)
+    return {"start": start, "trace": trace, "end": full_weights(run)}
+
+
+@pytest.mark.parametrize("threshold", [0, 100_000])
+def test_momentum_shards_follow_a_dense_average(tmp_path: Path, threshold: int):
+    overrides = {"engine.zero.persistence_threshold": threshold, "optimizer.ema": 0.9}
+    result = run_ranks(2, momentum_trace, tmp_path, overrides=overrides)[1]
+    dense = {k: v for k, v in result["start"].items() if k.startswith("momentum.")}
+    for name, value in dense.items():
+        assert torch.equal(value, result["start"]["online." + name.removeprefix("momentum.")])
+    for step, weights in enumerate(result["trace"]):
+        coefficient = ema_coefficient(step, 6, 0.9, 1.0)
+        dense = {
+            name: value.lerp(weights["online." + name.removeprefix("momentum.")], 1 - coefficient)
+            for name, value in dense.items()
+        }
+    assert all(torch.equal(dense[name], result["end"][name]) for name in dense)
+
+
+def untrained(world: World, folder: Path, overrides: dict[str, Any]) -> dict[str, torch.Tensor]:
+    return full_weights(open_small(world, folder, overrides))
+
+
+def test_initial_weights_depend_on_the_seed_only(tmp_path: Path):
+    one = run_ranks(1, untrained, tmp_path / "one", overrides={})[0]
+    two = run_ranks(2, untrained, tmp_path / "two", overrides={})[1]
+    assert same(one, two)
+    config = small_config(tmp_path, {})
+    torch.manual_seed(config.seed)
+    plain = dict(M3I(config.model, config.objective, config.data.image_size).named_parameters())
+    online = [name for name in plain if not name.startswith("momentum.")]
+    assert all(torch.equal(plain[name], one[name]) for name in online)
+
+
+class PoisonedStream(RandomStream):
+    """Crop boxes that are not a number at some positions, and so the loss."""
+
+    def __init__(self, bad: range) -> None:
+        self.bad = bad
+
+    def loader(self, **options: Any):
+        for batch in super().loader(**options):
+            for row, position in enumerate(batch.position.tolist()):
+                if position in self.bad:
+                    batch.box_a[row] = float("nan")
+            yield batch
+
+
+def train_poisoned(
+    world: World, folder: Path, overrides: dict[str, Any], bad: list[int]
+) -> dict[str, Any]:
+    run = open_small(world, folder, overrides)
+    run.stream = PoisonedStream(range(*bad))
+    record = metrics.MetricLog(run.folder, leads=world.leads, total=6, first=0, tensorboard=False)
+    message = ""
+    try:
+        loop.pretrain(run, StopFlag(), record)
+    except loop.UnstableError as error:
+        message = str(error)
+    return {"weights": full_weights(run), "skipped": run.progress.skipped, "message": message}
+
+
+def test_a_step_with_a_non_finite_gradient_is_skipped_by_all_and_counted(tmp_path: Path):
+    # Positions 16 to 23 are step 2; only rank 0's micro-batch is bad.
+    result = run_ranks(2, train_poisoned, tmp_path, overrides={}, bad=[16, 18])[1]
+    assert result["skipped"] == 1
+    assert all(torch.isfinite(w).all() for w in result["weights"].values())
+    losses = curve(tmp_path)
+    assert [step for step, loss in losses.items() if math.isnan(loss)] == [2]
+
+
+def test_too_many_of_them_stop_the_run_and_name_the_last_good_checkpoint(tmp_path: Path):
+    overrides = {"engine.max_nonfinite_steps": 2, "checkpoint.every": "2 steps"}
+    result = run_ranks(2, train_poisoned, tmp_path, overrides=overrides, bad=[24, 100])[0]
+    assert "2 steps in a row" in result["message"]
+    assert "step-00000002" in result["message"]
