@@ -28,6 +28,7 @@ import matplotlib
 import webdataset
 from PIL import Image, ImageDraw, ImageFont
 
+from m3i_scale.data.index import FORMAT
 from m3i_scale.data.indexing import index_shards
 from m3i_scale.data.stream import Source
 
@@ -227,6 +228,7 @@ def build(
     """
     folder, blocks = Path(folder), None if blocks is None else tuple(blocks)
     recipe: dict[str, Any] = {
+        "format": FORMAT,
         "image_size": image_size,
         "seed": seed,
         "blocks": None if blocks is None else [name for name in BLOCKS if name in set(blocks)],

@@ -15,12 +15,14 @@
 | category_member | string              | e.g. `cls`, or `json:label`                              |
 | problems        | list<struct<key, cause>> | samples of the shard that are left out, and why     |
 
-Row groups hold about 64k samples, so that one look-up decodes about a megabyte, and the summary
-columns of 45,000 shards are read in well under a second.
+Row groups hold about 64k samples, so that one look-up decodes about a megabyte.  The short columns
+of all rows are repeated in the footer (key `summary`), so that an index of 45,000 shards opens in a
+fraction of a second.
 """
 
 from __future__ import annotations
 
+import base64
 import os
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator
@@ -34,7 +36,7 @@ from numpy.typing import NDArray
 
 from m3i_scale.data.storage import Storage, is_local, join, local_path, parent
 
-FORMAT = "m3i-index-1"
+FORMAT = "m3i-index-2"
 _GROUP_SAMPLES = 65_536
 _LISTS = (
     "image_offset",
@@ -91,10 +93,34 @@ def write_index(path: str, rows: Iterable[pa.Table]) -> None:
     """Write tables of one row per shard (ShardIndex.table) to a local path, grouped by size."""
     encoding = {f"{name}.list.element": "DELTA_BINARY_PACKED" for name in _LISTS}
     options = {"use_dictionary": False, "compression": "zstd", "write_statistics": False}
-    schema = SCHEMA.with_metadata({"format": FORMAT})
-    with pq.ParquetWriter(path, schema, column_encoding=encoding, **options) as writer:
-        for group in _groups(rows):
-            writer.write_table(pa.concat_tables(group).cast(schema).combine_chunks())
+    summaries = []
+    with pq.ParquetWriter(path, SCHEMA, column_encoding=encoding, **options) as writer:
+        for number, group in enumerate(_groups(rows)):
+            table = pa.concat_tables(group).cast(SCHEMA).combine_chunks()
+            writer.write_table(table)
+            where = {"group": [number] * len(group), "row": list(range(len(group)))}
+            summaries.append(_append_columns(table.select(list(_SUMMARY)), where))
+        summary = pa.concat_tables(summaries).combine_chunks()
+        writer.add_key_value_metadata({"format": FORMAT, "summary": _pack(summary)})
+
+
+def _append_columns(table: pa.Table, columns: dict[str, list[int]]) -> pa.Table:
+    for name, values in columns.items():
+        table = table.append_column(name, pa.array(values, pa.int32()))
+    return table
+
+
+def _pack(table: pa.Table) -> str:
+    """A table as text: Arrow's stream format, zstd, base64."""
+    sink = pa.BufferOutputStream()
+    options = pa.ipc.IpcWriteOptions(compression="zstd")
+    with pa.ipc.new_stream(sink, table.schema, options=options) as writer:
+        writer.write_table(table)
+    return base64.b64encode(sink.getvalue()).decode()
+
+
+def _unpack(text: bytes) -> pa.Table:
+    return pa.ipc.open_stream(base64.b64decode(text)).read_all()
 
 
 def _groups(rows: Iterable[pa.Table]) -> Iterator[list[pa.Table]]:
@@ -125,12 +151,14 @@ class Index:
         self._base = parent(self.path)
         self._file: pq.ParquetFile | None = None
         self._owner = 0
-        table = self._open().read(columns=list(_SUMMARY), use_threads=False)
+        self._metadata: pq.FileMetaData | None = None
+        table = _unpack(self._open().metadata.metadata[b"summary"])
         self.shards: list[str] = table.column("shard").to_pylist()
         self.counts: NDArray[np.int64] = table.column("samples").to_numpy().astype(np.int64)
         self.shard_bytes: NDArray[np.int64] = table.column("bytes").to_numpy()
         self.text_member: list[str | None] = table.column("text_member").to_pylist()
         self.category_member: list[str | None] = table.column("category_member").to_pylist()
+        self._where = np.stack([table.column(c).to_numpy() for c in ("group", "row")], axis=1)
         self.samples = int(self.counts.sum())
         self._groups: OrderedDict[int, pa.Table] = OrderedDict()
 
@@ -143,9 +171,8 @@ class Index:
 
         -1 where a member is not part of the source.
         """
-        group = int(np.searchsorted(self._group_end, shard, side="right"))
+        group, row = self._where[shard].tolist()
         table = self._group(group)
-        row = shard - int(self._group_end[group]) + table.num_rows
         columns = [_slice(table.column(name), row, start, stop) for name in _LISTS]
         return np.stack(columns, axis=1)
 
@@ -171,25 +198,25 @@ class Index:
 
     def _open(self) -> pq.ParquetFile:
         if self._file is None or self._owner != os.getpid():
-            if is_local(self.path):
-                self._file = _parquet(self.path, local_path(self.path))
-            else:
-                self._file = _parquet(
-                    self.path, self._storage.open(self.path, buffer_bytes=1 << 16)
-                )
+            local = is_local(self.path)
+            self._file = _parquet(
+                self.path,
+                local_path(self.path)
+                if local
+                else self._storage.open(self.path, buffer_bytes=1 << 16),
+                self._metadata,
+            )
+            self._metadata = self._file.metadata  # a forked worker shares the parsed footer
             self._owner = os.getpid()
-            meta = self._file.metadata
-            rows = [meta.row_group(i).num_rows for i in range(meta.num_row_groups)]
-            self._group_end = np.cumsum(rows)
         return self._file
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_file": None, "_groups": OrderedDict()}
+        return {**self.__dict__, "_file": None, "_metadata": None, "_groups": OrderedDict()}
 
 
-def _parquet(url: str, source: Any) -> pq.ParquetFile:
+def _parquet(url: str, source: Any, metadata: pq.FileMetaData | None) -> pq.ParquetFile:
     try:
-        file = pq.ParquetFile(source, memory_map=isinstance(source, str))
+        file = pq.ParquetFile(source, metadata=metadata, memory_map=isinstance(source, str))
     except pa.ArrowInvalid as error:
         raise ValueError(
             f"{url} is not an index ({error}): make one with `m3i shards index`"

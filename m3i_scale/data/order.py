@@ -177,13 +177,17 @@ class SourceOrder:
         j, n, k = chunk - self._first[shard], self._shard_samples[shard], self._shard_chunks[shard]
         return n * j // k, n * (j + 1) // k, shard
 
+    def _chunk_sizes(self) -> Ints:
+        j = np.arange(self._first[-1]) - np.repeat(self._first[:-1], self._shard_chunks)
+        n, k = (np.repeat(x, self._shard_chunks) for x in (self._shard_samples, self._shard_chunks))
+        return n * (j + 1) // k - n * j // k
+
     def _epoch(self, number: int) -> _Epoch:
         if number not in self._epochs:
             chunks = np.arange(self._first[-1], dtype=np.uint64)
             keys = hash64(self.seed, self.source, number, chunks)
-            order = np.argsort(keys, kind="stable")
-            start, stop, _ = self._chunk(order)
-            self._epochs[number] = _Epoch(order.astype(np.int32), np.cumsum(stop - start))
+            order = np.argsort(keys, kind="stable").astype(np.int32)
+            self._epochs[number] = _Epoch(order, np.cumsum(self._chunk_sizes()[order]))
             while len(self._epochs) > 2:  # an epoch and the one that follows it overlap in a window
                 self._epochs.popitem(last=False)
         self._epochs.move_to_end(number)

@@ -304,6 +304,8 @@ class Loader:
         return iter(_Feed(self.stream, self.slices, None))
 
     def _from_workers(self) -> Iterator[Part]:
+        # What every worker needs of the order is made once, here, and shared by fork.
+        self.stream.order.locate(np.array([self.slices.start]))
         # A worker is asked for part n + _PREFETCH when part n is taken, so with one slot more than
         # that it never writes over a part that is not collated yet.
         largest = -(-self.slices.micro_batch // self.workers)
