@@ -23,7 +23,8 @@ step() {
 nvidia-smi >"$out/device.txt" 2>&1 || rocminfo >"$out/device.txt" 2>&1
 "$python" -m pip list >"$out/packages.txt" 2>&1
 
-step tests "$python" -m pytest tests/kernels -q -p no:cacheprovider --timeout 600
+step tests "$python" -m pytest tests/kernels -q -p no:cacheprovider --timeout 600 \
+    --confcutdir tests/kernels
 step block_mix "${run[@]}" --op block_mix --batch 512
 step photometric "${run[@]}" --op photometric --batch 512
 step tune "$python" kernels/bench/tune.py --out "$out"
