@@ -11,26 +11,31 @@ ranks or workers, on prefetching or on time, and nothing has to be replayed to s
    depth of a binary tree over the sources for more.
 2. **Chunks.**  Every shard is cut in runs of consecutive samples of a few MiB.  Each epoch visits
    the chunks of the source in a new order: sorted by a 64-bit hash of (seed, source, epoch, chunk).
-3. **Lanes.**  The chunks of an epoch, end to end, are one sequence of N samples.  It is cut in L
-   equal, contiguous lanes, and the q-th sample of the epoch is the next one of lane q mod L.
+3. **Lanes.**  The chunks of an epoch, end to end, are one sequence of N samples.  It is cut in
+   contiguous lanes, one for each place that the source has in a global batch: the i-th sample of
+   the source in a batch is the next one of lane i.
 
-       N = 10, L = 3:   lanes  a b c d | e f g | h i j
-       epoch:           a e h  b f i  c g j  d
+       N = 10, batches of 3:   lanes  a b c d | e f g | h i j
+       epoch:                  a e h  b f i  c g j  d
+
+   What a source has in one batch varies by a sample or two; those last places share a few lanes of
+   their own in turn.
 
 Guarantees:
 
 * every sample of a source appears exactly once in each of its epochs (2 and 3 are bijections);
-* L consecutive samples of a source come from L places of the source that were drawn at random
-  (two neighbours share a chunk only where one chunk fills a whole lane, and each lane moves to
-  another random chunk every few hundred of its turns);
+* the samples of a batch come from as many places of the data, drawn at random (two neighbours
+  share a chunk only where one chunk fills a whole lane), and each lane moves to another random
+  chunk every few hundred of its turns;
 * a lane reads its chunk front to back.  A reader of one slice of every global batch meets the
-  same lanes again and again when L is a multiple of the global batch, so its reads are few, large
-  and sequential, and no other reader needs the same bytes.  With any other L the order is as good
-  and no byte is read twice; only the reads are smaller.
+  same lanes again and again if `lanes` is the global batch or a multiple of it, so its reads are
+  few, large and sequential, and no other reader needs the same bytes.  With any other `lanes` the
+  order is as good and no byte is read twice; only the reads are smaller.
 """
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -79,6 +84,23 @@ class Mixture:
         count = positions.astype(np.int64)
         self._split(0, len(self.weights), np.ones(positions.shape, dtype=bool), source, count)
         return source, count
+
+    def taken(self, source: int, positions: Ints) -> Ints:
+        """How many of the positions [0, n) belong to a source, for each n of `positions`."""
+        low, high, count = 0, len(self.weights), positions
+        while high - low > 1:
+            middle = (low + high) // 2
+            left = _share(count, sum(self.weights[low:middle]), sum(self.weights[low:high]))
+            if source < middle:
+                high, count = middle, left
+            else:
+                low, count = middle, count - left
+        return count
+
+    @property
+    def slack(self) -> int:
+        """Bound of |taken(n + m) - taken(n) - m * share|: two roundings per level of the tree."""
+        return 2 * (len(self.weights) - 1).bit_length()
 
     def _split(
         self, low: int, high: int, chosen: NDArray[np.bool_], source: Ints, count: Ints
@@ -129,31 +151,62 @@ def chunk_samples(samples: int, sample_bytes: float, chunk_bytes: int) -> int:
 
 @dataclass(frozen=True)
 class _Epoch:
+    """One epoch of a source: its chunks, and where it begins and ends in the global batches."""
+
     chunk: NDArray[np.int32]  # (C,) chunks in the order of the epoch
     end: Ints  # (C,) samples up to and with the chunk, in that order
+    first: tuple[int, int]  # batch, and place in it, of the first sample
+    stop: tuple[int, int]  # of the first sample of the next epoch
 
 
 class SourceOrder:
-    """Order of one source: `counts[i]` samples in shard i, in `lanes` interleaved lanes."""
+    """Order of one source within a mixture.
 
-    def __init__(self, counts: Ints, *, seed: int, source: int, chunk: int, lanes: int) -> None:
+    Args:
+        counts: samples of each shard.
+        source: number of the source in the mixture.
+        chunk: largest number of samples in a chunk.
+        lanes: positions of a global batch, to which the lanes of the source are fitted.
+        mixture: None for a source that is alone.
+    """
+
+    def __init__(
+        self,
+        counts: Ints,
+        *,
+        seed: int,
+        source: int,
+        chunk: int,
+        lanes: int,
+        mixture: Mixture | None = None,
+    ) -> None:
         self.samples = int(counts.sum())
         if self.samples == 0:
             raise ValueError("a source has no sample: its index lists only empty shards")
-        self.seed, self.source = seed, source
-        self.lanes = max(1, min(lanes, self.samples))
+        if lanes < 1:
+            raise ValueError(f"lanes is {lanes}: it must be at least 1")
+        self.seed, self.source, self.batch, self.mixture = seed, source, lanes, mixture
+        share = mixture.weights[source] / sum(mixture.weights) if mixture else 1.0
+        slack = mixture.slack if mixture else 0  # at most 64: a tree over 2**31 weights
+        # Places that every batch has, and lanes for those that only some batches have.
+        self.regular = max(0, int(lanes * share) - slack)
+        self.others = max(1, round(lanes * share) - self.regular)
         chunks = -(-counts // chunk)  # per shard
         self._first = np.concatenate([[0], np.cumsum(chunks)])  # first chunk of each shard
         self._shard_samples, self._shard_chunks = counts, chunks
         self._epochs: OrderedDict[int, _Epoch] = OrderedDict()
 
-    def locate(self, count: Ints) -> tuple[Ints, Ints, Ints]:
-        """Map the source's own running count to (epoch, shard, sample in the shard): int64."""
-        epoch, rest = count // self.samples, count % self.samples
+    def locate(self, count: Ints, position: Ints) -> tuple[Ints, Ints, Ints]:
+        """Map (the source's own running count, global position) to (epoch, shard, sample)."""
+        epoch = count // self.samples
         shard, sample = np.empty_like(count), np.empty_like(count)
+        batch = position // self.batch
+        place = count - self._taken(batch * self.batch)
         for number in np.unique(epoch):
             at = epoch == number
-            shard[at], sample[at] = self._locate_in(self._epoch(int(number)), rest[at])
+            rest = count[at] - int(number) * self.samples
+            found = self._locate_in(self._epoch(int(number)), rest, batch[at], place[at])
+            shard[at], sample[at] = found
         return epoch, shard, sample
 
     def nth(self, index: Ints) -> tuple[Ints, Ints]:
@@ -162,14 +215,47 @@ class SourceOrder:
         shard = np.searchsorted(ends, index, side="right")
         return shard, index - (ends[shard] - self._shard_samples[shard])
 
-    def _locate_in(self, epoch: _Epoch, q: Ints) -> tuple[Ints, Ints]:
-        short, longer = divmod(self.samples, self.lanes)  # `longer` lanes hold one sample more
-        lane, turn = q % self.lanes, q // self.lanes
-        at = lane * short + np.minimum(lane, longer) + turn
-        place = np.searchsorted(epoch.end, at, side="right")
-        chunk = epoch.chunk[place].astype(np.int64)
-        start, stop, shard = self._chunk(chunk)
-        return shard, start + at - (epoch.end[place] - (stop - start))
+    def _locate_in(self, epoch: _Epoch, rest: Ints, batch: Ints, place: Ints) -> tuple[Ints, Ints]:
+        at = self._in_sequence(epoch, rest, batch, place)
+        index = np.searchsorted(epoch.end, at, side="right")
+        start, stop, shard = self._chunk(epoch.chunk[index].astype(np.int64))
+        return shard, start + at - (epoch.end[index] - (stop - start))
+
+    def _in_sequence(self, epoch: _Epoch, rest: Ints, batch: Ints, place: Ints) -> Ints:
+        """Index in the epoch's sequence of chunks of the sample at a place of a batch."""
+        (first, low), (last, high) = epoch.first, epoch.stop
+        lanes = self.regular
+
+        def begin(lane: Ints) -> Ints:  # samples of all lanes before: one per batch, but the ends
+            return lane * (last - first + 1) - np.minimum(lane, low) - np.maximum(lane - high, 0)
+
+        # Places beyond the regular ones: numbered through the epoch and dealt to their own lanes.
+        regular_before = lanes * (batch - first + 1) - min(low, lanes)
+        other = np.maximum(rest - regular_before, 0)
+        start = int(begin(np.array(lanes)))
+        short, longer = divmod(self.samples - start, self.others)
+        lane, turn = other % self.others, other // self.others
+        return np.where(
+            place < lanes,
+            begin(place) + batch - first - (place < low),
+            start + lane * short + np.minimum(lane, longer) + turn,
+        )
+
+    def _taken(self, positions: Ints) -> Ints:
+        return self.mixture.taken(self.source, positions) if self.mixture else positions
+
+    def _place(self, count: int) -> tuple[int, int]:
+        """(batch, place in it) of the source's sample number `count`."""
+
+        def taken(batch: int) -> int:
+            return int(self._taken(np.array(batch * self.batch)))
+
+        part, total = 1, 1
+        if self.mixture:
+            part, total = self.mixture.weights[self.source], sum(self.mixture.weights)
+        last = (count + 64) * total // (part * self.batch) + 2
+        batch = bisect_right(range(last), count, key=taken) - 1
+        return batch, count - taken(batch)
 
     def _chunk(self, chunk: Ints) -> tuple[Ints, Ints, Ints]:
         """First sample, last sample + 1 and shard of chunks; equal chunks within a shard."""
@@ -187,7 +273,9 @@ class SourceOrder:
             chunks = np.arange(self._first[-1], dtype=np.uint64)
             keys = hash64(self.seed, self.source, number, chunks)
             order = np.argsort(keys, kind="stable").astype(np.int32)
-            self._epochs[number] = _Epoch(order, np.cumsum(self._chunk_sizes()[order]))
+            ends = np.cumsum(self._chunk_sizes()[order])
+            places = (self._place((number + i) * self.samples) for i in (0, 1))
+            self._epochs[number] = _Epoch(order, ends, *places)
             while len(self._epochs) > 2:  # an epoch and the one that follows it overlap in a window
                 self._epochs.popitem(last=False)
         self._epochs.move_to_end(number)
@@ -208,9 +296,8 @@ class Located:
 class Order:
     """The order of the whole stream: a mixture over the orders of its sources."""
 
-    def __init__(self, sources: Sequence[SourceOrder], weights: Sequence[int], seed: int) -> None:
-        self.sources, self.seed = list(sources), seed
-        self.mixture = Mixture(weights)
+    def __init__(self, sources: Sequence[SourceOrder], mixture: Mixture, seed: int) -> None:
+        self.sources, self.mixture, self.seed = list(sources), mixture, seed
 
     def locate(self, positions: Ints) -> Located:
         """Map int64 global positions (any shape (n,), any order) to samples; O(log) each."""
@@ -219,7 +306,7 @@ class Order:
         epoch, shard, sample = (np.empty_like(positions) for _ in range(3))
         for number, order in enumerate(self.sources):
             at = source == number
-            epoch[at], shard[at], sample[at] = order.locate(count[at])
+            epoch[at], shard[at], sample[at] = order.locate(count[at], positions[at])
         return Located(positions, source, epoch, shard, sample)
 
     def substitute(self, position: int, attempt: int) -> tuple[int, int, int]:

@@ -26,7 +26,7 @@ from m3i_scale.data.batch import Batch
 from m3i_scale.data.decode import MAX_PIXELS
 from m3i_scale.data.index import Index
 from m3i_scale.data.make import Fault, Maker, Part, TooManyBadSamples, collate
-from m3i_scale.data.order import Order, SourceOrder, chunk_samples, integer_weights
+from m3i_scale.data.order import Mixture, Order, SourceOrder, chunk_samples, integer_weights
 from m3i_scale.data.reader import Reader
 from m3i_scale.data.storage import Storage
 from m3i_scale.data.views import Augmentation
@@ -224,6 +224,7 @@ def _build_order(
         weights = integer_weights([1_000_000] * len(sources), [s.weight or 0.0 for s in sources])
     else:
         weights = integer_weights(samples, [source.epochs for source in sources])
+    mixture = Mixture(weights)
     orders = [
         SourceOrder(
             index.counts,
@@ -232,11 +233,12 @@ def _build_order(
             chunk=chunk_samples(
                 index.samples, float(index.shard_bytes.sum()) / index.samples, chunk_bytes
             ),
-            lanes=max(1, round(lanes * weight / sum(weights))),
+            lanes=lanes,
+            mixture=mixture,
         )
-        for number, (index, weight) in enumerate(zip(indexes, weights, strict=True))
+        for number, index in enumerate(indexes)
     ]
-    return Order(orders, weights, seed)
+    return Order(orders, mixture, seed)
 
 
 @dataclass(frozen=True)

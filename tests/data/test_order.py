@@ -19,6 +19,12 @@ from m3i_scale.data.order import (
 )
 
 
+def alone(order: SourceOrder, *span: int):
+    """(epoch, shard, sample) over a range of positions of a source that is alone."""
+    positions = np.arange(*span)
+    return order.locate(positions, positions)
+
+
 @settings(max_examples=60, deadline=None)
 @given(
     counts=st.lists(st.integers(0, 40), min_size=1, max_size=12).filter(any),
@@ -30,10 +36,57 @@ from m3i_scale.data.order import (
 def test_every_sample_once_per_epoch(counts, chunk, lanes, seed, epoch):
     order = SourceOrder(np.array(counts), seed=seed, source=0, chunk=chunk, lanes=lanes)
     total = sum(counts)
-    epochs, shard, sample = order.locate(np.arange(epoch * total, (epoch + 1) * total))
+    epochs, shard, sample = alone(order, epoch * total, (epoch + 1) * total)
     assert set(epochs) == {epoch}
     everything = [(i, j) for i, count in enumerate(counts) for j in range(count)]
     assert sorted(zip(shard.tolist(), sample.tolist(), strict=True)) == everything
+
+
+def build_order(counts, weights, *, lanes: int, chunk: int = 4, seed: int = 5) -> Order:
+    mixture = Mixture(weights)
+    parts = [
+        SourceOrder(
+            np.array(each), seed=seed, source=number, chunk=chunk, lanes=lanes, mixture=mixture
+        )
+        for number, each in enumerate(counts)
+    ]
+    return Order(parts, mixture, seed=seed)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    counts=st.lists(st.integers(1, 60), min_size=2, max_size=5),
+    weights=st.lists(st.integers(1, 30), min_size=5, max_size=5),
+    lanes=st.integers(1, 90),
+    epochs=st.integers(1, 4),
+)
+def test_every_sample_once_per_epoch_of_its_source_in_any_mixture(counts, weights, lanes, epochs):
+    weights = weights[: len(counts)]
+    order = build_order([[n // 2, n - n // 2] for n in counts], weights, lanes=lanes)
+    for number, samples in enumerate(counts):
+        enough = (epochs * samples + 10) * sum(weights) // weights[number]
+        found = order.locate(np.arange(enough))
+        mine = found.source == number
+        for epoch in range(epochs):
+            at = mine & (found.epoch == epoch)
+            pairs = zip(found.shard[at].tolist(), found.sample[at].tolist(), strict=True)
+            assert sorted(pairs) == [
+                (i, j)
+                for i, n in enumerate((samples // 2, samples - samples // 2))
+                for j in range(n)
+            ]
+
+
+def test_slices_of_a_global_batch_meet_the_same_chunks_again_and_again():
+    counts = [np.full(200, 500), np.full(40, 100)]
+    order = build_order(counts, [100_000, 4_000], lanes=1024, chunk=64)
+    steps = np.arange(20) * 1024
+    positions = (steps[:, None] + 512 + np.arange(64)).reshape(-1)  # one rank, 20 global batches
+    found = order.locate(positions)
+    text = found.source == 0
+    lanes = {(s, c // 64) for s, c in zip(found.shard[text], found.sample[text], strict=True)}
+    assert text.sum() > 1200
+    assert len(lanes) < 180  # 62 lanes, a third of which reach their next chunk meanwhile
 
 
 @settings(max_examples=60, deadline=None)
@@ -77,30 +130,29 @@ def test_any_position_alone_gives_the_same_as_all_together():
     counts = np.array([13, 40, 7])
 
     def build():
-        parts = [SourceOrder(counts, seed=5, source=s, chunk=4, lanes=6) for s in range(2)]
-        return Order(parts, [2, 1], seed=5)
+        return build_order([counts, counts], [2, 1], lanes=6)
 
     together = build().locate(np.arange(700))
     rng = np.random.default_rng(0)
     for n in rng.integers(0, 700, 60):
-        alone = build().locate(np.array([n]))
+        single = build().locate(np.array([n]))
         for field in ("source", "epoch", "shard", "sample"):
-            assert getattr(alone, field)[0] == getattr(together, field)[n]
+            assert getattr(single, field)[0] == getattr(together, field)[n]
 
 
 def test_seeds_and_epochs_change_the_order():
     counts = np.full(50, 20)
     first = SourceOrder(counts, seed=1, source=0, chunk=4, lanes=16)
     other = SourceOrder(counts, seed=2, source=0, chunk=4, lanes=16)
-    one = np.stack(first.locate(np.arange(1000))[1:])
-    assert (one != np.stack(other.locate(np.arange(1000))[1:])).any(axis=0).mean() > 0.9
-    assert (one != np.stack(first.locate(np.arange(1000, 2000))[1:])).any(axis=0).mean() > 0.9
+    one = np.stack(alone(first, 1000)[1:])
+    assert (one != np.stack(alone(other, 1000)[1:])).any(axis=0).mean() > 0.9
+    assert (one != np.stack(alone(first, 1000, 2000)[1:])).any(axis=0).mean() > 0.9
 
 
 def test_order_is_frozen():
     """These values are the format of a run's state: changing them breaks every resume."""
     order = SourceOrder(np.array([5, 9, 3]), seed=7, source=1, chunk=2, lanes=3)
-    _, shard, sample = order.locate(np.arange(17))
+    _, shard, sample = alone(order, 17)
     assert shard.tolist() == [1, 0, 1, 1, 0, 1, 0, 1, 1, 1, 1, 0, 2, 2, 0, 2, 1]
     assert sample.tolist() == [3, 3, 8, 4, 4, 5, 0, 1, 6, 0, 2, 1, 1, 0, 2, 2, 7]
     assert hash64(1, 2, 3).tolist() == [15020427595393229491]
@@ -109,7 +161,7 @@ def test_order_is_frozen():
 def test_neighbours_come_from_many_shards_and_the_whole_range_is_mixed():
     counts = np.full(1000, 100)  # 1000 shards
     order = SourceOrder(counts, seed=0, source=0, chunk=25, lanes=512)
-    _, shard, sample = order.locate(np.arange(100_000))
+    _, shard, sample = alone(order, 100_000)
     distinct = [len(set(shard[i : i + 512].tolist())) for i in range(0, 99_840, 512)]
     ideal = 1000 * (1 - (1 - 1 / 1000) ** 512)  # of 512 independent draws
     assert min(distinct) > 0.85 * ideal
@@ -121,7 +173,7 @@ def test_neighbours_come_from_many_shards_and_the_whole_range_is_mixed():
 
 def test_a_lane_reads_front_to_back():
     order = SourceOrder(np.full(64, 128), seed=0, source=0, chunk=32, lanes=16)
-    _, shard, sample = order.locate(np.arange(8192))
+    _, shard, sample = alone(order, 8192)
     lane_shard, lane_sample = shard.reshape(-1, 16)[:, 3], sample.reshape(-1, 16)[:, 3]
     follows = (np.diff(lane_shard) == 0) & (np.diff(lane_sample) == 1)
     assert follows.mean() > 0.95
@@ -129,8 +181,7 @@ def test_a_lane_reads_front_to_back():
 
 def test_substitutes_are_fixed_and_of_the_same_source():
     counts = np.array([4, 6])
-    orders = [SourceOrder(counts, seed=5, source=s, chunk=2, lanes=2) for s in range(2)]
-    order = Order(orders, [1, 1], seed=5)
+    order = build_order([counts, counts], [1, 1], lanes=2)
     drawn = [order.substitute(n, attempt) for n in range(300) for attempt in range(2)]
     assert drawn == [order.substitute(n, attempt) for n in range(300) for attempt in range(2)]
     source = order.locate(np.arange(300)).source
