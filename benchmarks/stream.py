@@ -62,7 +62,7 @@ def make_shards(folder: Path, samples: int) -> tuple[list[str], list[bytes]]:
     images = [photograph(rng) for _ in range(min(samples, 512))]
     paths = [str(folder / f"{number:05d}.tar") for number in range(4)]
     for shard, path in enumerate(paths):
-        with webdataset.TarWriter(path) as tar:
+        with webdataset.TarWriter(path, mtime=0) as tar:
             for number in range(shard, samples, 4):
                 caption = f"a photograph of thing number {number} in front of a wall, grainy"
                 image = images[number % len(images)]

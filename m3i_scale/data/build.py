@@ -166,7 +166,7 @@ def write_shard(path: Path, records: list[Record], *, recipe: Recipe) -> dict[st
     if path.exists() and report.exists():
         return dict(json.loads(report.read_text()))
     temporary, left_out = f"{path}.{os.getpid()}.tmp", Counter[str]()
-    with open(temporary, "wb") as file, webdataset.TarWriter(file) as tar:
+    with open(temporary, "wb") as file, webdataset.TarWriter(file, mtime=0) as tar:
         for sample in _samples(path.stem, records, recipe, left_out):
             tar.write(sample)
     os.replace(temporary, path)

@@ -268,7 +268,7 @@ def _write(folder: Path, name: str, records: list[dict[str, object]], shards: in
     folder.mkdir(parents=True)
     paths = [str(folder / f"{name}-{shard:03d}.tar") for shard in range(shards)]
     for shard, path in enumerate(paths):
-        with webdataset.TarWriter(path) as tar:
+        with webdataset.TarWriter(path, mtime=0) as tar:
             for record in records[shard::shards]:
                 tar.write(record)
     kind = "both" if name == "heldout" else name
