@@ -10,7 +10,7 @@ ranks or workers, on prefetching or on time, and nothing has to be replayed to s
    share w has been dealt n*w samples, off by less than one for two sources and by less than the
    depth of a binary tree over the sources for more.
 2. **Chunks.**  Every shard is cut in runs of consecutive samples of a few MiB.  Each epoch visits
-   the chunks of the source in a new order: sorted by a 64-bit hash of (seed, source, epoch, chunk).
+   the chunks of the source in a new order, sorted by a hash of (seed, source, epoch, chunk).
 3. **Lanes.**  The chunks of an epoch, end to end, are one sequence of N samples.  It is cut in
    contiguous lanes, one for each place that the source has in a global batch: the i-th sample of
    the source in a batch is the next one of lane i.
@@ -62,6 +62,17 @@ def hash64(*parts: int | NDArray[np.uint64]) -> NDArray[np.uint64]:
             state = (state ^ (state >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
             state = state ^ (state >> np.uint64(31))
     return state
+
+
+def permutation(count: int, *parts: int) -> NDArray[np.int32]:
+    """Seeded permutation of range(count), by sorting hashes whose last bits are the number itself.
+
+    The keys are distinct, so every correct sort gives the same result, and the fastest may do it.
+    """
+    low = np.uint64((1 << max(1, (count - 1).bit_length())) - 1)
+    numbers = np.arange(count, dtype=np.uint64)
+    keys = np.sort((hash64(*parts, numbers) & ~low) | numbers)
+    return (keys & low).astype(np.int32)
 
 
 class Mixture:
@@ -270,9 +281,7 @@ class SourceOrder:
 
     def _epoch(self, number: int) -> _Epoch:
         if number not in self._epochs:
-            chunks = np.arange(self._first[-1], dtype=np.uint64)
-            keys = hash64(self.seed, self.source, number, chunks)
-            order = np.argsort(keys, kind="stable").astype(np.int32)
+            order = permutation(int(self._first[-1]), self.seed, self.source, number)
             ends = np.cumsum(self._chunk_sizes()[order])
             places = (self._place((number + i) * self.samples) for i in (0, 1))
             self._epochs[number] = _Epoch(order, ends, *places)
