@@ -303,7 +303,7 @@ def _open_run(folder: Path, step: int | None) -> tuple[Config, Reader]:
         ConfigError: there is no such run or its configuration cannot be read.
         CheckpointError: there is no such checkpoint, or it is damaged.
     """
-    from m3i_scale.config import load_config
+    from m3i_scale.config_file import load_config
     from m3i_scale.engine import checkpoint
 
     config = load_config(folder / "config.yaml")

@@ -1,32 +1,25 @@
-"""The configuration: one strict, typed, immutable tree, read from YAML plus `a.b=c` overrides.
+"""The configuration: one strict, typed, immutable tree. Every key, type and default stands here.
 
-A leaf module: it imports nothing of the project. Every key, its type and its default stand here;
-an unknown key, a bad value or an impossible combination raises `ConfigError` with one sentence
-that says what is wrong and how to mend it. Nothing here touches data, a GPU or a process group.
-
-A file may start from another one with `base: other.yaml` (relative to itself); mappings are merged,
-lists and values replaced.
+A leaf module: it imports nothing of the project, and touches no data, GPU or process group. An
+impossible combination is refused here, with a sentence that says what is wrong and how to mend it;
+`config_file.py` reads the tree from YAML and from the command line.
 """
 
 from __future__ import annotations
 
-import difflib
 import math
 import re
-import types
 import typing
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import yaml
 from pydantic import (
     BaseModel,
     BeforeValidator,
     ConfigDict,
     Field,
     PlainSerializer,
-    ValidationError,
     model_validator,
 )
 
@@ -441,125 +434,3 @@ class Config(Node):
                 f"objective.input.patch {self.objective.input.patch}"
             )
         return self
-
-
-# ------------------------------------------------------------------------------------------ reading
-
-
-def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
-    """Read `path`, apply `a.b=c` overrides (values are YAML), validate.
-
-    Raises:
-        ConfigError: with one sentence, for anything wrong.
-    """
-    tree = _read_tree(Path(path), seen=())
-    for override in overrides:
-        _apply_override(tree, override)
-    try:
-        return Config.model_validate(tree)
-    except ValidationError as error:
-        raise ConfigError(f"{path}: {_sentence(error)}") from None
-
-
-def dump_config(config: Config) -> str:
-    """The resolved tree as YAML that `load_config` reads back."""
-    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
-
-
-def _read_tree(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
-    if path.resolve() in seen:
-        raise ConfigError(f"{path}: base files form a circle: {[str(p) for p in seen]}")
-    try:
-        tree = yaml.safe_load(path.read_text())
-    except OSError as error:
-        raise ConfigError(
-            f"{path}: cannot read the configuration file ({error.strerror})"
-        ) from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
-    if not isinstance(tree, dict):
-        raise ConfigError(
-            f"{path}: a mapping of keys to values is expected, found {type(tree).__name__}"
-        )
-    base = tree.pop("base", None)
-    if base is None:
-        return tree
-    return _merge(_read_tree(path.parent / base, (*seen, path.resolve())), tree)
-
-
-def _merge(low: dict[str, Any], high: dict[str, Any]) -> dict[str, Any]:
-    both = {
-        key: _merge(low[key], value)
-        for key, value in high.items()
-        if isinstance(value, dict) and isinstance(low.get(key), dict)
-    }
-    return {**low, **high, **both}
-
-
-def _apply_override(tree: dict[str, Any], override: str) -> None:
-    path, equals, text = override.partition("=")
-    if not equals or not path:
-        raise ConfigError(f"override {override!r} is not of the form a.b=value")
-    *parents, last = path.split(".")
-    node: Any = tree
-    try:
-        for key in parents:
-            node = node[int(key)] if isinstance(node, list) else _child(node, key)
-        value = yaml.safe_load(text)
-        if isinstance(node, list):
-            node[int(last)] = value
-        else:
-            node[last] = value
-    except (TypeError, ValueError, IndexError, yaml.YAMLError):
-        raise ConfigError(f"override {override!r}: nothing can be set at {path!r}") from None
-
-
-def _child(node: dict[str, Any], key: str) -> Any:
-    if node.get(key) is None:
-        node[key] = {}
-    return node[key]
-
-
-def _sentence(error: ValidationError) -> str:
-    """The first problem as one sentence."""
-    first = error.errors()[0]
-    location = [part for part in first["loc"] if part not in ("gaussian", "boltzmann")]
-    where = ".".join(str(part) for part in location)
-    if first["type"] == "extra_forbidden":
-        return f"unknown key {where!r}{_did_you_mean(first['loc'])}"
-    if first["type"] == "missing":
-        return f"missing key {where!r}; give it a value"
-    message = first["msg"].removeprefix("Value error, ")
-    if first["type"] == "value_error":
-        return f"{where}: {message}" if where else message
-    return f"{where}: {message} (got {first['input']!r})"
-
-
-def _did_you_mean(location: tuple[int | str, ...]) -> str:
-    names = list(_fields_at(location[:-1]))
-    near = difflib.get_close_matches(str(location[-1]), names, n=1, cutoff=0.5)
-    return f"; did you mean {near[0]!r}?" if near else f"; valid keys are {', '.join(names)}"
-
-
-def _fields_at(location: Sequence[int | str]) -> Iterable[str]:
-    kind: Any = Config
-    for key in location:
-        if isinstance(key, int):
-            continue
-        options = [option for option in _models_in(kind) if key in option.model_fields]
-        if options:
-            kind = options[0].model_fields[key].annotation
-        else:  # the tag of a union ("gaussian")
-            kind = next(m for m in _models_in(kind) if m.model_fields["form"].default == key)
-    return [name for option in _models_in(kind) for name in option.model_fields]
-
-
-def _models_in(kind: Any) -> list[type[Node]]:
-    """The Node classes in `list[X]`, `X | None`, `A | B`."""
-    if (
-        isinstance(kind, type)
-        and not isinstance(kind, types.GenericAlias)
-        and issubclass(kind, Node)
-    ):
-        return [kind]
-    return [model for argument in typing.get_args(kind) for model in _models_in(argument)]

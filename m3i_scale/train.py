@@ -12,15 +12,17 @@ import functools
 import logging
 import os
 import sys
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from m3i_scale.config import Config, ConfigError, load_config
+from m3i_scale import config as tree
+from m3i_scale.config import Config, ConfigError
+from m3i_scale.config_file import load_config
 
 if TYPE_CHECKING:
-    from m3i_scale.data import Stream
+    from m3i_scale.data import Storage, Stream
 
 log = logging.getLogger("m3i")
 
@@ -59,8 +61,9 @@ def build_stream(config: Config) -> Stream:
 
     spec, text, masking = config.data, config.model.text, config.objective.input
     side = spec.image_size // masking.patch
-    augmentation = spec.augmentation.model_dump()
-    views = {name: data.Photometric(**augmentation.pop(name)) for name in ("view_a", "view_b")}
+    augmentation: dict[str, Any] = spec.augmentation.model_dump()
+    for view in ("view_a", "view_b"):
+        augmentation[view] = data.Photometric(**augmentation[view])
     try:
         tokenizer = load_tokenizer(text.tokenizer) if text else None
         if tokenizer and text and tokenizer.vocab_size > text.vocab_size:
@@ -72,7 +75,7 @@ def build_stream(config: Config) -> Stream:
             [data.Source(**source.model_dump()) for source in spec.sources],
             seed=config.seed,
             image_size=spec.image_size,
-            augmentation=data.Augmentation(**augmentation, **views),
+            augmentation=data.Augmentation(**augmentation),
             tokenize=(
                 functools.partial(tokenizer, max_length=text.max_length)
                 if tokenizer and text
@@ -82,14 +85,26 @@ def build_stream(config: Config) -> Stream:
             lanes=spec.lanes or config.optimizer.batch,
             chunk_bytes=round(spec.chunk_megabytes * 2**20),
             max_bad_rate=spec.max_bad_rate,
+            storage=_storage(spec.storage),
         )
     except ValueError as error:
         raise ConfigError(f"data: {error}") from error
 
 
+def _storage(spec: tree.Storage) -> Storage:
+    from m3i_scale.data import Storage
+    from m3i_scale.data.cache import DiskCache
+
+    cache = DiskCache(spec.cache, round(spec.cache_gigabytes * 1e9)) if spec.cache else None
+    return Storage(
+        attempts=spec.retries + 1, options=spec.options, cache=cache, allow_pipe=spec.allow_pipe
+    )
+
+
 def no_tokens(texts: list[str]) -> tuple[Tensor, Tensor]:
     """Tokens (B, 0) and mask (B, 0) of an objective without texts."""
-    return torch.zeros(len(texts), 0, dtype=torch.int64), torch.zeros(len(texts), 0, dtype=bool)
+    ids = torch.zeros(len(texts), 0, dtype=torch.int64)
+    return ids, torch.zeros_like(ids, dtype=torch.bool)
 
 
 def run(options: argparse.Namespace, config: Config) -> int:

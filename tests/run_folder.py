@@ -16,7 +16,8 @@ from conftest import SMALL
 from PIL import Image
 from torch import Tensor
 
-from m3i_scale.config import Config, dump_config
+from m3i_scale.config import Config
+from m3i_scale.config_file import dump_config
 from m3i_scale.data.indexing import index_shards
 from m3i_scale.engine import checkpoint
 from m3i_scale.models.tokenizer import train_wordpiece

@@ -16,7 +16,8 @@ import torch.distributed as dist
 from torch import Tensor
 from tqdm import tqdm
 
-from m3i_scale.config import Config, dump_config
+from m3i_scale.config import Config
+from m3i_scale.config_file import dump_config
 
 PACKAGES = (
     "torch",

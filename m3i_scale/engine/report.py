@@ -43,7 +43,8 @@ def _networks(run: Run) -> Iterator[str]:
 
 def _memory(run: Run) -> Iterator[str]:
     kinds = state_memory(run)
-    yield f"memory per rank on {run.world.size} ranks, {run.config.engine.precision}, without activations"
+    precision = run.config.engine.precision
+    yield f"memory per rank on {run.world.size} ranks in {precision}, without activations"
     for kind, size in {**kinds, "in all": sum(kinds.values())}.items():
         yield f"  {kind:24s} {size / 2**30:12.3f} GiB"
 
@@ -51,7 +52,8 @@ def _memory(run: Run) -> Iterator[str]:
 def _length(run: Run) -> Iterator[str]:
     plan, schedule = run.plan, run.schedule
     yield "length"
-    yield f"  batch {plan.batch} = {plan.micro} x {plan.accumulation} accumulated x {run.world.size} ranks"
+    parts = f"{plan.micro} x {plan.accumulation} accumulated x {run.world.size} ranks"
+    yield f"  batch {plan.batch} = {parts}"
     yield f"  {schedule.total} steps ({run.config.optimizer.length}), warm-up {schedule.warmup}"
     yield f"  {schedule.total * plan.batch:,} samples; a checkpoint every {run.save_every} steps"
 
@@ -61,7 +63,8 @@ def _data(sources: dict[str, dict[str, int | float | str]]) -> Iterator[str]:
     for name, facts in sources.items():
         yield (
             f"  {name} ({facts['kind']}): {facts['samples']:,} samples in {facts['shards']:,} "
-            f"shards, {int(facts['bytes']) / 1e9:.3f} GB, {100 * float(facts['share']):.2f} % of the stream"
+            f"shards, {int(facts['bytes']) / 1e9:.3f} GB, "
+            f"{100 * float(facts['share']):.2f} % of the stream"
         )
 
 

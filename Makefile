@@ -1,0 +1,48 @@
+# make demo     set everything up, pre-train a small InternImage on two ranks, show what it learned
+# make test     set everything up and run the tests
+.PHONY: setup demo test test-gpu bench lint clean
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+# One thread per process where two processes share two cores.
+ONE_THREAD := OMP_NUM_THREADS=1
+DEMO_RUN := runs/demo
+DEMO_OVERRIDES ?=
+
+setup: $(VENV)/.ready
+
+$(VENV)/.ready: setup.py pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 12))' \
+	  || { echo "Python 3.10, 3.11 or 3.12 is needed: make setup PYTHON=python3.11"; exit 2; }
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet --editable '.[dev]'
+	@touch $@
+
+demo: setup
+	$(BIN)/m3i glyphs --out data_demo/glyphs
+	$(BIN)/m3i tokenizer data_demo/glyphs/text.parquet --vocab-size 1000 --out data_demo/tokenizer.json
+	$(ONE_THREAD) DS_ACCELERATOR=cpu $(BIN)/deepspeed --num_accelerators 2 \
+	  m3i_scale/train.py --config configs/demo.yaml $(DEMO_OVERRIDES)
+	$(BIN)/m3i eval --run $(DEMO_RUN) --subject character --category block \
+	  --gallery data_demo/glyphs/text.parquet data_demo/glyphs/category.parquet \
+	  --queries data_demo/glyphs/heldout.parquet
+	@echo "Pictures, curves, checkpoint and logs: $(DEMO_RUN)/"
+
+test: setup
+	$(ONE_THREAD) $(BIN)/python -m pytest
+
+test-gpu: setup
+	$(BIN)/python -m pytest tests/kernels
+
+bench: setup
+	$(BIN)/python kernels/bench/run.py --static
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+clean:
+	rm -rf $(VENV) data_demo $(DEMO_RUN)

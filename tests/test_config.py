@@ -1,0 +1,146 @@
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from conftest import SMALL
+
+from m3i_scale.config import Config, ConfigError, Duration
+from m3i_scale.config_file import dump_config, load_config
+
+CONFIGS = Path(__file__).parents[1] / "configs"
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
+    path = tmp_path / "small.yaml"
+    path.write_text(SMALL)
+    return path
+
+
+@pytest.mark.parametrize(
+    "path", sorted([*CONFIGS.glob("pretrain_*.yaml"), CONFIGS / "demo.yaml"]), ids=lambda p: p.stem
+)
+def test_shipped_configurations_are_valid_and_survive_a_round_trip(path: Path, tmp_path: Path):
+    config = load_config(path)
+    again = tmp_path / "again.yaml"
+    again.write_text(dump_config(config))
+    assert load_config(again) == config
+
+
+def test_every_number_of_table_7():
+    h = load_config(CONFIGS / "pretrain_internimage_h.yaml")
+    v = load_config(CONFIGS / "pretrain_vit_b16_imagenet.yaml")
+    y = load_config(CONFIGS / "pretrain_vit_b16_yfcc.yaml")
+    decoders = [(c.decoder.depth, c.decoder.width, c.decoder.ffn, c.decoder.heads)
+                for c in (v.model, h.model)]  # fmt: skip
+    assert decoders == [(4, 768, 3072, 16), (4, 1024, 4096, 16)]
+    assert (v.data.image_size, h.data.image_size) == (224, 192)
+    assert [str(c.optimizer.length) for c in (v, y, h)] == [
+        "1600 epochs",
+        "138 epochs",
+        "30 epochs",
+    ]
+    assert [c.optimizer.warmup.amount for c in (v, y, h)] == [40, 3.5, 1]
+    assert [c.optimizer.batch for c in (v, y, h)] == [4096, 4096, 40000]
+    for config in (v, y, h):
+        spec = config.optimizer
+        assert (spec.betas, spec.learning_rate, spec.weight_decay) == ((0.9, 0.95), 1e-3, 0.1)
+        assert (spec.ema, spec.ema_final) == (0.995, 1.0)
+        given = config.objective.input
+        assert (given.corruption, given.mask, given.ratio, given.patch) == ("mix", "block", 0.5, 16)
+        views = {t.image: t.view for t in config.objective.targets if not t.supervised}
+        assert views == {"i": "same", "j": "other"}
+        for target in config.objective.targets:
+            if target.representation == "category":
+                assert target.likelihood.label_smoothing == 0.1  # type: ignore[union-attr]
+    paths = [c.model.backbone.options for c in (v, h)]
+    assert [(o["drop_path_rate"], o["drop_path_type"]) for o in paths] == [
+        (0.1, "linear"), (0.2, "uniform"),
+    ]  # fmt: skip
+
+
+def test_overrides_are_yaml(file: Path):
+    config = load_config(
+        file,
+        ["optimizer.length=2e3 samples", "objective.targets.0.weight=2", "engine.zero.extra.a=[1]"],
+    )
+    assert config.optimizer.length == Duration(2000, "samples")
+    assert config.objective.targets[0].weight == 2
+    assert config.engine.zero.extra == {"a": [1]}
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("model.decoder.widht=3", "unknown key 'model.decoder.widht'; did you mean 'width'?"),
+        ("optimiser.batch=3", "unknown key 'optimiser'; did you mean 'optimizer'?"),
+        ("objective.targets.0.likelihood.sigm=2", "did you mean 'sigma'?"),
+        ("optimizer.length=soon", "'soon' is not a duration"),
+        ("optimizer.batch=many", "optimizer.batch"),
+        ("optimizer.max_micro_batch=3", "multiple of 2"),
+        ("data.image_size=70", "70 is not a multiple of objective.input.patch 16"),
+        ("engine.precision=fp8", "engine.precision"),
+        ("objective.targets.0.guard=none", "without a guard collapses"),
+        ("objective.targets.0.guard=negatives", "negatives enter through a softmax"),
+        ("objective.targets.2.guard=none", "set guard: negatives"),
+        ("objective.targets.1.positions=masked", "masked positions"),
+        ("objective.targets.1.name=image_i", "names must differ"),
+        ("objective.input.corruption=mask", "of image j, which only a mix contains"),
+        ("objective.targets.2.likelihood.temperature=1", "share one likelihood"),
+        ("model.text=null", "model.text.tokenizer"),
+        ("model.categories=0", "model.categories"),
+        ("data.sources.0.kind=category", "no data source of kind text"),
+        ("objective.targets.9.name=a", "nothing can be set"),
+        ("nonsense", "not of the form"),
+    ],
+)
+def test_what_is_wrong_is_one_sentence(file: Path, override: str, words: str):
+    with pytest.raises(ConfigError) as caught:
+        load_config(file, [override])
+    assert words in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_missing_and_broken_files(tmp_path: Path):
+    with pytest.raises(ConfigError, match="cannot read"):
+        load_config(tmp_path / "absent.yaml")
+    for text, words in (
+        ("a: [", "not valid YAML"),
+        ("- a", "a mapping"),
+        ("run: x", "missing key"),
+    ):
+        (tmp_path / "bad.yaml").write_text(text)
+        with pytest.raises(ConfigError, match=words):
+            load_config(tmp_path / "bad.yaml")
+
+
+def test_bases_are_merged_in_order_and_circles_are_named(file: Path):
+    folder = file.parent
+    (folder / "other.yaml").write_text("optimizer: {batch: 16}\nseed: 5")
+    (folder / "top.yaml").write_text("base: [small.yaml, other.yaml]\nrun: top")
+    config = load_config(folder / "top.yaml")
+    assert (config.run, config.seed, config.optimizer.batch) == ("top", 5, 16)
+    assert config.optimizer.max_micro_batch == 8
+    (folder / "other.yaml").write_text("base: top.yaml")
+    with pytest.raises(ConfigError, match="circle"):
+        load_config(folder / "top.yaml")
+
+
+def test_one_kind_of_target_cannot_be_balanced(small_tree: dict[str, Any]):
+    small_tree["objective"]["targets"] = small_tree["objective"]["targets"][:2]
+    with pytest.raises(ValueError, match="balance: null"):
+        Config.model_validate(small_tree)
+    small_tree["objective"]["balance"] = None
+    assert Config.model_validate(small_tree).objective.balance is None
+
+
+def test_the_tree_cannot_be_changed(small: Config):
+    with pytest.raises(ValueError, match="frozen"):
+        small.seed = 3  # type: ignore[misc]
+
+
+def test_the_small_configuration_of_the_tests_is_valid():
+    assert Config.model_validate(yaml.safe_load(SMALL)).run == "small"
