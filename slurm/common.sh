@@ -9,6 +9,9 @@
 # `python` (the interpreter, in its container if there is one) and `srun_options`.
 
 set -uo pipefail
+# Slurm sends SIGTERM to this script along with the ranks (scontrol requeue, scancel); it must live to
+# see how they end, and to say so.
+trap '' TERM
 
 say() { echo "$(date '+%F %T') [job $SLURM_JOB_ID, restart $restart] $*"; }
 
@@ -102,13 +105,12 @@ conclude() {
 requeue() {
     local job excluded
     job=$(scontrol show job -o "$SLURM_JOB_ID")
-    # Slurm may have requeued it already (scontrol requeue, preemption without grace); and the script
-    # of an attempt whose node was declared dead may outlive it: the job is then no longer its own.
+    # Slurm may have requeued or cancelled it already. And the script of an attempt whose node was
+    # declared dead may outlive that attempt: the job is then no longer its own to requeue.
     if [[ $job != *" JobState=RUNNING "* || $job != *" Restarts=$restart "* ]]; then
-        say "is requeued already"
+        say "Slurm has already ended this attempt"
         exit 85
     fi
-    trap '' TERM  # requeueing sends it to this script and to the commands it still has to run
     if ! scontrol requeue "$SLURM_JOB_ID"; then
         say "cannot be requeued here; submit it again and it will go on from step $(newest_step)"
         exit 1

@@ -37,7 +37,7 @@ class Pretraining:
         """Submit the template; `site` are further variables around it. The job id."""
         return self.cluster.submit(
             f"--nodes={nodes}", "--ntasks-per-node=1", "--gpus-per-node=1", "--cpus-per-task=1",
-            "--time=10", f"--output={self.folder}/{run}.log",
+            "--time=30", f"--output={self.folder}/{run}.log",
             "slurm/pretrain_internimage_h.sbatch", *overrides,
             environment={
                 "M3I_CONFIG": str(self.configuration), "M3I_RUN": run,

@@ -14,6 +14,16 @@ pytestmark = [pytest.mark.slurm, pytest.mark.distributed, pytest.mark.timeout(90
 
 MIDDLE = 6  # between the checkpoints of steps 4 and 8
 
+# An interpreter that finds a place where nobody can write, on one node, instead of the run folder.
+BAD_NODE = """#!/bin/bash
+for argument; do
+    shift
+    [[ $SLURMD_NODENAME == {node} && $argument == {folder} ]] && argument=/dev/null/run
+    set -- "$@" "$argument"
+done
+exec {python} "$@"
+"""
+
 
 def begin(pretraining, run: str, **options) -> str:
     """Start a run and wait until it is in the middle."""
@@ -72,22 +82,30 @@ def test_killed_rank(pretraining, undisturbed):
     assert "task 1: Killed" in pretraining.log("killed-rank")
 
 
-def test_killed_slurmd(pretraining, undisturbed):
-    """A node freezes: its slurmd is gone and its rank stands still, until Slurm gives it up."""
-    cluster = pretraining.cluster
-    job = begin(pretraining, "killed-slurmd")
-    nodes = pretraining.nodes(job)
-    frozen = pretraining.rank(job, 1)
-    cluster.kill_node(nodes[1])
+@pytest.mark.parametrize("rank", [0, 1])
+def test_killed_slurmd(pretraining, undisturbed, rank):
+    """A node freezes: its slurmd is gone and its rank stands still, until Slurm gives it up.
+
+    The node of rank 0 is also that of the batch script, which survives the attempt it belongs to.
+    """
+    run, cluster = f"killed-slurmd-{rank}", pretraining.cluster
+    job = begin(pretraining, run)
+    node, frozen = pretraining.nodes(job)[rank], pretraining.rank(job, rank)
+    cluster.kill_node(node)
     os.kill(frozen, signal.SIGSTOP)
     try:
-        pretraining.wait(lambda: len(pretraining.attempts("killed-slurmd")) == 2, "the restart")
+        pretraining.wait(lambda: len(pretraining.attempts(run)) == 2, "the restart")
         os.kill(frozen, signal.SIGCONT)  # the rank of the lost attempt comes back, too late
-        assert nodes[1] not in pretraining.nodes(job)
-        require_same_curve(pretraining, "killed-slurmd", job, undisturbed)
+        assert node not in pretraining.nodes(job)
+        require_same_curve(pretraining, run, job, undisturbed)
+        if rank == 0:
+            pretraining.wait(
+                lambda: "Slurm has already ended this attempt" in pretraining.log(run), "the script"
+            )
+            assert pretraining.cluster.job(job)["Restarts"] == "1"
     finally:
         kill(frozen)
-        cluster.start_node(nodes[1])
+        cluster.start_node(node)
         cluster.wait_idle()
 
 
@@ -95,12 +113,7 @@ def test_preflight_excludes_the_bad_node(pretraining, tmp_path):
     """On n2 the run folder cannot be written; the job leaves it for n3 and trains."""
     python = tmp_path / "python"
     folder = pretraining.folder / "excluding"
-    python.write_text(
-        "#!/bin/bash\n"
-        f'[[ $SLURMD_NODENAME == n2 ]] && set -- "${{@/#{str(folder).replace("/", chr(92) + "/")}/'
-        f'\\/dev\\/null}}"\n'
-        f'exec {sys.executable} "$@"\n'
-    )
+    python.write_text(BAD_NODE.format(node="n2", folder=folder, python=sys.executable))
     python.chmod(0o755)
     job = pretraining.submit(
         "excluding", "optimizer.length=3 steps", preflight=True, M3I_PYTHON=str(python)
@@ -136,4 +149,7 @@ def test_resume_on_one_node(pretraining, undisturbed):
     found = curve(pretraining.folder / "one-node")
     assert found.keys() == undisturbed.keys()
     for step, values in undisturbed.items():
-        assert found[step] == pytest.approx(values, rel=1e-3, abs=1e-6), step
+        # The spread of features is measured within a rank's part of the batch.
+        whole = {name: value for name, value in values.items() if not name.startswith("spread")}
+        part = {name: found[step][name] for name in whole}
+        assert part == pytest.approx(whole, rel=2e-5, abs=1e-6), step
