@@ -141,11 +141,11 @@ def _record_dcnv3(
     scale = _meta(N, S, S, groups, dtype=dtype) if gated else None
     tensors = (x, offset, mask, scale)
     with compile_only.record(dcnv3_op) as launches:
-        tiles = dcnv3_op.choose_tiles(channels, K, backward=direction != "forward")
+        fixed_point = direction == "backward deterministic"
+        tiles = dcnv3_op.choose_tiles(channels, K, direction != "forward", fixed_point)
         if direction == "forward":
             dcnv3_op.launch_forward(tensors, x, geometry, True, tiles)
             return launches
-        fixed_point = direction == "backward deterministic"
         unit = _meta(1, dtype=torch.float32) if fixed_point else None
         dx = _meta(*x.shape, dtype=torch.int64 if fixed_point else torch.float32)
         gradients = (dx, offset, mask, x if scale is None else scale)

@@ -67,7 +67,8 @@ def block_mix(
         return BlockMixed(*block_mix_reference(*arguments))
     from m3i_kernels.block_mix.op import block_mix_triton  # Triton is only needed from here on
 
-    return BlockMixed(*block_mix_triton(*arguments))
+    with torch.cuda.device_of(view_a):
+        return BlockMixed(*block_mix_triton(*arguments))
 
 
 def _check(

@@ -25,18 +25,26 @@ class Tiles(NamedTuple):
     num_warps: int
 
 
-def choose_tiles(channels: int, points: int, backward: bool, warp_size: int = 32) -> Tiles:
+def choose_tiles(
+    channels: int,
+    points: int,
+    backward: bool,
+    deterministic: bool = False,
+    warp_size: int = 32,
+) -> Tiles:
     """Choose the launch parameters for groups of `channels` channels and `points` points.
 
     Every thread of a row repeats the arithmetic of its sampling location, so a row gets few threads
     and each of them several channels, in two chunks where a group is wide. In the backward, 4
-    channels per thread and chunk is what float32 vector atomics take: with more, every tile would
-    change layout through shared memory before it is added.
+    channels per thread and chunk (2 for the 64-bit sums of the deterministic one) is what 16-byte
+    vectors hold: with more, every tile would change layout through shared memory before it is
+    added, and registers would spill.
     """
     block_d = triton.next_power_of_2(channels)
     split = 2 if block_d >= 32 else 1
     block_d //= split
-    rows = max(1, _THREADS * (4 if backward else 8) // block_d)
+    per_thread = 2 if deterministic else 4 if backward else 8
+    rows = max(1, _THREADS * per_thread // block_d)
     unroll = 3 if points <= 9 and not backward else 1  # more would spill in the backward
     return Tiles(rows, 1, block_d, split, unroll, _THREADS // warp_size)
 
@@ -65,7 +73,8 @@ def dcnv3_op(
     y = x.new_empty((N, *geometry.output_size(H, W), C))
     tensors = _unit_channel_stride(x, offset, mask, center_scale)
     tiles = choose_tiles(C // groups, geometry.points, backward=False, warp_size=_warp_size())
-    launch_forward(tensors, y, geometry, mask_is_logits, tiles)
+    with torch.cuda.device_of(x):
+        launch_forward(tensors, y, geometry, mask_is_logits, tiles)
     return y
 
 
@@ -112,11 +121,12 @@ def dcnv3_backward_op(
     dmask = torch.empty(mask.shape, dtype=mask.dtype, device=x.device)
     dscale = _empty_gradient(center_scale, x)
     channels = x.shape[3] // groups
-    tiles = choose_tiles(channels, geometry.points, backward=True, warp_size=_warp_size())
+    tiles = choose_tiles(channels, geometry.points, True, deterministic, _warp_size())
     gradients = (dx, doffset, dmask, dscale)
-    launch_backward(grad, y, tensors, unit, gradients, geometry, mask_is_logits, tiles)
+    with torch.cuda.device_of(x):
+        launch_backward(grad, y, tensors, unit, gradients, geometry, mask_is_logits, tiles)
     if unit is not None:
-        # float64 holds every sum: 2**62 units are more than the largest possible one
+        # by way of float64, whose 53 bits are more than any result keeps
         dx = (dx.double() / unit.double()).to(x.dtype)
     return dx.to(x.dtype), doffset, dmask, dscale
 

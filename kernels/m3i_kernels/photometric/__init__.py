@@ -66,7 +66,8 @@ def photometric(
     if chosen == "triton":
         from m3i_kernels.photometric.op import photometric_triton  # Triton only needed from here
 
-        return photometric_triton(images, params, blur_kernel_size, mean, std, dtype, layout)
+        with torch.cuda.device_of(images):
+            return photometric_triton(images, params, blur_kernel_size, mean, std, dtype, layout)
     levels = photometric_reference(images, params, blur_kernel_size)
     if mean is None or std is None:
         return levels
