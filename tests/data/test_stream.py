@@ -203,3 +203,19 @@ def test_index_and_shards_can_move_together(tmp_path):
     (tmp_path / "here").rename(tmp_path / "there")
     moved = Source("pairs", source.index.replace("/here/", "/there/"), "text")
     assert len(next(iter(make_stream([moved]).loader(start=0, micro_batch=4)))) == 4
+
+
+def resident_mib() -> float:
+    with open("/proc/self/statm") as file:
+        return int(file.read().split()[1]) * 4096 / 2**20
+
+
+def test_memory_stays_flat(sources):
+    loader = make_stream(sources, window_bytes=1 << 20).loader(start=0, micro_batch=16)
+    steps = iter(loader)
+    for _ in range(100):
+        next(steps)
+    before = resident_mib()
+    for _ in range(500):  # a hundred epochs of the small source
+        next(steps)
+    assert resident_mib() - before < 16
