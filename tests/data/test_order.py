@@ -25,7 +25,7 @@ def alone(order: SourceOrder, *span: int):
     return order.locate(positions, positions)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=30, deadline=None)
 @given(
     counts=st.lists(st.integers(0, 40), min_size=1, max_size=12).filter(any),
     chunk=st.integers(1, 50),
@@ -53,7 +53,7 @@ def build_order(counts, weights, *, lanes: int, chunk: int = 4, seed: int = 5) -
     return Order(parts, mixture, seed=seed)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=30, deadline=None)
 @given(
     counts=st.lists(st.integers(1, 60), min_size=2, max_size=5),
     weights=st.lists(st.integers(1, 30), min_size=5, max_size=5),
@@ -89,7 +89,7 @@ def test_slices_of_a_global_batch_meet_the_same_chunks_again_and_again():
     assert len(lanes) < 180  # 62 lanes, a third of which reach their next chunk meanwhile
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=30, deadline=None)
 @given(
     weights=st.lists(st.integers(1, 10_000), min_size=1, max_size=6),
     start=st.integers(0, 10**10),
