@@ -375,7 +375,10 @@ class Engine(Node):
     kernels: Literal["auto", "triton", "reference"] = "auto"
     zero: Zero = Zero()
     max_nonfinite_steps: Count = 10
-    timeout_minutes: Positive = 30.0
+    rollbacks: Annotated[int, Field(ge=0)] = 0  # how often an unstable run may go back by itself
+    spike_factor: Annotated[float, Field(gt=1)] | None = None  # loss over its average: unstable
+    stall_minutes: Positive = 30.0  # without a step: write all stacks and end
+    timeout_minutes: Positive = 60.0  # of collectives
 
 
 class Checkpoint(Node):

@@ -111,7 +111,7 @@ def run(options: argparse.Namespace, config: Config) -> int:
     """Build, train, and say how it ended."""
     from m3i_kernels import set_backend
 
-    from m3i_scale.engine import launch, loop, metrics, report, session, stop
+    from m3i_scale.engine import launch, metrics, report, session, stop
 
     world = launch.start(
         config.engine.device, config.engine.precision, config.seed, config.engine.timeout_minutes
@@ -135,7 +135,7 @@ def run(options: argparse.Namespace, config: Config) -> int:
         first=ready.progress.step,
         tensorboard=config.logging.tensorboard,
     )
-    finished = loop.pretrain(ready, flag, record)
+    finished = session.pretrain_through(ready, flag, record)
     record.close()
     launch.finish()
     return 0 if finished else stop.STOPPED

@@ -56,10 +56,7 @@ OTHER = "Other"
 DEMO_BLOCKS = (
     "Basic Latin",
     "Greek",
-    "Cyrillic",
     "Arrows",
-    "Mathematical Operators",
-    "Box Drawing",
     "Geometric Shapes",
 )
 _HELD_OUT = "STIX"
@@ -185,7 +182,7 @@ def render(glyph: Glyph, size: int, seed: int) -> bytes | None:
     Size, place and colours are a function of (seed, glyph).
     """
     rng = random.Random(zlib.crc32(glyph.key.encode()) + (seed << 32))
-    font = ImageFont.truetype(str(glyph.typeface.path), round(size * rng.uniform(0.5, 0.85)))
+    font = ImageFont.truetype(str(glyph.typeface.path), round(size * rng.uniform(0.6, 0.9)))
     left, top, right, bottom = font.getbbox(chr(glyph.code))
     width, height = right - left, bottom - top
     if width <= 0 or height <= 0:

@@ -22,6 +22,7 @@ from m3i_scale.engine.saver import Saver, any_rank
 from m3i_scale.engine.schedules import BatchPlan, Schedule
 from m3i_scale.engine.state import Progress, snapshot
 from m3i_scale.engine.stop import StopFlag
+from m3i_scale.engine.watchdog import Watchdog
 from m3i_scale.engine.zero import DTYPES, Sharded, set_learning_rate
 from m3i_scale.objective.balance import LossBalance
 from m3i_scale.objective.inputs import Scene, scene
@@ -78,11 +79,21 @@ def pretrain(run: Run, stop: StopFlag, metrics: MetricLog) -> bool:
     """Train to the end of the schedule; False if it stopped before because it was asked to.
 
     Raises:
-        UnstableError: `engine.max_nonfinite_steps` steps in a row had non-finite gradients.
+        UnstableError: `engine.max_nonfinite_steps` steps in a row had non-finite gradients, or
+            the loss rose above `engine.spike_factor` times its average.
+        CheckpointError: the last checkpoint could not be written.
     """
+    watchdog = Watchdog(run.folder, run.world.rank, 60 * run.config.engine.stall_minutes)
+    try:
+        return _train(run, stop, metrics, watchdog)
+    finally:
+        watchdog.stop()
+
+
+def _train(run: Run, stop: StopFlag, metrics: MetricLog, watchdog: Watchdog) -> bool:
     config, progress, engine = run.config, run.progress, run.sharded.engine
     batches = Timed(iter(_batches(run)))
-    skipped_in_a_row = 0
+    skipped_in_a_row, average_loss = 0, RunningMean()
     while progress.step < run.schedule.total:
         started, figures = time.perf_counter(), Figures()
         rate = run.schedule.learning_rate(progress.step)
@@ -110,8 +121,8 @@ def pretrain(run: Run, stop: StopFlag, metrics: MetricLog) -> bool:
         progress.skipped += not updated
         values["skipped_steps"] = progress.skipped
         metrics.write(progress.step, values, show=progress.step % config.logging.every == 0)
-        if skipped_in_a_row >= config.engine.max_nonfinite_steps:
-            raise UnstableError(_unstable_message(run, skipped_in_a_row))
+        watchdog.beat()
+        _require_stable(run, skipped_in_a_row, average_loss.ratio(values["loss/total"]))
         progress.step += 1
         progress.position += run.plan.batch
 
@@ -194,13 +205,35 @@ def _momentum_coefficient(run: Run) -> float:
     return ema_coefficient(run.progress.step, run.schedule.total, spec.ema, spec.ema_final)
 
 
-def _unstable_message(run: Run, steps: int) -> str:
-    good = run.saver.last_good
-    return (
-        f"{steps} steps in a row had non-finite gradients (up to step {run.progress.step}); the "
-        f"last good checkpoint is {good or 'none'}; lower optimizer.learning_rate or check the "
-        f"data at stream position {run.progress.position}"
+def _require_stable(run: Run, skipped_in_a_row: int, loss_ratio: float) -> None:
+    spike = run.config.engine.spike_factor
+    if skipped_in_a_row >= run.config.engine.max_nonfinite_steps:
+        what = f"{skipped_in_a_row} steps in a row had non-finite gradients"
+    elif spike is not None and loss_ratio > spike:
+        what = f"the loss was {loss_ratio:.1f} times its average"
+    else:
+        return
+    raise UnstableError(
+        f"{what} (step {run.progress.step}); the last good checkpoint is "
+        f"{run.saver.last_good or 'none'}; lower optimizer.learning_rate, check the data at stream "
+        f"position {run.progress.position}, or allow engine.rollbacks"
     )
+
+
+class RunningMean:
+    """An average over about a hundred steps, and how far a value lies above it."""
+
+    def __init__(self, decay: float = 0.99) -> None:
+        self._decay, self._sum, self._weight = decay, 0.0, 0.0
+
+    def ratio(self, value: float) -> float:
+        """Value over the average of the finite values before it (1 before the tenth), taken in."""
+        average = self._sum / self._weight if self._weight else value
+        early = self._weight < 1 - self._decay**10
+        if math.isfinite(value):
+            self._sum = self._decay * self._sum + (1 - self._decay) * value
+            self._weight = self._decay * self._weight + (1 - self._decay)
+        return 1.0 if early or not math.isfinite(value) else value / average
 
 
 class Timed(Iterator[Any]):

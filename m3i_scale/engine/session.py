@@ -5,16 +5,46 @@ from __future__ import annotations
 import logging
 
 from m3i_scale.config import Config
+from m3i_scale.engine.checkpoint import Reader
 from m3i_scale.engine.launch import World
-from m3i_scale.engine.loop import Run, Stream
-from m3i_scale.engine.metrics import write_provenance
+from m3i_scale.engine.loop import Run, Stream, UnstableError, pretrain
+from m3i_scale.engine.metrics import MetricLog, write_provenance
 from m3i_scale.engine.saver import Saver, newest_good
 from m3i_scale.engine.schedules import make_schedule, plan_batch
 from m3i_scale.engine.state import restore
+from m3i_scale.engine.stop import StopFlag
 from m3i_scale.engine.zero import build, deepspeed_config
 from m3i_scale.objective.balance import LossBalance
 
 log = logging.getLogger("m3i")
+
+
+def pretrain_through(run: Run, stop: StopFlag, record: MetricLog) -> bool:
+    """Train to the end; an unstable run goes back and steps over the data, `rollbacks` times.
+
+    Returns and raises as `loop.pretrain`.
+    """
+    for left in reversed(range(run.config.engine.rollbacks + 1)):
+        try:
+            return pretrain(run, stop, record)
+        except UnstableError as error:
+            if not left or run.saver.last_good is None:
+                raise
+            if run.world.leads:
+                log.warning("%s; going back, %d more allowed", error, left - 1)
+            rewind(run, skip_to=run.progress.position + run.plan.batch)
+    raise AssertionError  # the last turn returned or raised
+
+
+def rewind(run: Run, skip_to: int) -> None:
+    """Load the last good checkpoint and go on at stream position `skip_to`, past the bad data."""
+    run.saver.finish()
+    assert run.saver.last_good is not None
+    reader = Reader(run.saver.last_good)
+    skipped = run.progress.skipped
+    run.progress = restore(reader, run.sharded, run.world, run.balance, run.config.seed)
+    run.progress.position, run.progress.skipped = skip_to, skipped
+    reader.close()
 
 
 def open_run(

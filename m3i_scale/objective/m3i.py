@@ -340,9 +340,13 @@ def _figure(value: Tensor, count: int | Tensor = 1) -> Tensor:
     return torch.stack([value, torch.as_tensor(count, device=value.device).float()])
 
 
-def _spread(rows: Tensor) -> Tensor:
-    """Standard deviation over all rows, averaged over dimensions; 0 when all has collapsed."""
-    return rows.detach().float().flatten(0, -2).std(0).mean()
+def _spread(targets: Tensor) -> Tensor:
+    """Standard deviation over the samples (first dimension), averaged over all others.
+
+    0 when all images have the same target. Positions are kept apart: a map that depends on the
+    position alone is a collapse, too.
+    """
+    return targets.detach().float().std(0).mean()
 
 
 def _classification_term(losses: Tensor, scores: Tensor, positive: Tensor, tau: Tensor) -> Term:

@@ -12,7 +12,7 @@ import torch
 from cases import RandomStream, full_weights, open_small, small_config, train_small
 from ranks import run_ranks
 
-from m3i_scale.engine import loop, metrics
+from m3i_scale.engine import loop, metrics, session
 from m3i_scale.engine.launch import World
 from m3i_scale.engine.stop import StopFlag
 from m3i_scale.objective.m3i import M3I
@@ -222,3 +222,42 @@ def test_too_many_of_them_stop_the_run_and_name_the_last_good_checkpoint(tmp_pat
     result = run_ranks(2, train_poisoned, tmp_path, overrides=overrides, bad=[24, 100])[0]
     assert "2 steps in a row" in result["message"]
     assert "step-00000002" in result["message"]
+
+
+def train_through_poison(
+    world: World, folder: Path, overrides: dict[str, Any], bad: list[int]
+) -> dict[str, Any]:
+    run = open_small(world, folder, overrides)
+    run.stream = PoisonedStream(range(*bad))
+    seen: list[int] = []
+    original = run.stream.loader
+
+    def loader(**options: Any):
+        for batch in original(**options):
+            seen.append(int(batch.position[0]))
+            yield batch
+
+    run.stream.loader = loader  # type: ignore[method-assign]
+    record = metrics.MetricLog(run.folder, leads=world.leads, total=6, first=0, tensorboard=False)
+    finished = session.pretrain_through(run, StopFlag(), record)
+    return {"finished": finished, "seen": seen, "position": run.progress.position}
+
+
+def test_an_unstable_run_goes_back_and_steps_over_the_data(tmp_path: Path):
+    overrides = {
+        "engine.max_nonfinite_steps": 1,
+        "engine.rollbacks": 1,
+        "checkpoint.every": "2 steps",
+    }
+    result = run_ranks(2, train_through_poison, tmp_path, overrides=overrides, bad=[24, 25])[0]
+    assert result["finished"]
+    # Step 3 (positions 24 to 31) is bad; back to the checkpoint of step 2, on from position 32.
+    assert result["seen"] == [0, 8, 16, 24, 32, 40, 48, 56]
+    assert result["position"] == 64
+
+
+def test_a_spike_is_measured_against_the_average():
+    mean = loop.RunningMean()
+    assert [mean.ratio(2.0) for _ in range(20)] == pytest.approx([1.0] * 20)
+    assert mean.ratio(6.0) == pytest.approx(3.0)
+    assert mean.ratio(float("nan")) == 1.0

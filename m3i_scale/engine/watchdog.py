@@ -1,0 +1,63 @@
+"""Notices a stalled rank: every rank writes its stacks to the run folder, and the job ends.
+
+Ranks wait for each other in collectives, so when one stalls all stop beating; each rank's own
+watchdog then writes where each of its threads stands. The rank that is not waiting in a collective
+is the one to look at.
+"""
+
+from __future__ import annotations
+
+import faulthandler
+import os
+import sys
+import threading
+import time
+from pathlib import Path
+
+STALLED = 87  # exit code
+
+
+class Watchdog:
+    """Ends the process when `beat` was not called for `limit` seconds.
+
+    Args:
+        folder: where `stacks-rank-00000.txt` goes.
+        rank: this rank.
+        limit: seconds; longer than the longest step, checkpoint or compilation.
+    """
+
+    def __init__(self, folder: Path, rank: int, limit: float) -> None:
+        self._path = folder / f"stacks-rank-{rank:05d}.txt"
+        self._rank = rank
+        self._limit = limit
+        self._last = time.monotonic()
+        self._stopped = threading.Event()
+        self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
+        self._thread.start()
+
+    def beat(self) -> None:
+        """Say that this rank is alive; once per step."""
+        self._last = time.monotonic()
+
+    def stop(self) -> None:
+        """Watch no longer."""
+        self._stopped.set()
+        self._thread.join()
+
+    def _watch(self) -> None:
+        while not self._stopped.wait(min(1.0, self._limit / 4)):
+            if time.monotonic() - self._last > self._limit:
+                self._end()
+
+    def _end(self) -> None:
+        # Nothing here may wait for another rank or for a lock of the stalled thread.
+        try:
+            with self._path.open("w") as file:
+                faulthandler.dump_traceback(file=file, all_threads=True)
+        finally:
+            message = (
+                f"error: rank {self._rank} has made no step for {self._limit:g} s; where it stands "
+                f"is in {self._path}\n"
+            )
+            os.write(sys.stderr.fileno(), message.encode())
+            os._exit(STALLED)
