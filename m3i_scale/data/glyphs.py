@@ -182,16 +182,20 @@ def render(glyph: Glyph, size: int, seed: int) -> bytes | None:
     Size, place and colours are a function of (seed, glyph).
     """
     rng = random.Random(zlib.crc32(glyph.key.encode()) + (seed << 32))
-    font = ImageFont.truetype(str(glyph.typeface.path), round(size * rng.uniform(0.6, 0.9)))
-    left, top, right, bottom = font.getbbox(chr(glyph.code))
-    width, height = right - left, bottom - top
-    if width <= 0 or height <= 0:
+    path, character = str(glyph.typeface.path), chr(glyph.code)
+    left, top, right, bottom = ImageFont.truetype(path, 100).getbbox(character)
+    longer = max(right - left, bottom - top)
+    if min(right - left, bottom - top) <= 0:
         return None
+    # The longer side fills a part of the picture, so that a dot is a round thing and not a speck.
+    font = ImageFont.truetype(path, max(8, round(100 * size * rng.uniform(0.55, 0.8) / longer)))
+    left, top, right, bottom = font.getbbox(character)
+    width, height = right - left, bottom - top
     paper, ink = _colours(rng)
     canvas = Image.new("RGB", (max(size, int(width)), max(size, int(height))), paper)
-    x = rng.uniform(0.25, 0.75) * (canvas.width - width) - left
-    y = rng.uniform(0.25, 0.75) * (canvas.height - height) - top
-    ImageDraw.Draw(canvas).text((x, y), chr(glyph.code), font=font, fill=ink)
+    x = rng.uniform(0.35, 0.65) * (canvas.width - width) - left
+    y = rng.uniform(0.35, 0.65) * (canvas.height - height) - top
+    ImageDraw.Draw(canvas).text((x, y), character, font=font, fill=ink)
     if canvas.getextrema() == tuple((level, level) for level in paper):
         return None
     buffer = io.BytesIO()
