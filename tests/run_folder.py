@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 import torch
 import yaml
-from conftest import SMALL
 from PIL import Image
+from small import SMALL
 from torch import Tensor
 
 from m3i_scale.config import Config

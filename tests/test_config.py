@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import yaml
-from conftest import SMALL
+from small import SMALL
 
 from m3i_scale.config import Config, ConfigError, Duration
 from m3i_scale.config_file import dump_config, load_config

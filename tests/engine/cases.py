@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 import yaml
-from conftest import SMALL, random_batch
+from small import SMALL, random_batch
 
 from m3i_scale.config import Config
 from m3i_scale.data.batch import Batch

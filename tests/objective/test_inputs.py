@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from conftest import random_batch
+from small import random_batch
 
 from m3i_scale.config import Input
 from m3i_scale.objective.inputs import scene

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import random_batch
+from small import random_batch
 from torch import Tensor
 
 from m3i_scale.config import Config
