@@ -53,12 +53,7 @@ BLOCKS: dict[str, tuple[int, int]] = {
     "Mathematical Alphanumeric Symbols": (0x1D400, 0x1D7FF),
 }
 OTHER = "Other"
-DEMO_BLOCKS = (
-    "Basic Latin",
-    "Greek",
-    "Arrows",
-    "Geometric Shapes",
-)
+DEMO_BLOCKS = ("Basic Latin", "Arrows")
 _HELD_OUT = "STIX"
 # Fonts whose character map is TeX's own, or which draw placeholders.
 _NOT_UNICODE = ("LastResort", "STIXNonUni", "cmsy", "cmex", "cmmi")
