@@ -41,6 +41,10 @@ newest_step() {
 
 new_attempt() {
     run_folder=$1
+    if [[ $run_folder == */ ]]; then
+        say "the run has no name: set M3I_RUN, or give $M3I_CONFIG a key run"
+        exit 2
+    fi
     logs=$run_folder/logs/$SLURM_JOB_ID-$restart
     mkdir -p "$logs" && ln -sfn "$SLURM_JOB_ID-$restart" "$run_folder/logs/latest" || exit 1
     local attempts=$run_folder/logs/attempts step stuck

@@ -7,6 +7,7 @@ claims one GPU, a plain file, so that the templates' own `--gpus-per-node` lines
 
 from __future__ import annotations
 
+import ctypes
 import os
 import re
 import secrets
@@ -119,8 +120,9 @@ class Cluster:
     def _start(self, name: str, *command: str) -> None:
         with (self.folder / f"{name}.out").open("ab") as output:
             self._daemons[name] = subprocess.Popen(
-                command, env=self.environment, stdout=output, stderr=output, cwd=self.folder
-            )
+                command, env=self.environment, stdout=output, stderr=output, cwd=self.folder,
+                preexec_fn=_die_with_parent,
+            )  # fmt: skip
 
     def _start_munge(self) -> None:
         key = self.folder / "munge.key"
@@ -225,6 +227,12 @@ def kill(pid: int) -> None:
 def tail(path: Path, lines: int = 30) -> str:
     """The last lines of a file."""
     return "\n".join(path.read_text(errors="replace").splitlines()[-lines:])
+
+
+def _die_with_parent() -> None:
+    """Have the kernel kill this process when the tests' process is killed (Linux)."""
+    set_parent_death_signal = 1
+    ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGKILL)
 
 
 def _path() -> str:

@@ -11,7 +11,7 @@ import pytest
 import workload
 from cluster import Cluster, missing_program, processes_with, tail, wait_for
 
-PATIENCE = 240.0  # seconds for whatever takes a few on an idle machine
+PATIENCE = 400.0  # seconds for whatever takes a few on an idle machine
 
 
 @pytest.fixture(scope="session")
@@ -73,8 +73,9 @@ class Pretraining:
         return [int(line.split()[2]) for line in lines]
 
     def rank(self, job: str, rank: int) -> int:
-        """Process id of a rank."""
-        (pid,) = processes_with(f"SLURM_JOB_ID={job}", f"SLURM_PROCID={rank}", command="train.py")
+        """Process id of a rank in the first step; srun and the batch script are in none."""
+        variables = (f"SLURM_JOB_ID={job}", "SLURM_STEP_ID=0", f"SLURM_PROCID={rank}")
+        (pid,) = processes_with(*variables, command="train.py")
         return pid
 
     def log(self, run: str) -> str:
