@@ -75,7 +75,7 @@ def run_ranks(
     function: Callable[..., Any],
     folder: Path,
     *,
-    time_limit: float = 120,
+    time_limit: float = 240,
     **arguments: Any,
 ) -> list[Any]:
     """Run to the end and return each rank's result; fails with the output if a rank fails."""
