@@ -76,11 +76,12 @@ def test_shards_are_indexed_by_an_array(pretraining, tmp_path):
 
 
 def test_a_run_is_evaluated(pretraining, undisturbed, tmp_path):
-    run, index = pretraining.folder / "undisturbed", str(pretraining.folder / "category.parquet")
+    folder = pretraining.folder
+    run = folder / "undisturbed"
     job = pretraining.cluster.submit(
         *SMALL, "--time=10", "--gpus-per-node=1", f"--output={tmp_path}/log",
-        "slurm/evaluate.sbatch", "--run", str(run), "--gallery", index, "--queries", index,
-        "--no-pictures",
+        "slurm/evaluate.sbatch", "--run", str(run), "--gallery", f"{folder}/category.parquet",
+        "--queries", f"{folder}/heldout.parquet", "--no-pictures",
         environment={"M3I_PYTHON": sys.executable, "M3I_DEVICE": "cpu"},
     )  # fmt: skip
     pretraining.finish(job)

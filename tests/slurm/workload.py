@@ -54,21 +54,24 @@ def write_workload(folder: Path) -> Path:
         {"name": kind, "index": _source(folder, kind, labels), "kind": kind}
         for kind, labels in (("text", texts), ("category", classes))
     ]
+    _source(folder, "heldout", classes[:20])
     tree["optimizer"]["length"] = f"{STEPS} steps"
     path = folder / "small.yaml"
     path.write_text(yaml.safe_dump(tree))
     return path
 
 
-def _source(folder: Path, kind: str, labels: list[tuple[str, bytes]]) -> str:
-    shard = folder / f"{kind}.tar"
+def _source(folder: Path, name: str, labels: list[tuple[str, bytes]]) -> str:
+    """A shard of as many images as there are labels (suffix, content), and its index."""
+    shard = folder / f"{name}.tar"
     with tarfile.open(shard, "w") as tar:
         for number, (suffix, label) in enumerate(labels):
-            for name, content in ((suffix, label), (".jpg", _jpeg(number))):
-                info = tarfile.TarInfo(f"{number:06d}{name}")
+            for ending, content in ((suffix, label), (".jpg", _jpeg(number))):
+                info = tarfile.TarInfo(f"{number:06d}{ending}")
                 info.size = len(content)
                 tar.addfile(info, io.BytesIO(content))
-    index = folder / f"{kind}.parquet"
+    index = folder / f"{name}.parquet"
+    kind = "text" if labels[0][0] == ".txt" else "category"
     index_shards([str(shard)], str(index), kind=kind, progress=False)
     return str(index)
 
