@@ -106,6 +106,10 @@ def start(device: str, precision: str, seed: int, timeout_minutes: float) -> Wor
     os.environ.setdefault("DS_ACCELERATOR", chosen.type)
     import deepspeed
 
+    # On a CPU DeepSpeed compiles an all-reduce for inference, which training never calls. A rank
+    # killed meanwhile would leave a lock in PyTorch's cache of extensions, and every later start
+    # would wait for it for ever.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     if chosen.type == "cuda":
         torch.cuda.set_device(chosen)
     deepspeed.init_distributed(
