@@ -87,13 +87,15 @@ def test_loss_and_all_gradients_equal_the_independent_computation(small: Config)
     expected = ssp + LAMBDA * sp
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
     expected.backward()
-    assert gradients.keys() == {n for n, p in model.named_parameters() if p.grad is not None}
-    for name, parameter in model.named_parameters():
-        if parameter.grad is not None:
-            scale = parameter.grad.abs().max().item()
-            torch.testing.assert_close(
-                gradients[name], parameter.grad, rtol=1e-3, atol=1e-4 * scale + 1e-9, msg=name
-            )
+    wanted = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+    assert gradients.keys() == wanted.keys()
+    # The bias of attention keys has no gradient but rounding: softmax ignores a common shift.
+    noise = 1e-7 * max(gradient.abs().max().item() for gradient in wanted.values())
+    for name, gradient in wanted.items():
+        scale = gradient.abs().max().item()
+        torch.testing.assert_close(
+            gradients[name], gradient, rtol=1e-3, atol=1e-4 * scale + noise, msg=name
+        )
     assert (squares > 0).all()
 
 
