@@ -176,23 +176,26 @@ class M3I(nn.Module):
 
     def target_outputs(self, scene: Scene) -> Targets:
         """z_y: encodings of the clean views and the texts, for the groups that need them."""
-        images = {
-            (encoder, view): self._encode(encoder, view, scene) for encoder, view in self.encodings
-        }
+        images: dict[tuple[str, str], Encoding] = {}
+        for encoder in dict.fromkeys(encoder for encoder, _ in self.encodings):
+            views = [view for other, view in self.encodings if other == encoder]
+            for view, encoding in zip(views, self._encode(encoder, views, scene), strict=True):
+                images[encoder, view] = encoding
         texts = None
         if hasattr(self, "text_tower"):
             texts = normalise(self.text_tower(scene.tokens, scene.token_mask), "l2")
         return Targets(images, texts)
 
-    def _encode(self, encoder: str, view: str, scene: Scene) -> Encoding:
+    def _encode(self, encoder: str, views: list[str], scene: Scene) -> list[Encoding]:
+        """Encode clean views, all in one pass: sharded weights are gathered once."""
         networks = self.momentum if encoder == "momentum" else self.online
-        image = scene.clean(view)
+        image = torch.cat([scene.clean(view) for view in views])
         with torch.no_grad() if encoder == "momentum" else contextlib.nullcontext():
-            features = networks.backbone.features(image)
-            pooled = None
-            if networks.projector is not None:
-                pooled = networks.projector(networks.backbone.pool(features))
-        return Encoding(features, pooled)
+            features = networks.backbone.features(image).chunk(len(views))
+            if networks.projector is None:
+                return [Encoding(z, None) for z in features]
+            pooled = networks.projector(networks.backbone.pool(torch.cat(features)))
+        return [Encoding(z, p) for z, p in zip(features, pooled.chunk(len(views)), strict=True)]
 
     def roles(self, scene: Scene) -> dict[str, Role]:
         """Which tokens show image i and which image j."""
