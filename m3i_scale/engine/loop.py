@@ -91,32 +91,11 @@ def pretrain(run: Run, stop: StopFlag, metrics: MetricLog) -> bool:
 
 
 def _train(run: Run, stop: StopFlag, metrics: MetricLog, watchdog: Watchdog) -> bool:
-    config, progress, engine = run.config, run.progress, run.sharded.engine
-    batches = Timed(iter(_batches(run)))
+    config, progress = run.config, run.progress
+    batches = open_batches(run)
     skipped_in_a_row, average_loss = 0, RunningMean()
     while progress.step < run.schedule.total:
-        started, figures = time.perf_counter(), Figures()
-        rate = run.schedule.learning_rate(progress.step)
-        set_learning_rate(engine, rate)
-        weight = run.balance.supervised_weight  # lambda
-        skipped_before = engine.skipped_steps
-        for _ in range(run.plan.accumulation):
-            view = _prepare(run, next(batches))
-            outputs = engine(view, weight)
-            engine.backward(outputs["loss"])
-            engine.step()  # updates at the end of the accumulation only
-            figures.add(_figures(run, outputs, weight))
-        updated = engine.skipped_steps == skipped_before
-        figures.add_value("data_wait_seconds", batches.take_wait(), run.world.device)
-        values = figures.means()
-        values |= _step_values(run, values, started, rate, weight)
-
-        if updated:
-            coefficient = _momentum_coefficient(run)
-            if run.sharded.momentum is not None:
-                run.sharded.momentum.update(coefficient)
-            run.balance.update(values["gradient/ssp"], values["gradient/sp"])
-            values["momentum"] = coefficient
+        values, updated = train_step(run, batches)
         skipped_in_a_row = 0 if updated else skipped_in_a_row + 1
         progress.skipped += not updated
         values["skipped_steps"] = progress.skipped
@@ -136,6 +115,44 @@ def _train(run: Run, stop: StopFlag, metrics: MetricLog, watchdog: Watchdog) -> 
     if not run.saver.finish():
         raise CheckpointError("the last checkpoint could not be written; see the messages above")
     return progress.step == run.schedule.total
+
+
+def train_step(run: Run, batches: Timed) -> tuple[dict[str, float], bool]:
+    """One optimiser step on the next micro-batches: batch, forward, backward, step, momentum.
+
+    Returns:
+        The step's figures, and whether the weights were updated (not when a gradient was not
+        finite). `run.progress` is the caller's to move.
+    """
+    engine = run.sharded.engine
+    started, figures = time.perf_counter(), Figures()
+    rate = run.schedule.learning_rate(run.progress.step)
+    set_learning_rate(engine, rate)
+    weight = run.balance.supervised_weight  # lambda
+    skipped_before = engine.skipped_steps
+    for _ in range(run.plan.accumulation):
+        view = _prepare(run, next(batches))
+        outputs = engine(view, weight)
+        engine.backward(outputs["loss"])
+        engine.step()  # updates at the end of the accumulation only
+        figures.add(_figures(run, outputs, weight))
+    updated = engine.skipped_steps == skipped_before
+    figures.add_value("data_wait_seconds", batches.take_wait(), run.world.device)
+    values = figures.means()
+    values |= _step_values(run, values, rate, weight)
+
+    if updated:
+        coefficient = _momentum_coefficient(run)
+        if run.sharded.momentum is not None:
+            run.sharded.momentum.update(coefficient)
+        run.balance.update(values["gradient/ssp"], values["gradient/sp"])
+        values["momentum"] = coefficient
+    return values | _speed(run, started), updated
+
+
+def open_batches(run: Run) -> Timed:
+    """This rank's micro-batches, from where the run stands to its end."""
+    return Timed(iter(_batches(run)))
 
 
 def _batches(run: Run) -> Iterable[Any]:
@@ -181,23 +198,24 @@ def _figures(run: Run, outputs: dict[str, Tensor], weight: float) -> dict[str, T
     return pairs
 
 
-def _step_values(
-    run: Run, means: dict[str, float], started: float, rate: float, weight: float
-) -> dict[str, float]:
+def _step_values(run: Run, means: dict[str, float], rate: float, weight: float) -> dict[str, float]:
     """Derived figures of one step."""
     # The norm at the features of the whole batch of the step's mean loss: each micro-batch's loss
     # is divided by their number, and so is its gradient.
     parts = run.world.size * run.plan.accumulation
-    seconds = time.perf_counter() - started
     return {
         "gradient/ssp": math.sqrt(means.pop("gradient_square/ssp") / parts),
         "gradient/sp": math.sqrt(means.pop("gradient_square/sp") / parts),
         "gradient/all_parameters": float(run.sharded.engine.get_global_grad_norm() or 0.0),
         "balance/lambda": weight,
         "learning_rate": rate,
-        "images_per_second": run.plan.batch / seconds,
-        "step_seconds": seconds,
     }
+
+
+def _speed(run: Run, started: float) -> dict[str, float]:
+    # The figures were read from the device, and the momentum update waited for it.
+    seconds = time.perf_counter() - started
+    return {"images_per_second": run.plan.batch / seconds, "step_seconds": seconds}
 
 
 def _momentum_coefficient(run: Run) -> float:
