@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -52,20 +53,27 @@ class PatchMask:
 
     def _blocks(self, rng: np.random.Generator) -> NDArray[np.bool_]:
         mask = np.ones((self.rows, self.columns), dtype=bool)
-        while (missing := self.hidden - int((~mask).sum())) > 0:
+        missing = self.hidden
+        while missing > 0:
             block = mask[self._rectangle(rng, missing)]
-            new = np.flatnonzero(block)[:missing]
-            block[np.unravel_index(new, block.shape)] = False
+            seen = np.flatnonzero(block)[:missing]
+            if len(seen) == block.size:
+                block[...] = False
+            else:
+                block[np.unravel_index(seen, block.shape)] = False
+            missing -= len(seen)
         return mask
 
     def _rectangle(self, rng: np.random.Generator, missing: int) -> tuple[slice, slice]:
         """Rows and columns of a rectangle of at most about `missing` patches."""
-        smallest = max(1, self.rows * self.columns // 12)
-        area = rng.uniform(min(smallest, missing), missing)
-        aspect = np.exp(rng.uniform(*np.log(self.aspect)))
-        height = int(np.clip(round(np.sqrt(area * aspect)), 1, self.rows))
-        width = int(np.clip(round(np.sqrt(area / aspect)), 1, self.columns))
+        size, shape, down, right = rng.random(4).tolist()  # one call: drawing dominates the cost
+        least = min(max(1, self.rows * self.columns // 12), missing)
+        area = least + (missing - least) * size
+        low, high = map(math.log, self.aspect)
+        aspect = math.exp(low + (high - low) * shape)
+        height = min(max(round(math.sqrt(area * aspect)), 1), self.rows)
+        width = min(max(round(math.sqrt(area / aspect)), 1), self.columns)
         # It may hang over the border: placed inside, corners would hardly ever be hidden.
-        top = int(rng.integers(1 - height, self.rows))
-        left = int(rng.integers(1 - width, self.columns))
+        top = math.floor(1 - height + (self.rows - 1 + height) * down)
+        left = math.floor(1 - width + (self.columns - 1 + width) * right)
         return slice(max(top, 0), top + height), slice(max(left, 0), left + width)
