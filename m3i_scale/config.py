@@ -108,7 +108,7 @@ class Target(Node):
     encoder: Literal["momentum", "online"] = "momentum"
     likelihood: Annotated[Gaussian | Boltzmann, Field(discriminator="form")]
     positions: Literal["masked", "all"] = "all"
-    normalise: Literal["none", "layer_norm", "l2"] = "none"
+    normalise: Literal["none", "layer_norm", "l2", "norm_pix"] = "none"
     weight: Positive = 1.0
     decorrelation_weight: Positive = 0.005
 

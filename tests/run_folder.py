@@ -61,7 +61,7 @@ def write_run(config: Config, made: M3I, *, steps: Iterable[int] = (7,), ranks: 
 
 def write_checkpoint(folder: Path, made: M3I, step: int, ranks: int) -> Path:
     """The weights of networks as a complete checkpoint of `ranks` ranks."""
-    trained = {n: p.detach() for n, p in made.named_parameters() if not n.startswith("momentum.")}
+    trained = {n: p.detach() for n, p in made.named_parameters() if p.requires_grad}
     tensors = {f"weight/{name}": value for name, value in trained.items()}
     if hasattr(made, "momentum"):
         averages = made.momentum.named_parameters()

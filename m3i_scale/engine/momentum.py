@@ -22,7 +22,11 @@ class ShardedMomentum:
 
     def __init__(self, online: nn.Module, momentum: nn.Module) -> None:
         students = dict(online.named_parameters())
-        self._pairs = {name: (students[name], p) for name, p in momentum.named_parameters()}
+        self._pairs = {
+            name: (students[name], p)
+            for name, p in momentum.named_parameters()
+            if students[name].requires_grad  # what is frozen stays equal
+        }
         self.averages: dict[str, Tensor] = {
             name: shards.local_weight(student).detach().clone()
             for name, (student, _) in self._pairs.items()

@@ -5,7 +5,7 @@ import inspect
 from collections.abc import Callable, Mapping
 from typing import Any, Protocol, runtime_checkable
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from m3i_scale.models.intern_image import INTERN_IMAGE_VARIANTS, InternImage
 from m3i_scale.models.vit import ViT
@@ -18,11 +18,17 @@ class Backbone(Protocol):
     width      D, of the features
     embed_dim  E, of the pooled vector
     stride     pixels per feature, 16 in all published models
+    pooling    the module that `pool` adds to the features; frozen where no target is pooled
     """
 
     width: int
     embed_dim: int
     stride: int
+
+    @property
+    def pooling(self) -> nn.Module:
+        """All parameters that `pool` reads and `features` does not."""
+        ...
 
     def grid_size(self, height: int, width: int) -> tuple[int, int]:
         """Return rows and columns of the feature map; ValueError for a size that does not fit."""

@@ -318,6 +318,11 @@ class InternImage(nn.Module):
         )
         self.head = Linear(hidden, self.num_classes)
 
+    @property
+    def pooling(self) -> nn.Module:
+        """What `pool` adds to the features."""
+        return self.clip_projector
+
     def forward_stages(self, images: Tensor) -> list[Tensor]:
         """Map images to four maps (N, H, W, C), strides 4 to 32, each before its downsampling."""
         maps = []

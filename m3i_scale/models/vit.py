@@ -52,6 +52,11 @@ class ViT(nn.Module):
         self.attention_pool = AttentionPool(width, pool_heads, embed_dim)
         self.apply(init_transformer)
 
+    @property
+    def pooling(self) -> nn.Module:
+        """What `pool` adds to the features."""
+        return self.attention_pool
+
     def grid_size(self, height: int, width: int) -> tuple[int, int]:
         """Return rows and columns of patches of an image of height x width pixels."""
         for name, value in (("height", height), ("width", width)):

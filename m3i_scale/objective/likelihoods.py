@@ -64,8 +64,15 @@ def _standardise(rows: Tensor) -> Tensor:
 
 
 def normalise(rows: Tensor, kind: str) -> Tensor:
-    """Normalise vectors (..., D) in float32: "none", "l2" or "layer_norm" (without affine part)."""
+    """Normalise vectors (..., D) in float32.
+
+    "none"; "l2", unit length; "layer_norm", without affine part; "norm_pix", MAE's standardised
+    patch, which differs from it by the unbiased variance.
+    """
     rows = rows.float()
+    if kind == "norm_pix":
+        variance, mean = torch.var_mean(rows, -1, keepdim=True)
+        return (rows - mean) * torch.rsqrt(variance + 1e-6)
     if kind == "l2":
         return F.normalize(rows, dim=-1)
     if kind == "layer_norm":

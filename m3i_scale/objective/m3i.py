@@ -99,6 +99,8 @@ class M3I(nn.Module):
         if any(encoder == "momentum" for encoder, _ in self.encodings):
             self.momentum = Encoder(model, projector="global" in wanted).requires_grad_(False)
         backbone = self.online.backbone
+        if all(target.dense for target in objective.targets):
+            backbone.pooling.requires_grad_(False)  # no target reaches it
         self.grid: tuple[int, int] = backbone.grid_size(image_size, image_size)
         self.tokens_per_patch = _tokens_per_patch(objective.input.patch, backbone.stride)
         self.hidden_tokens = _hidden_tokens(objective, image_size, self.tokens_per_patch)

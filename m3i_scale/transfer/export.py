@@ -102,6 +102,9 @@ def size(weights: Weights, config: Config, *, part: Part = "backbone", dtype: st
 def load_backbone(path: str | os.PathLike[str]) -> Backbone:
     """Build the backbone that an exported file describes, with its weights, in float32.
 
+    The pooling keeps its initialisation where the file has none: a run whose targets are all dense
+    does not train it.
+
     Raises:
         ValueError: the file is not one that `export` wrote with part="backbone", or does not fit.
     """
@@ -113,8 +116,15 @@ def load_backbone(path: str | os.PathLike[str]) -> Backbone:
     description = json.loads(metadata["backbone"])
     backbone = build_backbone(description["name"], **description["options"])
     state = {name: tensor.float() for name, tensor in load_published(path).items()}
-    load_weights(backbone, state)  # type: ignore[arg-type]
+    load_weights(backbone, state, fresh=_untrained(backbone, state))  # type: ignore[arg-type]
     return backbone
+
+
+def _untrained(backbone: Backbone, state: Mapping[str, Tensor]) -> list[str]:
+    """The pooling, where the run never trained it: its objective had dense targets only."""
+    modules = backbone.named_modules()  # type: ignore[attr-defined]
+    (name,) = (name for name, module in modules if module is backbone.pooling)
+    return [] if any(key.startswith(f"{name}.") for key in state) else [name]
 
 
 def read_metadata(path: str | os.PathLike[str]) -> dict[str, str]:

@@ -55,12 +55,16 @@ def build_untrained(config: Config) -> M3I:
     Raises:
         ValueError: the networks cannot be built.
     """
+    return _build(config).eval().requires_grad_(False)
+
+
+def _build(config: Config) -> M3I:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
         networks = M3I(config.model, config.objective, config.data.image_size)
     if hasattr(networks, "momentum"):
         del networks.momentum
-    return networks.eval().requires_grad_(False)
+    return networks
 
 
 def build_trained(config: Config, weights: Weights, which: Which = "student") -> M3I:
@@ -75,15 +79,16 @@ def build_trained(config: Config, weights: Weights, which: Which = "student") ->
     Raises:
         ValueError: the checkpoint is of other networks, or has no averages.
     """
-    networks = build_untrained(config)
-    own = dict(networks.named_parameters())
+    networks = _build(config)
+    # What the objective never reaches is in no checkpoint; it is as the seed made it.
+    own = {name: p for name, p in networks.named_parameters() if p.requires_grad}
     shapes = {name: list(parameter.shape) for name, parameter in own.items()}
     _require_equal(shapes, weights)
     kinds = stored_kinds(shapes, which, has_momentum=has_momentum(config))
     with torch.no_grad():
         for name, parameter in own.items():
             parameter.copy_(weights.tensor(kinds[name], name))
-    return networks
+    return networks.eval().requires_grad_(False)
 
 
 def stored_kinds(names: Mapping[str, Any], which: Which, *, has_momentum: bool) -> dict[str, str]:

@@ -1,0 +1,106 @@
+"""Every file of configs/methods: laid over a run it loads, and one step trains all it should."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from small import SMALL, random_batch
+
+from m3i_scale.config import Config, Input
+from m3i_scale.config_file import load_config
+from m3i_scale.objective.inputs import scene
+from m3i_scale.objective.m3i import M3I
+from m3i_scale.objective.masks import PatchMask
+
+CONFIGS = Path(__file__).parents[2] / "configs"
+METHODS = sorted((CONFIGS / "methods").glob("*.yaml"))
+BACKBONES = {
+    "intern_image": yaml.safe_load(SMALL)["model"]["backbone"]["options"],
+    "vit": {"width": 24, "depth": 1, "heads": 2, "pool_heads": 3, "embed_dim": 18},
+}
+ROWS = {
+    "image_classification", "language_image_contrastive", "auto_encoder", "dense_distillation",
+    "global_distillation", "mim_pixel", "mim_feature", "mim_global", "novel_view_synthesis",
+    "dense_instance_discrimination", "instance_discrimination_negatives",
+    "instance_discrimination_predictor", "instance_discrimination_decorrelation",
+    "masked_instance_discrimination", "siamim_pixel", "siamim_feature", "siamim_global",
+    "m3i_without_mixing", "m3i",
+}  # fmt: skip
+
+
+def laid_over(run: Path, method: Path, folder: Path) -> Config:
+    """The method over the run, as a user writes it."""
+    path = folder / f"{method.stem}.yaml"
+    path.write_text(yaml.safe_dump({"base": [str(run), str(method)], "run": method.stem}))
+    return load_config(path)
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Path:
+    tree = yaml.safe_load(SMALL)
+    tree["model"]["global_head"] = {"hidden": 20, "width": 12}
+    path = tmp_path / "run.yaml"
+    path.write_text(yaml.safe_dump(tree))
+    return path
+
+
+def test_every_row_of_table_1_is_there():
+    assert {path.stem for path in METHODS} >= ROWS
+
+
+@pytest.mark.parametrize("method", METHODS, ids=lambda path: path.stem)
+def test_a_method_replaces_the_objective_of_the_run_below_it(method: Path, tmp_path: Path):
+    alone = load_config(method, _networks_and_data())
+    for run in (CONFIGS / "demo.yaml", CONFIGS / "pretrain_internimage_h.yaml"):
+        assert laid_over(run, method, tmp_path).objective == alone.objective
+    given = yaml.safe_load(method.read_text())
+    if "base" not in given:  # else the keys that it leaves out would be those of the run
+        assert set(given["objective"]) == {"input", "targets", "balance"}
+        assert set(given["objective"]["input"]) == set(Input.model_fields)
+
+
+def _networks_and_data() -> list[str]:
+    tree = yaml.safe_load(SMALL)
+    tree["model"].pop("global_head", None)
+    keys = {f"model.{key}": value for key, value in tree["model"].items()}
+    keys |= {key: tree[key] for key in ("run", "data", "optimizer")}
+    return [
+        f"{key}={yaml.safe_dump(value, default_flow_style=True)}" for key, value in keys.items()
+    ]
+
+
+@pytest.mark.parametrize("backbone", BACKBONES)
+@pytest.mark.parametrize("method", METHODS, ids=lambda path: path.stem)
+def test_one_step_gives_a_gradient_to_all_that_is_trained(
+    method: Path, backbone: str, run: Path, tmp_path: Path
+):
+    config = laid_over(run, method, tmp_path)
+    part = {"name": backbone, "options": BACKBONES[backbone]}
+    tree = config.model_dump() | {"model": config.model.model_dump() | {"backbone": part}}
+    config = Config.model_validate(tree)
+    torch.manual_seed(0)
+    model = M3I(config.model, config.objective, config.data.image_size).train()
+    outputs = model(one_scene(config, 4))
+    outputs["loss"].backward()
+    assert torch.isfinite(outputs["loss"])
+    for name, parameter in model.named_parameters():
+        assert (parameter.grad is not None) == parameter.requires_grad, name
+    trained = {name for name, p in model.named_parameters() if p.requires_grad}
+    pooled = any(not target.dense for target in config.objective.targets)
+    assert any(".attention_pool." in n or ".clip_projector." in n for n in trained) == pooled
+    assert all(torch.isfinite(pair).all() for pair in outputs.values())
+
+
+def one_scene(config: Config, size: int):
+    """A batch as the stream would give it."""
+    spec = config.objective.input
+    batch = random_batch(size, image_size=config.data.image_size, patch=spec.patch)
+    side = config.data.image_size // spec.patch
+    mask = PatchMask(side, side, spec.ratio, spec.mask)
+    drawn = [torch.as_tensor(mask(np.random.default_rng(n))) for n in range(size)]
+    batch.mask = torch.stack(drawn)
+    return scene(batch, spec, mean=config.data.mean, std=config.data.std, dtype=torch.float32)
