@@ -109,7 +109,7 @@ def _train(run: Run, stop: StopFlag, metrics: MetricLog, watchdog: Watchdog) -> 
         stopping = any_rank(stop.raised_by is not None, run.world)
         last = progress.step == run.schedule.total
         if stopping or last or progress.step % run.save_every == 0:
-            run.saver.save(progress.step, *snapshot(run.sharded, run.world, progress, run.balance))
+            save(run)
         if stopping:
             break
     if not run.saver.finish():
@@ -148,6 +148,13 @@ def train_step(run: Run, batches: Timed) -> tuple[dict[str, float], bool]:
         run.balance.update(values["gradient/ssp"], values["gradient/sp"])
         values["momentum"] = coefficient
     return values | _speed(run, started), updated
+
+
+def save(run: Run) -> None:
+    """Start a checkpoint of where the run stands, after the one before has ended."""
+    copy = run.config.checkpoint.background
+    state = snapshot(run.sharded, run.world, run.progress, run.balance, copy=copy)
+    run.saver.save(run.progress.step, *state)
 
 
 def open_batches(run: Run) -> Timed:

@@ -16,7 +16,8 @@ class ShardedMomentum:
     """`theta' <- m theta' + (1 - m) theta` on the local shards of two equal module trees.
 
     Args:
-        online: the trained networks, partitioned; its fp32 shards are read.
+        online: the trained networks, partitioned; its master shards are read (fp32, or bf16 where
+            DeepSpeed was told to keep them so).
         momentum: the frozen copy, same names; its compute-precision shards are written.
     """
 
@@ -28,7 +29,7 @@ class ShardedMomentum:
             if students[name].requires_grad  # what is frozen stays equal
         }
         self.averages: dict[str, Tensor] = {
-            name: shards.local_weight(student).detach().clone()
+            name: shards.local_weight(student).detach().to(torch.float32, copy=True)
             for name, (student, _) in self._pairs.items()
         }
 
@@ -36,7 +37,7 @@ class ShardedMomentum:
     def update(self, coefficient: float) -> None:
         """Apply the rule with `m = coefficient`; call it after every real optimiser step."""
         for name, (student, _) in self._pairs.items():
-            self.averages[name].lerp_(shards.local_weight(student), 1 - coefficient)
+            self.averages[name].lerp_(shards.local_weight(student).float(), 1 - coefficient)
         self.publish()
 
     @torch.no_grad()

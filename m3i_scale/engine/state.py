@@ -26,11 +26,15 @@ class Progress:
 
 
 def snapshot(
-    sharded: Sharded, world: World, progress: Progress, balance: LossBalance
+    sharded: Sharded, world: World, progress: Progress, balance: LossBalance, *, copy: bool = True
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Private CPU copies of this rank's tensors, and the state that all ranks share."""
+    """This rank's tensors in CPU memory, and the state that all ranks share.
+
+    The tensors are private copies, or with `copy` False, on a CPU, the living ones: for a write
+    that ends before the next step, where memory does not hold a second copy of everything.
+    """
     tensors = {
-        key: view[: own.stop - own.start].detach().to("cpu", copy=True)
+        key: view[: own.stop - own.start].detach().to("cpu", copy=copy)
         for key, view, own in _local_tensors(sharded, world)
     }
     tensors |= {f"rng/{kind}": value for kind, value in _generator_states(world).items()}
