@@ -4,70 +4,76 @@
 
 `some_function(world, folder, **arguments)` must stand at the top of an importable test module; what
 it returns (tensors, numbers, nested) comes back as a list with one entry per rank.
+
+The processes are forked from a server that has imported PyTorch and DeepSpeed and done nothing
+else: the imports alone take longer than most of the tests.
 """
 
 from __future__ import annotations
 
+import contextlib
+import importlib
+import multiprocessing
 import os
 import signal
 import socket
-import subprocess
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
+from multiprocessing import forkserver
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
 import torch
 
-TESTS = Path(__file__).parents[1]
+_FORK = multiprocessing.get_context("forkserver")
+_FORK.set_forkserver_preload(["m3i_scale.engine.session"])
 
-_BOOTSTRAP = """
-import importlib, sys, torch
-from pathlib import Path
-module, name, folder, call = sys.argv[1:5]
-sys.path[:0] = sys.argv[5:]
-torch.set_num_threads(1)
-from m3i_scale.engine import launch
-arguments = torch.load(call, weights_only=True)
-world = launch.start("cpu", "fp32", 0, 2.0)
-launch.speak(world.rank)
-result = getattr(importlib.import_module(module), name)(world, Path(folder), **arguments)
-torch.save(result, Path(folder) / f"result-{world.rank}.pt")
-launch.finish()
-"""
+
+@dataclass
+class Rank:
+    """One process of a group."""
+
+    process: BaseProcess
+    output: Path
+
+    @property
+    def pid(self) -> int:
+        """Process id, and id of the process group that it leads."""
+        assert self.process.pid is not None
+        return self.process.pid
+
+    @property
+    def returncode(self) -> int | None:
+        """Exit code; minus the signal's number if one killed it; None while it runs."""
+        return self.process.exitcode
+
+    def kill(self) -> None:
+        """kill -9, with its children."""
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(self.pid, signal.SIGKILL)
+            os.killpg(self.pid, signal.SIGKILL)
 
 
 def start_ranks(
     ranks: int, function: Callable[..., Any], folder: Path, **arguments: Any
-) -> list[subprocess.Popen[str]]:
+) -> list[Rank]:
     """Start the processes and return them."""
     folder.mkdir(parents=True, exist_ok=True)
-    call = folder / "arguments.pt"
-    torch.save(arguments, call)
+    _start_server()
+    where = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": str(ranks)}
     module = Path(sys.modules[function.__module__].__file__ or "")
-    command = [
-        sys.executable, "-c", _BOOTSTRAP, module.stem, function.__name__,
-        str(folder), str(call), str(module.parent), str(TESTS),
-    ]  # fmt: skip
-    environment = os.environ | {
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(free_port()),
-        "WORLD_SIZE": str(ranks),
-        "OMP_NUM_THREADS": "1",
-        "DS_ACCELERATOR": "cpu",
-    }
-    return [
-        subprocess.Popen(
-            command,
-            env=environment | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            start_new_session=True,
-        )
-        for rank in range(ranks)
-    ]
+    started = []
+    for rank in range(ranks):
+        variables = where | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+        output = folder / f"output-{rank}.txt"
+        call = (variables, output, module, function.__name__, folder, arguments)
+        process = _FORK.Process(target=_run, args=call)
+        process.start()
+        started.append(Rank(process, output))
+    return started
 
 
 def run_ranks(
@@ -81,31 +87,22 @@ def run_ranks(
     """Run to the end and return each rank's result; fails with the output if a rank fails."""
     processes = start_ranks(ranks, function, folder, **arguments)
     outputs = wait_all(processes, time_limit)
-    for process, output in zip(processes, outputs, strict=True):
-        assert process.returncode == 0, (
-            "\n".join(outputs) + f"\nexit {process.returncode}: {output}"
-        )
+    codes = [process.returncode for process in processes]
+    assert codes == [0] * ranks, "\n".join([*outputs, f"exit codes {codes}"])
     return [torch.load(folder / f"result-{r}.pt", weights_only=True) for r in range(ranks)]
 
 
-def wait_all(processes: list[subprocess.Popen[str]], time_limit: float) -> list[str]:
+def wait_all(processes: list[Rank], time_limit: float) -> list[str]:
     """Wait for all, kill what outlives the limit, and return the outputs."""
     end = time.monotonic() + time_limit
-    outputs = []
-    for process in processes:
-        try:
-            outputs.append(process.communicate(timeout=max(0.1, end - time.monotonic()))[0])
-        except subprocess.TimeoutExpired:
-            kill_all(processes)
-            outputs.append(f"killed after {time_limit} s\n" + process.communicate()[0])
-    return outputs
-
-
-def kill_all(processes: list[subprocess.Popen[str]]) -> None:
-    """kill -9, with the processes' children."""
-    for process in processes:
-        if process.poll() is None:
-            os.killpg(process.pid, signal.SIGKILL)
+    for rank in processes:
+        rank.process.join(max(0.1, end - time.monotonic()))
+    late = [rank for rank in processes if rank.returncode is None]
+    for rank in late:
+        rank.kill()
+        rank.process.join()
+    outputs = [rank.output.read_text(errors="replace") for rank in processes]
+    return [f"{len(late)} ranks killed after {time_limit} s", *outputs] if late else outputs
 
 
 def free_port() -> int:
@@ -113,3 +110,37 @@ def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
+
+
+def _start_server() -> None:
+    """Start the server, if there is none, with the environment that its ranks inherit."""
+    before = dict(os.environ)
+    os.environ.update(OMP_NUM_THREADS="1", DS_ACCELERATOR="cpu")
+    forkserver.ensure_running()
+    os.environ.clear()
+    os.environ.update(before)
+
+
+def _run(
+    variables: dict[str, str],
+    output: Path,
+    module: Path,
+    name: str,
+    folder: Path,
+    arguments: dict[str, Any],
+) -> None:
+    """What one process does."""
+    os.setsid()
+    with output.open("w") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    os.environ.update(variables)
+    torch.set_num_threads(1)
+    from m3i_scale.engine import launch
+
+    world = launch.start("cpu", "fp32", 0, 2.0)
+    launch.speak(world.rank)
+    sys.path.insert(0, str(module.parent))
+    result = getattr(importlib.import_module(module.stem), name)(world, folder, **arguments)
+    torch.save(result, folder / f"result-{world.rank}.pt")
+    launch.finish()
