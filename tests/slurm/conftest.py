@@ -67,10 +67,16 @@ class Pretraining:
         compact = self.cluster.job(job)["NodeList"]
         return self.cluster.run("scontrol", "show", "hostnames", compact).split()
 
-    def attempts(self, run: str) -> list[int]:
-        """The step that each attempt started from."""
-        lines = (self.folder / run / "logs" / "attempts").read_text().splitlines()
-        return [int(line.split()[2]) for line in lines]
+    def attempts_begun(self, run: str, count: int) -> list[int]:
+        """Wait until so many attempts have begun; the step that each of them started from."""
+        path = self.folder / run / "logs" / "attempts"
+
+        def steps() -> list[int]:
+            lines = path.read_text().splitlines() if path.exists() else []
+            return [int(line.split()[2]) for line in lines]
+
+        self.wait(lambda: len(steps()) >= count, f"attempt {count} of {run}")
+        return steps()
 
     def rank(self, job: str, rank: int) -> int:
         """Process id of a rank in the first step; srun and the batch script are in none."""

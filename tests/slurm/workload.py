@@ -14,7 +14,7 @@ from PIL import Image
 from m3i_scale.data.indexing import index_shards
 from m3i_scale.models.tokenizer import train_wordpiece
 
-STEPS = 16
+STEPS = 24
 CONFIGURATION = """
 run: unnamed
 model:
