@@ -28,9 +28,11 @@ def plan_batch(batch: int, max_micro: int, ranks: int) -> BatchPlan:
     fits = [m for m in range(2, max_micro + 1, 2) if share % m == 0] if rest == 0 else []
     if not fits:
         near = sorted(_usable_rank_counts(batch), key=lambda n: abs(n - ranks))[:6]
+        counts = ", ".join(map(str, sorted(near)))
+        remedy = f"use {counts} ranks, or another batch" if near else "use an even batch"
         raise ConfigError(
             f"optimizer.batch {batch} cannot be spread over {ranks} ranks in even micro-batches; "
-            f"use {', '.join(map(str, sorted(near)))} ranks, or another batch"
+            f"{remedy}"
         )
     return BatchPlan(batch, fits[-1], share // fits[-1])
 

@@ -25,6 +25,11 @@ def test_the_global_batch_is_kept(
     assert plan.micro * plan.accumulation * ranks == batch
 
 
+def test_an_odd_batch_is_refused():
+    with pytest.raises(ConfigError, match="use an even batch"):
+        plan_batch(63, 8, 1)
+
+
 def test_a_batch_that_does_not_divide_names_rank_counts_that_do():
     with pytest.raises(ConfigError, match="cannot be spread over 64 ranks") as caught:
         plan_batch(40000, 50, 64)
