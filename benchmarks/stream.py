@@ -1,19 +1,23 @@
 """Throughput of the stream beside the usual pipeline and beside bare JPEG decoding.
 
-    python benchmarks/stream.py [--samples 2048] [--workers 0 2] [--rounds 9]
+    python benchmarks/stream.py [--rounds 48] [--workers 2] [--long 400]
 
 One run over the same tar shards (256 px JPEGs of about 21 kB, captions of 60 characters):
 
-* `decode`   bare decoding of the bytes in memory with torchvision, the ceiling;
+* `decode`   bare decoding of the bytes in memory by torchvision's operator, the ceiling;
 * `usual`    webdataset -> Pillow -> torchvision transforms, two full float views per image, as
              open_clip-style loaders do it;
 * `crop`     the same with crops and flips only, no photometric work;
-* `stream`   this project: decode once, two uint8 crops, parameters of the photometric work;
+* `stream`   this project: decode once, two uint8 crops, parameters of the photometric work, masks;
 * `stream1`  the same with one view.
 
-Photometric work is drawn but not applied by `stream`: it runs on the device.  Samples per second
-are per process that works.  All pipelines run in short turns and the medians are compared, in
-processor time where the work is in this process, so that a busy machine does not favour anyone.
+Photometric work is drawn but not applied by `stream`: it runs on the device.
+
+1. In one process all pipelines take turns of one batch, forwards and backwards, and their processor
+   times are compared: what else runs on the machine slows all of them alike.
+2. With workers one pipeline runs after the other: samples per second, and per second of processor
+   time of all its processes, the start left out.
+3. A long run of `stream` with these workers: private memory early and at the end.
 """
 
 from __future__ import annotations
@@ -27,7 +31,8 @@ import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
-from itertools import islice
+from itertools import count
+from multiprocessing import active_children
 from pathlib import Path
 
 import numpy as np
@@ -36,13 +41,13 @@ import torchvision
 import webdataset
 from PIL import Image
 from torchvision import transforms as T
-from torchvision.io import ImageReadMode, decode_jpeg
+from torchvision.io import ImageReadMode
 
 from m3i_scale.data import Augmentation, Source, Stream
 from m3i_scale.data.indexing import index_shards
+from m3i_scale.objective.masks import PatchMask
 
 SIZE = 192
-Clock = Callable[[], float]
 
 
 def photograph(rng: np.random.Generator) -> bytes:
@@ -73,11 +78,6 @@ def make_shards(folder: Path, samples: int) -> tuple[list[str], list[bytes]]:
 def tokenize(texts: list[str]) -> tuple[torch.Tensor, torch.Tensor]:
     """A stand-in of no cost: the same in both pipelines."""
     return torch.zeros(len(texts), 32, dtype=torch.int64), torch.ones(len(texts), 32)
-
-
-def mask(rng: np.random.Generator) -> np.ndarray:
-    """Likewise."""
-    return rng.random((12, 12)) < 0.5
 
 
 def usual(paths: list[str], workers: int, batch: int, photometric: bool) -> Iterable:
@@ -127,58 +127,117 @@ def stream(index: str, workers: int, batch: int, views: int, interpolation: str)
         image_size=SIZE,
         augmentation=augmentation,
         tokenize=tokenize,
-        mask_sampler=mask,
+        mask_sampler=PatchMask(12, 12),
         lanes=1024,
     )
     return made.loader(start=0, micro_batch=batch, workers=workers)
 
 
-def slices(batches: Iterable, batch: int, count: int, clock: Clock) -> Iterator[float]:
-    """Microseconds per sample of successive slices of `count` batches."""
-    iterator = iter(batches)
-    for _ in range(2):
-        next(iterator)
-    while True:
-        begin = clock()
-        for _ in range(count):
-            next(iterator)
-        yield (clock() - begin) / (count * batch) * 1e6
+class Decode(torch.utils.data.IterableDataset):
+    """Bare decoding, one item per batch."""
+
+    def __init__(self, images: list[bytes], batch: int) -> None:
+        self.encoded = [torch.frombuffer(bytearray(image), dtype=torch.uint8) for image in images]
+        self.batch = batch
+
+    def __iter__(self) -> Iterator[int]:
+        decode = torch.ops.image.decode_jpeg  # io.decode_jpeg without its warning on every call
+        for first in count(0, self.batch):
+            for number in range(first, first + self.batch):
+                decode(self.encoded[number % len(self.encoded)], ImageReadMode.RGB.value)
+            yield self.batch
 
 
-def decode_slices(images: list[bytes]) -> Iterator[float]:
-    """Microseconds per image of bare decoding."""
-    encoded = [torch.frombuffer(bytearray(image), dtype=torch.uint8) for image in images]
-    while True:
-        begin = time.process_time()
-        for image in encoded:
-            decode_jpeg(image, ImageReadMode.RGB)
-        yield (time.process_time() - begin) / len(encoded) * 1e6
+def decode(images: list[bytes], workers: int, batch: int) -> Iterable:
+    """The ceiling."""
+    return torch.utils.data.DataLoader(
+        Decode(images, batch), batch_size=None, num_workers=workers, worker_init_fn=_single
+    )
 
 
-def table(title: str, taken: dict[str, list[float]]) -> None:
-    """Print the medians of microseconds per sample and process."""
-    medians = {name: statistics.median(values) for name, values in taken.items()}
-    print(f"\n{title}\n{'pipeline':10} {'samples/s per core':>18} {'of decode':>9} {'x usual':>8}")
-    for name, each in medians.items():
-        print(f"{name:10} {1e6 / each:18.0f} {medians['decode'] / each:9.0%} "
-              f"{medians['usual'] / each:8.1f}", flush=True)  # fmt: skip
+def in_turns(pipelines: dict[str, Iterable], batch: int, rounds: int) -> dict[str, list[float]]:
+    """Processor time of each pipeline, in microseconds per sample, for every round.
 
-
-def in_process(rows: dict[str, Iterator[float]], rounds: int) -> dict[str, list[float]]:
-    """Slices of all rows in turn, so that a busy machine does not favour any of them."""
-    taken: dict[str, list[float]] = {name: [] for name in rows}
-    for _ in range(rounds):
-        for name, row in rows.items():
-            taken[name].append(next(row))
+    The slow ones take part in every eighth round only.
+    """
+    iterators = {name: iter(pipeline) for name, pipeline in pipelines.items()}
+    taken: dict[str, list[float]] = {name: [] for name in pipelines}
+    for number in range(-2, rounds):  # two rounds to warm up
+        rare = number % 8 == 0 or number < 0
+        names = [name for name in pipelines if rare or name not in ("usual", "crop")]
+        for name in names[:: 1 if number % 2 else -1]:
+            begin = time.process_time()
+            next(iterators[name])
+            if number >= 0:
+                taken[name].append((time.process_time() - begin) / batch * 1e6)
     return taken
 
 
+def report_turns(taken: dict[str, list[float]]) -> None:
+    """One line per pipeline: means over all rounds, for reading ahead comes in bursts."""
+    mean = {name: statistics.fmean(values) for name, values in taken.items()}
+    print("\none process, processor time")
+    print(f"{'pipeline':10} {'samples/s per core':>18} {'of decode':>9} {'x usual':>8}")
+    for name, each in mean.items():
+        print(f"{name:10} {1e6 / each:18.0f} {mean['decode'] / each:9.0%} "
+              f"{mean['usual'] / each:8.1f}", flush=True)  # fmt: skip
+
+
+def processor_seconds() -> float:
+    """Processor time of this process and of its children that still run."""
+    seconds, tick = time.process_time(), os.sysconf("SC_CLK_TCK")
+    for child in active_children():
+        fields = Path(f"/proc/{child.pid}/stat").read_text().rsplit(")", 1)[1].split()
+        seconds += (int(fields[11]) + int(fields[12])) / tick
+    return seconds
+
+
+def private_mib() -> list[float]:
+    """Memory of every worker that it shares with nobody."""
+    found = []
+    for child in active_children():
+        lines = Path(f"/proc/{child.pid}/smaps_rollup").read_text().splitlines()
+        found.append(sum(int(line.split()[1]) for line in lines if line[:7] == "Private") / 1024)
+    return found
+
+
+def with_workers(pipelines: dict[str, Callable[[], Iterable]], batch: int, batches: int) -> None:
+    """Run one pipeline after the other and print wall time and processor time."""
+    print(f"{'pipeline':10} {'samples/s':>10} {'samples/s of processor time':>28}")
+    for name, make in pipelines.items():
+        number = max(4, batches // 8) if name in ("usual", "crop") else batches
+        iterator = iter(make())
+        for _ in range(number // 4):  # the start, and what was made ahead meanwhile
+            next(iterator)
+        wall, busy = time.perf_counter(), processor_seconds()
+        for _ in range(number):
+            next(iterator)
+        wall, busy = time.perf_counter() - wall, processor_seconds() - busy
+        print(f"{name:10} {number * batch / wall:10.0f} {number * batch / busy:28.0f}", flush=True)
+        del iterator  # ends the workers
+        for child in active_children():
+            child.join()
+
+
+def long_run(batches: Iterable, batch: int, number: int) -> None:
+    """Print the memory of the workers early and at the end."""
+    iterator = iter(batches)
+    for step in range(1, number + 1):
+        next(iterator)
+        if step in (number // 8, number // 2, number):
+            own = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+            each = ", ".join(f"{mib:.0f}" for mib in private_mib())
+            print(f"after {step * batch:7,} samples: {each} MiB in the workers, "
+                  f"peak of the main process {own:.0f} MiB", flush=True)  # fmt: skip
+
+
 def main() -> None:
-    """Run everything and print one table per number of workers."""
+    """Run everything."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--samples", type=int, default=2048)
-    parser.add_argument("--workers", type=int, nargs="+", default=[0, 2])
-    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--rounds", type=int, default=48, help="turns in one process")
+    parser.add_argument("--workers", type=int, default=2, help="0: skip what needs workers")
+    parser.add_argument("--long", type=int, default=400, help="batches of the long run")
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--interpolation", default="bicubic")
     args = parser.parse_args()
@@ -188,30 +247,25 @@ def main() -> None:
         index = f"{folder}/index.parquet"
         index_shards(paths, index, kind="text", progress=False)
         size = sum(map(len, images)) / len(images)
-        print(f"{os.cpu_count()} cores, torch {torch.__version__}, torchvision "
-              f"{torchvision.__version__}, {size / 1000:.1f} kB a JPEG")  # fmt: skip
-        for workers in args.workers:
-            pipelines: dict[str, Callable[[], Iterable]] = {
+        print(f"{os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}, torch {torch.__version__}, "
+              f"torchvision {torchvision.__version__}, {size / 1000:.1f} kB a JPEG")  # fmt: skip
+
+        def pipelines(workers: int) -> dict[str, Callable[[], Iterable]]:
+            return {
+                "decode": partial(decode, images, workers, args.batch),
                 "usual": partial(usual, paths, workers, args.batch, True),
                 "crop": partial(usual, paths, workers, args.batch, False),
                 "stream": partial(stream, index, workers, args.batch, 2, args.interpolation),
                 "stream1": partial(stream, index, workers, args.batch, 1, args.interpolation),
             }
-            if workers == 0:
-                rows = {"decode": decode_slices(images)}
-                for name, make in pipelines.items():
-                    count = 2 if name in ("usual", "crop") else 8
-                    rows[name] = slices(make(), args.batch, count, time.process_time)
-                table("in process, processor time", in_process(rows, args.rounds))
-                continue
-            taken = {"decode": list(islice(decode_slices(images), args.rounds))}
-            for name, make in pipelines.items():
-                row = slices(make(), args.batch, 4 * workers, time.perf_counter)
-                taken[name] = [each * workers for each in islice(row, args.rounds)]
-                row.close()  # ends the workers, which would steal time from the next row
-            table(f"{workers} workers, wall time", taken)
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-        print(f"\npeak memory of the main process: {peak:.0f} MiB")
+
+        made = {name: make() for name, make in pipelines(0).items()}
+        report_turns(in_turns(made, args.batch, args.rounds))
+        if args.workers:
+            print(f"\n{args.workers} workers, load {os.getloadavg()[0]:.1f}")
+            with_workers(pipelines(args.workers), args.batch, 32 * args.workers)
+            print()
+            long_run(pipelines(args.workers)["stream"](), args.batch, args.long)
 
 
 if __name__ == "__main__":

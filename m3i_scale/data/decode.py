@@ -19,6 +19,7 @@ from torchvision.io import ImageReadMode  # registers the operators of torch.ops
 
 # torchvision.io.decode_jpeg without its per-call logging and warning.
 _decode_jpeg = torch.ops.image.decode_jpeg.default
+_RGB = ImageReadMode.RGB.value
 MAX_PIXELS = 100_000_000
 MAX_TEXT_BYTES = 1 << 20
 # Frame headers of JPEG: SOF0 to SOF15 without DHT (C4), JPG (C8), DAC (CC).
@@ -42,7 +43,7 @@ def decode_image(data: bytes, *, max_pixels: int = MAX_PIXELS) -> Tensor:
             _check_size(height, width, max_pixels)
             if simple:
                 encoded = torch.frombuffer(bytearray(data), dtype=torch.uint8)
-                rgb = _decode_jpeg(encoded, ImageReadMode.RGB.value, True)
+                rgb = _decode_jpeg(encoded, _RGB, True)
                 return rgb.permute(1, 2, 0)
         return _decode_with_pillow(data, max_pixels)
     except BadSample:

@@ -143,7 +143,8 @@ class Maker:
         max_pixels: int,
     ) -> None:
         self.sources, self.indexes, self.order, self.reader = sources, indexes, order, reader
-        self.seed, self.image_size, self.augmentation = seed, image_size, augmentation
+        self.random = views.Randomness(seed)
+        self.image_size, self.augmentation = image_size, augmentation
         self.tokenize, self.mask_sampler, self.max_pixels = tokenize, mask_sampler, max_pixels
 
     def parts(
@@ -169,32 +170,47 @@ class Maker:
 
     def part(self, raws: list[Raw], pixels: Tensor) -> Part:
         """Decode and augment raw samples; the views are written to `pixels` (views, b, S, S, 3)."""
-        count, faults = len(pixels), list[Fault]()
-        crops = np.empty((count, len(raws), 5), dtype=np.float32)  # box and flip
-        draws = np.empty((count, len(raws), views.DRAWS_PER_VIEW))
-        masks, samples = [], []
+        position = np.array([raw.position for raw in raws], dtype=np.int64)
+        # Drawn for all samples first: between the large work on pixels it would take twice as long.
+        draws, mask = self._draw(position)
+        texts, categories, keys = list[str | None](), list[int](), list[str]()
+        faults = list[Fault]()
+        crops = np.empty((len(pixels), len(raws), 5), dtype=np.float32)  # box and flip
+        targets = [views.channels_first(view) for view in pixels]
+        crop_draws = draws[:, :, : views.CROP_DRAWS].tolist()
         for i, raw in enumerate(raws):
             sample = self.sample(raw, faults)
-            rng = views.generator(self.seed, raw.position)
-            draws[:, i] = rng.random((2, views.DRAWS_PER_VIEW))[:count]
-            for v in range(count):
-                crops[v, i] = self._view(pixels[v, i], sample.image, draws[v, i])
-            masks.append(self.mask_sampler(rng))
-            samples.append(sample)
+            for v, target in enumerate(targets):
+                crops[v, i] = self._view(target[i], sample.image, crop_draws[v][i])
+            texts.append(sample.text)
+            categories.append(sample.category)
+            keys.append(sample.key)
+            del sample  # one decoded image at a time, however large they are
         arrays = {
-            "mask": np.stack(masks) if masks else self._no_mask(),
-            "position": np.array([raw.position for raw in raws], dtype=np.int64),
+            "mask": mask,
+            "position": position,
             **self._geometry(crops),
-            **self._targets(samples),
+            **self._targets(texts, categories),
             **self._photometric(draws),
         }
-        return Part(pixels, 0, arrays, [sample.key for sample in samples], faults)
+        return Part(pixels, 0, arrays, keys, faults)
+
+    def _draw(self, position: NDArray[np.int64]) -> tuple[NDArray[np.float64], NDArray[np.bool_]]:
+        """What is random at each of b positions: draws (views, b, DRAWS_PER_VIEW), and masks."""
+        draws = np.empty((len(position), 2, views.DRAWS_PER_VIEW))
+        masks = []
+        for row, at in zip(draws, position.tolist(), strict=True):
+            rng = self.random.at(at)
+            rng.random(out=row)
+            masks.append(self.mask_sampler(rng))
+        mask = np.stack(masks) if masks else self.mask_sampler(self.random.at(0))[None][:0]
+        return draws.swapaxes(0, 1)[: self.augmentation.views], mask
 
     def _new_views(self, count: int) -> Tensor:
         shape = (self.augmentation.views, count, self.image_size, self.image_size, 3)
         return torch.empty(shape, dtype=torch.uint8)
 
-    def _view(self, out: Tensor, image: Tensor, draws: NDArray[np.float64]) -> views.Crop:
+    def _view(self, out: Tensor, image: Tensor, draws: list[float]) -> views.Crop:
         height, width = image.shape[:2]
         crop = views.draw_crop(draws, height, width, self.augmentation)
         views.resize_into(out, image, crop, self.augmentation.interpolation)
@@ -222,14 +238,13 @@ class Maker:
             f"{self.sources[raw.source].name!r} are all unusable; the last one: {faults[-1]}"
         )
 
-    def _targets(self, samples: list[Sample]) -> dict[str, NDArray[Any]]:
-        ids, mask = self.tokenize([sample.text or "" for sample in samples] or [""])
-        tokens = np.asarray(ids, dtype=np.int64)[: len(samples)]
+    def _targets(self, texts: list[str | None], categories: list[int]) -> dict[str, NDArray[Any]]:
+        ids, mask = self.tokenize([text or "" for text in texts] or [""])
         return {
-            "tokens": tokens,
-            "token_mask": np.asarray(mask).astype(bool)[: len(samples)],
-            "has_text": np.array([sample.text is not None for sample in samples], dtype=bool),
-            "category": np.array([sample.category for sample in samples], dtype=np.int64),
+            "tokens": np.asarray(ids, dtype=np.int64)[: len(texts)],
+            "token_mask": np.asarray(mask).astype(bool)[: len(texts)],
+            "has_text": np.array([text is not None for text in texts], dtype=bool),
+            "category": np.array(categories, dtype=np.int64),
         }
 
     def _geometry(self, crops: NDArray[np.float32]) -> dict[str, NDArray[Any]]:
@@ -245,6 +260,3 @@ class Maker:
             for v, (view, strength) in zip((0, -1), strengths.items(), strict=True)
             for name, values in views.photometric_parameters(draws[v], strength).items()
         }
-
-    def _no_mask(self) -> NDArray[np.bool_]:
-        return self.mask_sampler(views.generator(self.seed, 0))[None][:0]

@@ -54,10 +54,11 @@ def load_labelled(
 
 def central_square(image: Tensor, size: int) -> Tensor:
     """The largest central square of uint8 (H, W, 3), resized to (size, size, 3)."""
-    out = torch.empty((size, size, 3), dtype=torch.uint8)
+    out = torch.empty((1, size, size, 3), dtype=torch.uint8)
     crop = views.Crop(*views.central_crop(*image.shape[:2]), flip=False)
-    views.resize_into(out, image, crop)
-    return out
+    (target,) = views.channels_first(out)
+    views.resize_into(target, image, crop)
+    return out[0]
 
 
 def walk(

@@ -13,15 +13,16 @@ from m3i_scale.data.views import (
     Augmentation,
     Crop,
     Photometric,
+    Randomness,
+    channels_first,
     draw_crop,
-    generator,
     photometric_parameters,
     resize_into,
 )
 
 
 def draws(count: int) -> np.ndarray:
-    return np.stack([generator(1, n).random(DRAWS_PER_VIEW) for n in range(count)])
+    return np.stack([Randomness(1).at(n).random(DRAWS_PER_VIEW) for n in range(count)])
 
 
 def test_crops_lie_inside_and_follow_their_distribution():
@@ -53,13 +54,13 @@ def test_resize_is_torchvisions(interpolation, flip):
     torch.manual_seed(0)
     image = torch.randint(0, 256, (60, 80, 3), dtype=torch.uint8)
     crop = Crop(5, 7, 41, 53, flip)
-    out = torch.empty(24, 24, 3, dtype=torch.uint8)
-    resize_into(out, image, crop, interpolation)
+    out = torch.empty(1, 24, 24, 3, dtype=torch.uint8)
+    resize_into(*channels_first(out), image, crop, interpolation)
     mode = getattr(V.InterpolationMode, interpolation.upper()) if hasattr(V, "InterpolationMode") \
         else interpolation  # fmt: skip
     expected = V.resized_crop(image.permute(2, 0, 1), *crop[:4], [24, 24], mode, antialias=True)
     expected = (expected.flip(2) if flip else expected).permute(1, 2, 0)
-    assert (out.int() - expected.int()).abs().max() <= 1
+    assert (out[0].int() - expected.int()).abs().max() <= 1
 
 
 def test_photometric_draws():
