@@ -1,223 +1,21 @@
 """The configuration: one strict, typed, immutable tree. Every key, type and default stands here.
 
-A leaf module: it imports nothing of the project, and touches no data, GPU or process group. An
-impossible combination is refused here, with a sentence that says what is wrong and how to mend it;
-`config_file.py` reads the tree from YAML and from the command line.
+The objective's part stands in `config_objective.py`. A leaf module: it imports nothing else of the
+project, and touches no data, GPU or process group. An impossible combination is refused here, with
+a sentence that says what is wrong and how to mend it; `config_file.py` reads the tree from YAML and
+from the command line.
 """
 
 from __future__ import annotations
 
-import math
-import re
-import typing
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import (
-    BaseModel,
-    BeforeValidator,
-    ConfigDict,
-    Field,
-    PlainSerializer,
-    model_validator,
-)
+from pydantic import Field, model_validator
 
-
-class ConfigError(ValueError):
-    """The configuration cannot be used; the message is one sentence for the user.
-
-    `for_users` marks exceptions whose message is all that a user needs: no traceback is shown.
-    """
-
-    for_users = True
-
-
-class Duration(typing.NamedTuple):
-    """A length of training, stated once in the unit its author thinks in."""
-
-    amount: float
-    unit: str  # "steps", "samples" or "epochs"
-
-    def steps(self, *, batch: int, epoch_samples: int) -> int:
-        """Convert to optimiser steps of `batch` samples; an epoch is `epoch_samples` samples."""
-        samples = {"steps": batch, "samples": 1, "epochs": epoch_samples}[self.unit]
-        return math.ceil(self.amount * samples / batch)
-
-    def __str__(self) -> str:
-        return f"{self.amount:g} {self.unit}"
-
-
-def _parse_duration(value: object) -> Duration:
-    if isinstance(value, Duration):
-        return value
-    match = re.fullmatch(r"\s*([0-9.eE+]+)\s*(step|sample|epoch)s?\s*", str(value))
-    if match is None:
-        raise ValueError(
-            f"{value!r} is not a duration; write '100 steps', '30 epochs', '1e6 samples'"
-        )
-    return Duration(float(match[1]), match[2] + "s")
-
-
-Span = Annotated[Duration, BeforeValidator(_parse_duration), PlainSerializer(str)]
-Fraction = Annotated[float, Field(ge=0, le=1)]
-Positive = Annotated[float, Field(gt=0)]
-Count = Annotated[int, Field(gt=0)]
-
-
-class Node(BaseModel):
-    """Base of all configuration classes: immutable, no unknown keys."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
-
-
-# ---------------------------------------------------------------------------------------- objective
-
-
-class Gaussian(Node):
-    """`||z - z_hat||^2 / (2 sigma^2)`, averaged or summed over the feature dimensions."""
-
-    form: Literal["gaussian"] = "gaussian"
-    sigma: Positive = 0.5**0.5
-    over_dimensions: Literal["mean", "sum"] = "mean"
-
-
-class Boltzmann(Node):
-    """`-log softmax(z_hat . z / tau)` over the other targets."""
-
-    form: Literal["boltzmann"] = "boltzmann"
-    temperature: Positive = 0.07
-    learnable: bool = False
-    symmetric: bool = False
-    label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    candidates: Literal["global", "local"] = "global"
-
-
-class Target(Node):
-    """One target group of the objective: what is predicted, from whose tokens, under which law.
-
-    The columns are those of the method's Table 1: target data (`image`, `view`), target
-    representation, regularisation (`guard`) and form of the distribution (`likelihood`).
-    """
-
-    name: str
-    image: Literal["i", "j"] = "i"
-    view: Literal["same", "other"] = "same"
-    representation: Literal["pixels", "features", "global", "text", "category"]
-    guard: Literal["none", "stop_gradient", "negatives", "decorrelation"] = "none"
-    encoder: Literal["momentum", "online"] = "momentum"
-    likelihood: Annotated[Gaussian | Boltzmann, Field(discriminator="form")]
-    positions: Literal["masked", "all"] = "all"
-    normalise: Literal["none", "layer_norm", "l2", "norm_pix"] = "none"
-    weight: Positive = 1.0
-    decorrelation_weight: Positive = 0.005
-
-    @property
-    def dense(self) -> bool:
-        """Whether there is one target per patch."""
-        return self.representation in ("pixels", "features")
-
-    @property
-    def supervised(self) -> bool:
-        """Whether the group belongs to L_SP (text, category) rather than to L_SSP."""
-        return self.representation in ("text", "category")
-
-    @model_validator(mode="after")
-    def _possible(self) -> Target:
-        problem = next((why for bad, why in self._impossible() if bad), None)
-        if problem:
-            raise ValueError(f"target {self.name!r}: {problem}")
-        return self
-
-    def _impossible(self) -> Iterable[tuple[bool, str]]:
-        gaussian = self.likelihood.form == "gaussian"
-        guard, what = self.guard, self.representation
-        yield (
-            guard == "negatives" and gaussian,
-            "negatives enter through a softmax; set likelihood.form: boltzmann",
-        )
-        yield (
-            self.supervised and (gaussian or guard != "negatives"),
-            f"a {what} target is told from the other {what} targets; set guard: negatives and "
-            "likelihood.form: boltzmann",
-        )
-        yield (
-            what == "pixels" and (guard != "none" or not gaussian),
-            "pixels cannot collapse; set guard: none and likelihood.form: gaussian",
-        )
-        yield (
-            what in ("features", "global") and guard == "none",
-            "a learned target without a guard collapses; set guard: stop_gradient, negatives or "
-            "decorrelation",
-        )
-        yield (
-            guard == "decorrelation"
-            and (what != "global" or not gaussian or self.normalise != "none"),
-            "decorrelation standardises global features itself and is a Gaussian form; set "
-            "representation: global, likelihood.form: gaussian, normalise: none",
-        )
-        yield (
-            self.encoder == "online" and what == "features",
-            "dense features are a target of the momentum encoder only; set encoder: momentum",
-        )
-        yield (
-            self.positions == "masked" and (not self.dense or self.view != "same"),
-            "only dense targets in the input view (view: same) have masked positions; set "
-            "positions: all",
-        )
-
-
-class Input(Node):
-    """What the online encoder sees: the clean input view, a masked one, or a mix of two images."""
-
-    corruption: Literal["none", "mask", "mix"] = "mix"
-    mask: Literal["block", "random"] = "block"
-    patch: Count = 16
-    ratio: Annotated[float, Field(gt=0, lt=1)] = 0.5
-
-
-class Balance(Node):
-    """`lambda = gamma g_ssp / g_sp`, `g` moving averages of gradient norms at the features."""
-
-    gamma: Positive = 1.0
-    decay: Fraction = 0.99
-
-
-class Objective(Node):
-    """Input and list of target groups; `L = sum_k -log P_k(z_k | z_hat_k)`."""
-
-    input: Input = Input()
-    targets: list[Target] = Field(min_length=1)
-    balance: Balance | None = Balance()
-
-    @model_validator(mode="after")
-    def _possible(self) -> Objective:
-        names = [target.name for target in self.targets]
-        if len(set(names)) < len(names):
-            raise ValueError(f"target names must differ, got {names}")
-        for target in self.targets:
-            if target.image == "j" and self.input.corruption != "mix":
-                raise ValueError(
-                    f"target {target.name!r} is of image j, which only a mix contains; "
-                    "set input.corruption: mix or image: i"
-                )
-            if target.positions == "masked" and self.input.corruption == "none":
-                raise ValueError(
-                    f"target {target.name!r} asks for masked positions of an unmasked input; "
-                    "set input.corruption: mask or mix, or positions: all"
-                )
-        for what in {target.representation for target in self.targets}:
-            laws = [t.likelihood for t in self.targets if t.representation == what]
-            if any(law != laws[0] for law in laws):
-                raise ValueError(f"all {what} targets share one likelihood, got {laws}")
-        sides = {target.supervised for target in self.targets}
-        if self.balance is not None and len(sides) < 2:
-            raise ValueError(
-                "balance weighs self-supervised against supervised targets and only one kind is "
-                "present; set balance: null"
-            )
-        return self
-
+# ruff: noqa: F401, RUF012  (the whole tree can be imported from here; pydantic copies defaults)
+from m3i_scale.config_node import ConfigError, Count, Duration, Fraction, Node, Positive, Span
+from m3i_scale.config_objective import Balance, Boltzmann, Gaussian, Input, Objective, Target
 
 # -------------------------------------------------------------------------------------------- model
 
@@ -254,7 +52,11 @@ class TextTower(Node):
 
 
 class GlobalHead(Node):
-    """Projector and predictor (MLPs) of `global` targets; built only when one is present."""
+    """Projector and predictor (MLPs) of `global` targets, and of dense ones with a projector.
+
+    Built only where such a target is present; one pair serves all global targets, another all
+    dense ones.
+    """
 
     hidden: Count = 4096
     width: Count = 256

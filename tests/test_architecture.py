@@ -17,7 +17,9 @@ PACKAGE = ROOT / "m3i_scale"
 # models and data may read.
 BELOW_ENGINE = {"objective", "models", "m3i_kernels", "config", "config_file"}
 ALLOWED = {
-    "config": set(),
+    "config_node": set(),
+    "config_objective": {"config_node"},
+    "config": {"config_node", "config_objective"},
     "config_file": {"config"},
     "data": {"data"},
     "models": {"models", "m3i_kernels"},

@@ -1,4 +1,4 @@
-"""The two collectives a softmax over the global batch needs; identities without a process group."""
+"""The collectives of losses over the global batch; identities without a process group."""
 
 from __future__ import annotations
 
@@ -51,3 +51,13 @@ def own_columns(index: Tensor, *, gathered: bool) -> Tensor:
     """Column of local row `index` among the candidates of all ranks, or of this rank only."""
     rank, _ = rank_and_size()
     return index + rank * len(index) if gathered else index
+
+
+@torch.no_grad()
+def average(value: Tensor) -> Tensor:
+    """Mean of a tensor over the ranks, without gradient."""
+    _, size = rank_and_size()
+    value = value.detach().clone()
+    if size > 1:
+        dist.all_reduce(value)
+    return value / size

@@ -5,7 +5,9 @@
     target views: view a ("same") or view b ("other"), clean
 
 The partner of batch row n is n XOR 1: neighbours in the stream mix with each other, so that a mix
-depends on stream positions alone and not on how a batch is spread over ranks.
+depends on stream positions alone and not on how a batch is spread over ranks. Other pairings
+(`config.Input`) are functions of the micro-batch. With both views as inputs, everything is there
+once more with a and b in each other's place.
 """
 
 from __future__ import annotations
@@ -35,12 +37,13 @@ class Views(Protocol):
     has_text: Tensor
     category: Tensor
     mask: Tensor
+    position: Tensor
 
 
 class Scene(NamedTuple):
     """One micro-batch as the networks see it; row n is the mix whose image i is sample n."""
 
-    image: Tensor  # (B, 3, H, W) input of the online encoder
+    image: Tensor  # (B, 3, H, W) input of the online encoder; (2 B, ...): showing a, then b
     clean_a: Tensor  # (B, 3, H, W) the input view without corruption
     clean_b: Tensor  # (B, 3, H, W) the other view
     seen: Tensor  # bool (B, H/p, W/p): patches that show image i
@@ -55,8 +58,13 @@ class Scene(NamedTuple):
     category: Tensor  # int64 (B,), -1 without
 
     def clean(self, view: str) -> Tensor:
-        """The uncorrupted view of a target: "same" as the input, or the "other" one."""
-        return self.clean_a if view == "same" else self.clean_b
+        """The uncorrupted view "a" or "b" of every sample."""
+        return self.clean_a if view == "a" else self.clean_b
+
+    def crop(self, view: str, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """Box (R, 4) and flip (R,) of view "a" or "b" of the samples in `rows`."""
+        box, flip = (self.box_a, self.flip_a) if view == "a" else (self.box_b, self.flip_b)
+        return box[rows], flip[rows]
 
 
 @torch.no_grad()
@@ -80,22 +88,48 @@ def scene(
         )
     view_a = photometric(batch.view_a, PhotometricParams(**batch.photometric_a))
     view_b = photometric(batch.view_b, PhotometricParams(**batch.photometric_b))
-    partner = torch.arange(rows, device=view_a.device) ^ 1
+    partner = _partners(batch.position, spec.pairing).to(view_a.device)
     seen = batch.mask if spec.corruption != "none" else torch.ones_like(batch.mask)
     mixed = block_mix(
         view_a, view_b, partner, seen, patch_size=spec.patch, mean=mean, std=std, dtype=dtype
     )
     assert mixed.clean_b is not None  # view_b was given
-    image = {
-        "none": lambda: mixed.clean_a,
-        "mask": lambda: mixed.clean_a * _pixels(seen, spec.patch).to(dtype),
-        "mix": lambda: mixed.mix,
-    }[spec.corruption]()
+    clean = (mixed.clean_a, mixed.clean_b)
+    if spec.corruption == "mix" and spec.pairing != "self":
+        image = mixed.mix
+    else:
+        image = _corrupted(*clean, partner, seen, spec)
+    if spec.both_views:
+        image = torch.cat([image, _corrupted(*clean[::-1], partner, seen, spec)])
     return Scene(
-        image, mixed.clean_a, mixed.clean_b, seen, partner,
+        image, *clean, seen, partner,
         batch.box_a, batch.box_b, batch.flip_a, batch.flip_b,
         batch.tokens, batch.token_mask, batch.has_text, batch.category,
     )  # fmt: skip
+
+
+def _partners(position: Tensor, pairing: str) -> Tensor:
+    """Row of image j for every row of a micro-batch: int64 (B,)."""
+    rows = torch.arange(len(position), device=position.device)
+    if pairing == "self":
+        return rows
+    if pairing == "neighbours":
+        return rows ^ 1
+    # Neighbours in the order of a hash of the stream positions (Knuth's multiplicative one).
+    order = torch.argsort(position * 2654435761 % 2**32, stable=True)
+    partner = torch.empty_like(rows)
+    partner[order] = order[rows ^ 1]
+    return partner
+
+
+def _corrupted(own: Tensor, other: Tensor, partner: Tensor, seen: Tensor, spec: Input) -> Tensor:
+    """The input that shows the clean view `own` (B, 3, H, W) where `seen`; `other`: the other."""
+    if spec.corruption == "none":
+        return own
+    visible = _pixels(seen, spec.patch)
+    if spec.corruption == "mask":
+        return own * visible.to(own.dtype)
+    return torch.where(visible, own, other if spec.pairing == "self" else own[partner])
 
 
 def _pixels(mask: Tensor, patch: int) -> Tensor:

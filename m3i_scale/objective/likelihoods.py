@@ -57,6 +57,18 @@ def decorrelation(prediction: Tensor, target: Tensor, *, weight: float) -> Tenso
     return (1 - diagonal).square().sum() + weight * redundant
 
 
+def unigrad(prediction: Tensor, correlation: Tensor, *, over_dimensions: str) -> Tensor:
+    """What is added to the Gaussian form by UniGrad (arXiv 2112.05141): (..., D), (D, D) -> (...).
+
+    `z_hat^T C z_hat` with `C` the mean of `z z^T` over all targets of all ranks: predictions are
+    kept off the directions that all targets share. SiameseIM guards its dense targets with it.
+    `over_dimensions` as in `gaussian`.
+    """
+    prediction = prediction.float()
+    energy = (prediction @ correlation * prediction).sum(-1)
+    return energy / prediction.shape[-1] if over_dimensions == "mean" else energy
+
+
 def _standardise(rows: Tensor) -> Tensor:
     rows = rows.float()
     centred = rows - rows.mean(0)

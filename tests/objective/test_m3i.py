@@ -13,7 +13,8 @@ from torch import Tensor
 from m3i_scale.config import Config
 from m3i_scale.models.positions import relative_positions
 from m3i_scale.objective.inputs import Scene, scene
-from m3i_scale.objective.m3i import M3I, patchify
+from m3i_scale.objective.m3i import M3I
+from m3i_scale.objective.roles import patchify
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 LAMBDA = 0.37
@@ -151,7 +152,7 @@ def test_momentum_encoder_has_no_drop_path_in_training(small_tree: dict[str, Any
     small_tree["model"]["backbone"]["options"]["drop_path_rate"] = 0.5
     model, view = build(Config.model_validate(small_tree))
     model.train()
-    first, second = (model.target_outputs(view).images["momentum", "same"] for _ in range(2))
+    first, second = (model.target_outputs(view).images["momentum", "a"] for _ in range(2))
     assert torch.equal(first.features, second.features)
 
 
@@ -163,8 +164,8 @@ def test_all_four_combinations_of_target_views(small_tree: dict[str, Any], i: st
     model, view = build(Config.model_validate(small_tree))
     outputs = model(view)
     assert torch.isfinite(outputs["loss"])
-    wanted = {("momentum", "same") for v in (i, j) if v == "same"}
-    wanted |= {("momentum", "other") for v in (i, j) if v == "other"}
+    wanted = {("momentum", "a") for v in (i, j) if v == "same"}
+    wanted |= {("momentum", "b") for v in (i, j) if v == "other"}
     assert set(model.encodings) == wanted
 
 

@@ -1,0 +1,73 @@
+"""Figures that show a collapse while it happens, of targets and of predictions.
+
+They cost one pass over their input or less, and never wait for the device: the effective rank is
+that of at most 256 vectors and comes from their products, without a decomposition.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+SAMPLE = 256  # vectors from which a rank is estimated
+
+
+@torch.no_grad()
+def spread(vectors: Tensor, present: Tensor | None = None) -> Tensor:
+    """Standard deviation over the samples (first dimension), averaged over all others: (B, ..., D).
+
+    0 when all images have the same target. Positions are kept apart: a map that depends on the
+    position alone is a collapse, too. Rows where `present` (B,) is False do not count.
+    """
+    deviation, count = _centre(vectors.float(), present)
+    variance = deviation.square().sum(0) / (count - 1).clamp(min=1)
+    return variance.sqrt().mean()
+
+
+@torch.no_grad()
+def effective_rank(vectors: Tensor, present: Tensor | None = None) -> Tensor:
+    """Number of directions that vectors (B, ..., D) spread into: `(sum l)^2 / sum l^2`.
+
+    `l` are the eigenvalues of the covariance over the samples, each position about its own mean.
+    It is D where all directions vary alike, 1 where all vectors lie on a line, 0 where they are
+    equal, and at most one less than the number of samples (the exponential of the spectrum's
+    second-order Renyi entropy, also called participation ratio).
+    """
+    deviation, _ = _centre(_sample(vectors.float()), None if present is None else present[:SAMPLE])
+    rows = deviation.flatten(0, -2)  # (R, D)
+    products = rows @ rows.T  # its eigenvalues are those of the covariance, times R
+    trace, squares = products.diagonal().sum(), products.square().sum()
+    return torch.where(squares > 0, trace.square() / squares, torch.zeros_like(trace))
+
+
+@torch.no_grad()
+def position_share(predictions: Tensor) -> Tensor:
+    """Share of the variance of predictions (B, M, D) that lies between an image's positions.
+
+    0: all mask tokens of an image predict the same, positions are not used. 1: all images get the
+    same map, the image is not used.
+    """
+    predictions = predictions.float()
+    within = predictions.var(1, unbiased=False).mean()
+    total = predictions.flatten(0, 1).var(0, unbiased=False).mean()
+    return torch.where(total > 0, within / total, torch.zeros_like(total))
+
+
+def _centre(vectors: Tensor, present: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Deviations from the mean over the present samples, 0 elsewhere; and the number of samples."""
+    if present is None:
+        return vectors - vectors.mean(0), vectors.new_tensor(float(len(vectors)))
+    weight = present.float().view(-1, *[1] * (vectors.dim() - 1))
+    count = present.float().sum()
+    mean = (vectors * weight).sum(0) / count.clamp(min=1)
+    return (vectors - mean) * weight, count
+
+
+def _sample(vectors: Tensor) -> Tensor:
+    """At most SAMPLE of the vectors: of the first samples, at positions evenly apart."""
+    vectors = vectors[:SAMPLE]
+    if vectors.dim() == 2:
+        return vectors
+    count = max(1, SAMPLE // len(vectors))
+    step = -(-vectors.shape[1] // count)
+    return vectors[:, ::step]

@@ -1,0 +1,191 @@
+"""The loss of one target group from its predictions and targets: `-log P(z_y | z_hat_y)`.
+
+Guard and likelihood meet here: what gets a gradient, what is told apart from what, and the figures
+that show how it goes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from m3i_scale.config import Boltzmann, Gaussian, Target
+from m3i_scale.objective.collapse import effective_rank, position_share, spread
+from m3i_scale.objective.collectives import average, gather, own_columns
+from m3i_scale.objective.key_queue import KeyQueue
+from m3i_scale.objective.likelihoods import (
+    boltzmann,
+    decorrelation,
+    gaussian,
+    normalise,
+    unigrad,
+)
+from m3i_scale.objective.roles import take
+
+
+class Pair(NamedTuple):
+    """Predictions and targets of one group; the first dimension is that of the micro-batch."""
+
+    z_hat: Tensor  # (B, M, D) or (B, D)
+    targets: Tensor  # (B, N, D) or (B, D): all there are in the target's view
+    chosen: Tensor | None = None  # int64 (B, M): which of them is predicted; None: all, in order
+    present: Tensor | None = None  # bool (B, M) or (B,): which predictions have a target
+
+
+class Term(NamedTuple):
+    """One group's loss (mean over the batch) and its figures, each a pair (sum, count)."""
+
+    loss: Tensor
+    figures: dict[str, Tensor]
+    keys: Tensor | None = None  # (B, D): what the group's queue takes in, where it has one
+
+
+def mean_term(terms: Sequence[Term]) -> Term:
+    """The mean of a group's losses over several inputs of the same samples."""
+    figures = {name: sum(t.figures[name] for t in terms) for name in terms[0].figures}
+    keys = [term.keys for term in terms if term.keys is not None]
+    loss = sum((term.loss for term in terms[1:]), terms[0].loss) / len(terms)
+    return Term(loss, figures, torch.cat(keys) if keys else None)  # type: ignore[arg-type]
+
+
+def image_term(
+    target: Target, pair: Pair, temperature: nn.Module | None, queue: KeyQueue | None
+) -> Term:
+    """The loss of pixels, features or global features.
+
+    `temperature` belongs to the Boltzmann form, `queue` to its negatives.
+    """
+    whole = pair.targets.detach() if target.guard == "stop_gradient" else pair.targets
+    keys = None
+    if queue is not None:  # one key per image: of a map, its mean
+        mean = whole if whole.dim() == 2 else whole.float().mean(1)
+        keys = normalise(mean, target.normalise)
+    whole = normalise(whole, target.normalise)
+    z_hat = normalise(pair.z_hat, target.prediction_normalisation)
+    z = whole if pair.chosen is None else take(whole, pair.chosen)
+    if isinstance(target.likelihood, Gaussian):
+        term = _gaussian_term(target, target.likelihood, z_hat, z, pair.present)
+    else:
+        assert temperature is not None
+        present = pair.present
+        if present is None:
+            present = torch.ones(z.shape[:-1], dtype=torch.bool, device=z.device)
+        term = softmax_term(
+            target.likelihood,
+            z_hat.flatten(0, -2),
+            z.flatten(0, -2),
+            present.flatten(),
+            temperature,
+            queue,
+        )
+    figures = collapse_figures(z_hat, whole)
+    if target.dense and not target.tokenwise:
+        figures["mask_token_use"] = figure(position_share(z_hat))
+    return Term(term.loss, {**term.figures, **figures}, keys)
+
+
+def _gaussian_term(
+    target: Target, law: Gaussian, z_hat: Tensor, z: Tensor, present: Tensor | None
+) -> Term:
+    if target.guard == "decorrelation" and target.decorrelation == "barlow_twins":
+        loss = decorrelation(gather(z_hat), gather(z), weight=target.decorrelation_weight)
+        return Term(loss, {"loss": figure(loss)})
+    losses = gaussian(z_hat, z, sigma=law.sigma, over_dimensions=law.over_dimensions)
+    if target.guard == "decorrelation":
+        rows = z.detach().flatten(0, -2)
+        correlation = average(rows.T @ rows / len(rows))
+        energy = unigrad(z_hat, correlation, over_dimensions=law.over_dimensions)
+        losses = losses + target.decorrelation_weight * energy / (2 * law.sigma**2)
+    if present is not None:  # the others have loss 0 and count in the mean
+        losses = torch.where(present, losses, torch.zeros_like(losses))
+    loss = losses.mean()
+    return Term(loss, {"loss": figure(loss)})
+
+
+def softmax_term(
+    law: Boltzmann,
+    z_hat: Tensor,
+    z: Tensor,
+    present: Tensor,
+    temperature: nn.Module,
+    queue: KeyQueue | None = None,
+) -> Term:
+    """Boltzmann form; row r of z_hat (R, D) belongs to row r of z (R, D) where present (R,)."""
+    scores, exists, positive = _scores(law, z_hat, z, present, queue)
+    scores, tau = temperature(scores)  # (R, C)
+    losses = boltzmann(
+        scores, positive, candidate_exists=exists, label_smoothing=law.label_smoothing
+    )
+    if law.symmetric:
+        reverse, _, _ = _scores(law, z, z_hat, present, None)
+        reverse_losses = boltzmann(
+            temperature(reverse)[0],
+            positive,
+            candidate_exists=exists,
+            label_smoothing=law.label_smoothing,
+        )
+        losses = (losses + reverse_losses) / 2
+    return classification_term(losses, scores.masked_fill(~exists, -torch.inf), positive, tau)
+
+
+def _scores(
+    law: Boltzmann, z_hat: Tensor, z: Tensor, present: Tensor, queue: KeyQueue | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Scores (R, C) against the candidates, which of them exist (C,), and the own one's column."""
+    everywhere = law.candidates == "global"
+    if law.candidates == "own":
+        scores = (z_hat * z).sum(-1, keepdim=True)
+        exists = torch.ones(1, dtype=torch.bool, device=z.device)
+        columns = torch.zeros(len(z), dtype=torch.int64, device=z.device)
+    else:
+        candidates = gather(z) if everywhere else z
+        exists = gather(present) if everywhere else present
+        scores = z_hat @ candidates.T
+        columns = own_columns(torch.arange(len(z), device=z.device), gathered=everywhere)
+    if queue is not None:
+        scores = torch.cat([scores, z_hat @ queue.keys.to(z_hat.dtype).T], 1)
+        exists = torch.cat([exists, queue.exists])
+    return scores, exists, torch.where(present, columns, -1)
+
+
+def classification_term(losses: Tensor, scores: Tensor, positive: Tensor, tau: Tensor) -> Term:
+    """Mean of the losses (R,) of a softmax over scores (R, C), whose right column is `positive`.
+
+    Absent rows have positive -1 and loss 0, and count in the mean: L is an expectation over
+    samples.
+    """
+    present = positive >= 0
+    right = (scores.argmax(1) == positive) & present
+    figures = {
+        "loss": figure(losses.sum(), present.sum()),
+        "accuracy": figure(right.sum(), present.sum()),
+        "temperature": figure(tau),
+    }
+    return Term(losses.mean(), figures)
+
+
+def collapse_figures(
+    z_hat: Tensor, targets: Tensor | None = None, present: Tensor | None = None
+) -> dict[str, Tensor]:
+    """Spread and effective rank of predictions and, where they are given, of targets.
+
+    Both are (B, ..., D); rows where `present` (B,) is False do not count.
+    """
+    enough = torch.ones((), device=z_hat.device)
+    if present is not None:
+        enough = (present.sum() > 1).float()
+    sides = {"_prediction": z_hat} | ({} if targets is None else {"": targets})
+    return {
+        f"{name}{side}": figure(function(vectors.detach(), present) * enough, enough)
+        for side, vectors in sides.items()
+        for name, function in (("spread", spread), ("rank", effective_rank))
+    }
+
+
+def figure(value: Tensor, count: int | Tensor = 1) -> Tensor:
+    """A (sum, count) pair, so that means over ranks and steps are exact."""
+    value = value.detach().float()
+    return torch.stack([value, torch.as_tensor(count, device=value.device).float()])
