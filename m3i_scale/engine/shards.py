@@ -32,6 +32,21 @@ def local_moment(parameter: nn.Parameter, moment: str) -> Tensor:
     return safe_get_local_optimizer_state(parameter, moment)
 
 
+def share_weights(zero_optimizer: Any) -> None:
+    """Keep one copy of the weights where master and compute weights have the same dtype.
+
+    DeepSpeed means to, but on a CPU compares a device with its name and makes a copy.
+    """
+    pairs = zip(
+        zero_optimizer.fp32_partitioned_groups_flat,
+        zero_optimizer.fp16_partitioned_groups_flat,
+        strict=True,
+    )
+    for master, weights in pairs:
+        if (master.dtype, master.device) == (weights.dtype, weights.device):
+            master.data = weights.data
+
+
 def create_adam_state(zero_optimizer: Any) -> None:
     """Give the inner optimiser the state it would make at its first step.
 

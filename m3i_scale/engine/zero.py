@@ -100,6 +100,7 @@ def build(config: Config, world: World, plan: BatchPlan) -> Sharded:
         optimizer=_adamw(config, model, world),
         config=settings,
     )
+    shards.share_weights(engine.optimizer)
     shards.create_adam_state(engine.optimizer)
     engine.train()
     momentum = ShardedMomentum(model.online, model.momentum) if has_momentum else None

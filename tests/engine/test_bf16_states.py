@@ -12,6 +12,7 @@ from ranks import run_ranks
 
 from m3i_scale.engine import loop
 from m3i_scale.engine.launch import World
+from m3i_scale.engine.memory import held_memory
 from m3i_scale.engine.state import snapshot
 
 pytestmark = pytest.mark.distributed
@@ -52,11 +53,12 @@ def train_and_resume(world: World, folder: Path, overrides: dict[str, Any]) -> d
                 if key.startswith("momentum/")
             }
         )
-    return {"weights": weights, "averages": averages}
+    return {"weights": weights, "averages": averages, "held": held_memory(run.sharded)}
 
 
 def test_averages_stay_fp32_and_a_resumed_run_is_bitwise_the_undisturbed_one(tmp_path: Path):
     for result in run_ranks(2, train_and_resume, tmp_path, overrides=BF16_STATES):
+        assert result["held"]["master weights"] == 0  # the compute weights themselves
         for kind, dtype in (("weights", torch.bfloat16), ("averages", torch.float32)):
             whole, resumed = result[kind]
             assert {tensor.dtype for tensor in whole.values()} == {dtype}
