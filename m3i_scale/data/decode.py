@@ -35,7 +35,7 @@ class BadSample(Exception):  # noqa: N818  (a finding about data, not an error o
         self.cause = cause
 
 
-def decode_image(data: bytes, *, max_pixels: int = MAX_PIXELS) -> Tensor:
+def decode_image(data: bytes | memoryview, *, max_pixels: int = MAX_PIXELS) -> Tensor:
     """Decode to uint8 (H, W, 3), upright (EXIF orientation applied); raise BadSample otherwise."""
     try:
         if data[:2] == b"\xff\xd8":
@@ -61,7 +61,7 @@ def _check_size(height: int, width: int, max_pixels: int) -> None:
         raise BadSample("too many pixels", f"{width}x{height}, allowed are {max_pixels} in all")
 
 
-def _jpeg_header(data: bytes) -> tuple[int, int, bool]:
+def _jpeg_header(data: bytes | memoryview) -> tuple[int, int, bool]:
     """(height, width, whether libjpeg gives RGB by itself) from the frame header."""
     at = 2
     while at + 9 < len(data):
@@ -81,7 +81,7 @@ def _jpeg_header(data: bytes) -> tuple[int, int, bool]:
     raise BadSample("undecodable image", "JPEG without a frame header")
 
 
-def _decode_with_pillow(data: bytes, max_pixels: int) -> Tensor:
+def _decode_with_pillow(data: bytes | memoryview, max_pixels: int) -> Tensor:
     with Image.open(io.BytesIO(data)) as image:
         _check_size(image.height, image.width, max_pixels)
         image.seek(0)  # animations: the first frame

@@ -43,7 +43,7 @@ class Raw:
     shard: int
     shard_name: str
     key: str = ""
-    image: bytes = b""
+    image: bytes | memoryview = b""  # a part of a whole read, not a copy of it
     text: bytes | None = None
     category: bytes | None = None
     problem: BadSample | None = None
@@ -196,13 +196,15 @@ class Reader:
 
 def _cut(raw: Raw, data: bytes, base: int, members: list[int]) -> None:
     """Cut the members of one sample out of a read that begins at byte `base` of the shard."""
-    parts: list[bytes | None] = []
+    whole = memoryview(data)
+    parts: list[memoryview | None] = []
     for offset, size in zip(members[::2], members[1::2], strict=True):
-        part = data[offset - base : offset - base + size] if offset >= 0 else None
+        part = whole[offset - base : offset - base + size] if offset >= 0 else None
         if part is not None and len(part) < size:
             raw.problem = BadSample("truncated shard", f"{len(part)} of {size} bytes")
         parts.append(part)
-    raw.image, raw.text, raw.category = parts[0] or b"", parts[1], parts[2]
+    raw.image = parts[0] or b""
+    raw.text, raw.category = (None if part is None else bytes(part) for part in parts[1:])
     name = header_name(data, members[0] - base, members[1])
     raw.key = base_plus_ext(name)[0] or name
     if not name and raw.problem is None:

@@ -52,28 +52,34 @@ class PatchMask:
         return mask.reshape(self.rows, self.columns)
 
     def _blocks(self, rng: np.random.Generator) -> NDArray[np.bool_]:
-        mask = np.ones((self.rows, self.columns), dtype=bool)
-        missing = self.hidden
+        # Patches are the bits of an integer, row after row: a worker draws a mask per sample, and
+        # arrays of this size would cost several times as much.
+        seen, missing = (1 << self.rows * self.columns) - 1, self.hidden
         while missing > 0:
-            block = mask[self._rectangle(rng, missing)]
-            seen = np.flatnonzero(block)[:missing]
-            if len(seen) == block.size:
-                block[...] = False
-            else:
-                block[np.unravel_index(seen, block.shape)] = False
-            missing -= len(seen)
-        return mask
+            for draws in rng.random((8, 4)).tolist():
+                if missing == 0:
+                    break
+                block = self._rectangle(draws, missing) & seen
+                while block.bit_count() > missing:  # the last one: cut from its end
+                    block ^= 1 << (block.bit_length() - 1)
+                seen ^= block
+                missing -= block.bit_count()
+        packed = np.frombuffer(seen.to_bytes(-(-self.rows * self.columns // 8), "little"), np.uint8)
+        bits = np.unpackbits(packed, count=self.rows * self.columns, bitorder="little")
+        return bits.astype(bool).reshape(self.rows, self.columns)
 
-    def _rectangle(self, rng: np.random.Generator, missing: int) -> tuple[slice, slice]:
-        """Rows and columns of a rectangle of at most about `missing` patches."""
-        size, shape, down, right = rng.random(4).tolist()  # one call: drawing dominates the cost
+    def _rectangle(self, draws: list[float], missing: int) -> int:
+        """A rectangle of at most about `missing` patches as bits, from four uniform draws."""
+        size, shape, down, right = draws
         least = min(max(1, self.rows * self.columns // 12), missing)
         area = least + (missing - least) * size
-        low, high = map(math.log, self.aspect)
-        aspect = math.exp(low + (high - low) * shape)
+        low, high = self.aspect
+        aspect = low * (high / low) ** shape
         height = min(max(round(math.sqrt(area * aspect)), 1), self.rows)
         width = min(max(round(math.sqrt(area / aspect)), 1), self.columns)
         # It may hang over the border: placed inside, corners would hardly ever be hidden.
         top = math.floor(1 - height + (self.rows - 1 + height) * down)
         left = math.floor(1 - width + (self.columns - 1 + width) * right)
-        return slice(max(top, 0), top + height), slice(max(left, 0), left + width)
+        bottom, end = min(top + height, self.rows), min(left + width, self.columns)
+        row = (1 << end) - (1 << max(left, 0))
+        return sum(row << self.columns * number for number in range(max(top, 0), bottom))
