@@ -9,9 +9,9 @@
         complete.json                     the list of files, written last
 
 Tensors are named `weight/<parameter>` (fp32 master), `exp_avg/<parameter>`,
-`exp_avg_sq/<parameter>`, `momentum/<parameter>` (fp32 average) and `rng/<device>`. Slice r of W
-holds the elements `[r * k, (r + 1) * k)`, `k = ceil(N / W)`; a reader with another number of ranks
-takes the byte ranges it needs.
+`exp_avg_sq/<parameter>`, `momentum/<parameter>` (fp32 average), `buffer/<buffer>` and
+`rng/<device>`. Slice r of W holds the elements `[r * k, (r + 1) * k)`, `k = ceil(N / W)`; a reader
+with another number of ranks takes the byte ranges it needs.
 """
 
 from __future__ import annotations
@@ -212,6 +212,7 @@ class Reader:
             )
         self.ranks: int = self.state["ranks"]
         self.shapes: dict[str, list[int]] = self.state["shapes"]
+        self.buffers: dict[str, list[int]] = self.state.get("buffers", {})
         self._files: dict[int, Any] = {}
 
     def close(self) -> None:
@@ -220,12 +221,12 @@ class Reader:
 
     def tensor(self, kind: str, name: str) -> Tensor:
         """One whole tensor in its own shape."""
-        shape = self.shapes[name]
+        shape = self._shape(name)
         return self.slice(kind, name, 0, _elements(shape)).reshape(shape)
 
     def slice(self, kind: str, name: str, start: int, stop: int) -> Tensor:
         """Elements `[start, stop)` of a flattened tensor."""
-        elements = _elements(self.shapes[name])
+        elements = _elements(self._shape(name))
         parts = []
         for rank in range(self.ranks):
             own = extent(elements, rank, self.ranks)
@@ -234,6 +235,9 @@ class Reader:
                 part = self._open(rank).get_slice(f"{kind}/{name}")
                 parts.append(part[low - own.start : high - own.start])
         return torch.cat(parts) if parts else torch.empty(0)
+
+    def _shape(self, name: str) -> list[int]:
+        return self.shapes[name] if name in self.shapes else self.buffers[name]
 
     def generator_states(self, rank: int) -> dict[str, Tensor]:
         """Random generator states that this rank saved, by device kind."""

@@ -37,6 +37,10 @@ def snapshot(
         key: view[: own.stop - own.start].detach().to("cpu", copy=copy)
         for key, view, own in _local_tensors(sharded, world)
     }
+    for name, buffer in buffers(sharded.model):  # all ranks have them, each writes its slice
+        own = extent(buffer.numel(), world.rank, world.size)
+        part = buffer.flatten()[own.start : own.stop]
+        tensors[f"buffer/{name}"] = part.detach().to("cpu", copy=copy)
     tensors |= {f"rng/{kind}": value for kind, value in _generator_states(world).items()}
     state = {
         "step": progress.step,
@@ -46,6 +50,7 @@ def snapshot(
         "adam_step": shards.get_adam_step(sharded.engine.optimizer),
         "balance": balance.state_dict(),
         "shapes": parameter_shapes(sharded.model),
+        "buffers": buffer_shapes(sharded.model),
     }
     return tensors, state
 
@@ -62,10 +67,13 @@ def restore(
     Raises:
         CheckpointError: it is of other networks.
     """
-    _require_same_networks(reader, parameter_shapes(sharded.model))
+    model = sharded.model
+    _require_same_networks(reader, parameter_shapes(model) | buffer_shapes(model))
     for key, view, own in _local_tensors(sharded, world):
         kind, name = key.split("/", 1)
         view[: own.stop - own.start].copy_(reader.slice(kind, name, own.start, own.stop))
+    for name, buffer in buffers(model):
+        buffer.copy_(reader.tensor("buffer", name))
     optimizer = sharded.engine.optimizer
     shards.set_adam_step(optimizer, reader.state["adam_step"])
     shards.publish_weights(optimizer)
@@ -83,6 +91,19 @@ def restore(
 def parameter_shapes(model: nn.Module) -> dict[str, list[int]]:
     """Full shapes of all trained parameters, partitioned or not."""
     return {name: list(getattr(p, "ds_shape", p.shape)) for name, p in shards.trained(model)}
+
+
+def buffers(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """What training keeps besides parameters (queues of keys): whole and equal on all ranks."""
+    for prefix, module in model.named_modules():
+        for name, buffer in module.named_buffers(prefix, recurse=False):
+            if name.rpartition(".")[2] not in module._non_persistent_buffers_set:
+                yield name, buffer
+
+
+def buffer_shapes(model: nn.Module) -> dict[str, list[int]]:
+    """Shapes of all buffers."""
+    return {name: list(buffer.shape) for name, buffer in buffers(model)}
 
 
 def _local_tensors(sharded: Sharded, world: World) -> Iterator[tuple[str, Tensor, Extent]]:
@@ -105,17 +126,16 @@ def _average_of(sharded: Sharded, name: str) -> Tensor | None:
 
 
 def _require_same_networks(reader: Reader, shapes: dict[str, list[int]]) -> None:
-    if reader.shapes == shapes:
+    stored = reader.shapes | reader.buffers
+    if stored == shapes:
         return
     differing = sorted(
-        name
-        for name in reader.shapes.keys() | shapes.keys()
-        if reader.shapes.get(name) != shapes.get(name)
+        name for name in stored.keys() | shapes.keys() if stored.get(name) != shapes.get(name)
     )
     name = differing[0]
     raise CheckpointError(
         f"{reader.path} is of other networks: {len(differing)} parameters differ, for instance "
-        f"{name} is {reader.shapes.get(name, 'absent')} there and {shapes.get(name, 'absent')} "
+        f"{name} is {stored.get(name, 'absent')} there and {shapes.get(name, 'absent')} "
         "here; use the configuration it was trained with, or another run name"
     )
 

@@ -19,10 +19,10 @@ class Role(NamedTuple):
     """One image of the input: which sample and view it is, and which tokens show it."""
 
     sample: Tensor  # int64 (B,): row of the batch the image comes from
-    view: View  # of that sample, in the input
     seen: Tensor  # bool (B, N)
     visible: Tensor  # int64 (B, V): indices of the seen tokens
     hidden: Tensor  # int64 (B, N - V): indices of the others
+    view: View = "a"  # of that sample, in the input
 
 
 def view_of(image: str, shown: View, spec: Input) -> View:
@@ -54,8 +54,8 @@ def find_roles(
     first, last = order.split([order.shape[1] - hidden_tokens, hidden_tokens], dim=1)
     own = torch.arange(len(seen), device=seen.device)
     return {
-        "i": Role(own, shown, seen, first, last),
-        "j": Role(scene.partner, view_of("j", shown, spec), ~seen, last, first),
+        "i": Role(own, seen, first, last, shown),
+        "j": Role(scene.partner, ~seen, last, first, view_of("j", shown, spec)),
     }
 
 
