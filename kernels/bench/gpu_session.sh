@@ -35,4 +35,14 @@ step dcnv3_plain "${run[@]}" --op dcnv3_plain --problems H --implementations "${
 mkdir -p "$out/compiled"
 step dcnv3_compiled "${run[@]}" --op dcnv3 --problems "H 192" --out "$out/compiled" \
     --implementations triton "reference compiled"
+# The training step of InternImage-H at the largest of these micro-batches that fits the memory.
+for images in 256 128 64 32; do
+    echo "== training step, $images images"
+    timeout 420 "$python" kernels/bench/step.py --config configs/pretrain_internimage_h.yaml \
+        --micro-batch "$images" --steps 10 --profile 1 --out "$out" 2>&1 |
+        tee "$out/training_step_$images.log" | tail -n 40
+    code=${PIPESTATUS[0]}
+    [ "$code" -eq 3 ] || break # 3: out of memory
+done
+[ "$code" -eq 0 ] || { echo "== training step failed with $code"; failed=1; }
 exit $failed

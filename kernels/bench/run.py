@@ -50,7 +50,7 @@ def run_static(options: argparse.Namespace) -> int:
     chosen = [
         c
         for c in static.configurations()
-        if (not options.op or c.operator in options.op) and options.problems in c.name
+        if (not options.op or c.operator in options.op) and _wanted(c.name, options)
     ]
     rows = []
     for row in static.report(chosen, options.targets, options.processes):
@@ -78,7 +78,7 @@ def run_operator(operator: operators.Operator, options: argparse.Namespace) -> i
     rows: list[measure.Row] = []
     failed = 0
     for problem in operator.problems(options.batch, dtype):
-        if options.problems not in problem.name:
+        if not _wanted(problem.name, options):
             continue
         for name in operator.implementations(problem):
             if options.implementations and name not in options.implementations:
@@ -100,13 +100,19 @@ def run_operator(operator: operators.Operator, options: argparse.Namespace) -> i
     return failed
 
 
+def _wanted(name: str, options: argparse.Namespace) -> bool:
+    return any(words in name for words in options.problems)
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--op", action="append", choices=list(operators.OPERATORS))
     parser.add_argument("--static", action="store_true", help="compile only, no GPU needed")
-    parser.add_argument("--problems", default="", help="only those with this in their name")
+    parser.add_argument(
+        "--problems", nargs="*", default=[""], help="only those with one of these in their name"
+    )
     parser.add_argument("--implementations", nargs="*", default=[], help="only these")
     parser.add_argument("--batch", type=int, default=64, help="images")
     parser.add_argument("--dtype", choices=list(DTYPES), default="bf16")

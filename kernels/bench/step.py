@@ -249,9 +249,9 @@ def describe(row: Row, table: timeline.Table | None) -> str:
         "",
         f"- {row.images_per_second:.1f} images/s; step {row.step_ms_p50:.1f} ms "
         f"(10 to 90 %: {row.step_ms_p10:.1f} to {row.step_ms_p90:.1f})",
-        f"- {row.tflops_per_device:.2f} TFLOP/s per device, {mfu} "
-        f"({row.hardware_tflops_per_device:.2f} with what checkpointing computes again)",
-        f"- {row.gflops_per_image:.1f} GFLOP per image, forward and backward of everything",
+        f"- {row.tflops_per_device:.3g} TFLOP/s per device, {mfu} "
+        f"({row.hardware_tflops_per_device:.3g} with what checkpointing computes again)",
+        f"- {row.gflops_per_image:.3g} GFLOP per image, forward and backward of everything",
         f"- peak memory {row.peak_memory_gib:.2f} GiB ({memory}; the fullest rank)",
         f"- torch {row.torch}, triton {row.triton}, deepspeed {row.deepspeed}, commit "
         f"{row.commit}, {row.date}",

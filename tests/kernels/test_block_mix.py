@@ -4,6 +4,8 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import Phase, given, settings
+from hypothesis import strategies as st
 from kernel_checks import DEVICE, poisoned
 from m3i_kernels import BlockMixed, block_mix
 
@@ -86,6 +88,36 @@ def test_kernel_on_views_and_without_second_view() -> None:
     found = block_mix(**on_device(strided), backend="triton")
     assert found.clean_b is None
     torch.testing.assert_close(found.mix.cpu(), expected.mix, rtol=0, atol=1e-6)
+
+
+@settings(max_examples=10, deadline=None, derandomize=True, phases=(Phase.explicit, Phase.generate))
+@given(
+    batch=st.integers(1, 3),
+    grid=st.tuples(st.integers(1, 3), st.integers(1, 3)),
+    patch=st.integers(1, 20),
+    dtype=st.sampled_from(list(TOLERANCE)),
+    memory_format=st.sampled_from(["channels_last", "contiguous"]),
+    has_b=st.booleans(),
+    data=st.data(),
+)
+def test_random_shapes(
+    batch: int, grid: tuple[int, int], patch: int, has_b: bool, data: st.DataObject, **keywords: Any
+) -> None:
+    """Any partners, several rows with the same one among them."""
+    arguments = inputs_of(batch, grid[0] * patch, grid[1] * patch, patch) | keywords
+    partner = data.draw(st.lists(st.integers(0, batch - 1), min_size=batch, max_size=batch))
+    arguments["partner"] = torch.tensor(partner)
+    if not has_b:
+        arguments["view_b"] = None
+    expected = block_mix(**arguments, backend="reference")
+    wide = dict(arguments, view_a=arguments["view_a"].repeat(1, 1, 2, 1)[:, :, : grid[1] * patch])
+    with poisoned():
+        found = block_mix(**on_device(wide), backend="triton")
+    for name in BlockMixed._fields[: 3 if has_b else 2]:
+        torch.testing.assert_close(
+            getattr(found, name).cpu(), getattr(expected, name),
+            rtol=0, atol=TOLERANCE[keywords["dtype"]], msg=lambda m, n=name: f"{n}: {m}",
+        )  # fmt: skip
 
 
 @pytest.mark.parametrize(

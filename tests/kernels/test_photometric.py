@@ -5,6 +5,8 @@ from typing import Any
 import pytest
 import torch
 import torchvision.transforms.functional as TF
+from hypothesis import Phase, given, settings
+from hypothesis import strategies as st
 from kernel_checks import DEVICE, poisoned
 from m3i_kernels import PhotometricParams, photometric
 
@@ -36,8 +38,8 @@ def identity(B: int) -> PhotometricParams:
     )
 
 
-def random_params(B: int) -> PhotometricParams:
-    rng = torch.Generator().manual_seed(1)
+def random_params(B: int, seed: int = 1) -> PhotometricParams:
+    rng = torch.Generator().manual_seed(seed)
 
     def uniform(low: float, high: float) -> torch.Tensor:
         return torch.rand(B, generator=rng) * (high - low) + low
@@ -127,12 +129,27 @@ def test_identity_changes_nothing() -> None:
 
 
 def test_kernels() -> None:
-    images, params = images_of(12), random_params(12)
+    images, params = images_of(8), random_params(8)
     with poisoned():
         found = run(images, params, "triton")
     assert found.dtype == torch.uint8
     # Measured 0 in the interpreter.
     assert_levels(found, run(images, params, "reference"), share=1e-3)
+
+
+@settings(max_examples=8, deadline=None, derandomize=True, phases=(Phase.explicit, Phase.generate))
+@given(
+    batch=st.integers(1, 3),
+    size=st.tuples(st.integers(1, 26), st.integers(6, 26)),
+    half=st.integers(0, 4),
+    seed=st.integers(0, 1000),
+)
+def test_random_shapes(batch: int, size: tuple[int, int], half: int, seed: int) -> None:
+    images, params = images_of(2 * batch, size)[::2], random_params(batch, seed)
+    taps = 2 * min(half, min(size) - 1) + 1
+    with poisoned():
+        found = run(images, params, "triton", blur_kernel_size=taps)
+    assert_levels(found, run(images, params, "reference", blur_kernel_size=taps), share=2e-3)
 
 
 @pytest.mark.parametrize("memory_format", ["channels_last", "contiguous"])
