@@ -80,11 +80,16 @@ def _check_triton_runs(device: torch.device) -> None:
             'backend is "triton", but the triton package is not installed: '
             'install triton or choose backend="reference"'
         )
-    if device.type != "cuda" and not is_interpreted():
+    if device.type != "cuda" and not is_interpreted() and not _computes_shapes_only(device):
         raise ValueError(
             f'backend is "triton", but the tensors are on {device}: move them to a CUDA device, '
             'set TRITON_INTERPRET=1 before starting Python, or choose backend="reference"'
         )
+
+
+def _computes_shapes_only(device: torch.device) -> bool:
+    """Tell whether tensors are meta or fake ones, for which no kernel is started."""
+    return device.type == "meta" or torch._guards.active_fake_mode() is not None
 
 
 def _report(asked: str, chosen: str, device: torch.device) -> None:

@@ -1,0 +1,289 @@
+"""One forward pass of a configuration's networks without data or memory: what `plan` starts from.
+
+The networks are built and run on fake tensors, which have shapes and no contents. Recorded are the
+parameters, the order in which modules are called, the FLOPs of each part, and what autograd keeps
+for the backward pass; a second or two per hundred modules, no process group, any machine.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+from m3i_kernels import active_backend, set_backend
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils.flop_counter import FlopCounterMode
+
+from m3i_scale.config import Config, Model
+from m3i_scale.objective import collectives
+from m3i_scale.objective.inputs import Scene
+from m3i_scale.objective.m3i import M3I
+
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+BACKWARD = 2  # FLOPs of a backward pass, in forward passes
+ROWS = 2  # one pair; everything recorded here is proportional to the number of samples
+
+
+class Weight(NamedTuple):
+    """One parameter, and the module that owns it."""
+
+    name: str
+    module: str
+    elements: int
+    trained: bool
+
+
+class Call(NamedTuple):
+    """A module is entered or left; `grad` where autograd records."""
+
+    module: str
+    enter: bool
+    grad: bool
+
+
+@dataclass
+class Block:
+    """One call of a block that may be checkpointed, in bytes per sample."""
+
+    input: float  # what checkpointing keeps
+    inside: float  # what autograd keeps without it
+    calls: range  # of the block, in `Survey.calls`
+    recomputed: bool  # whether the configuration checkpoints it
+
+
+@dataclass
+class Survey:
+    """What one forward pass has shown."""
+
+    weights: list[Weight] = field(default_factory=list)
+    calls: list[Call] = field(default_factory=list)
+    blocks: list[Block] = field(default_factory=list)
+    outside: float = 0.0  # bytes per sample that autograd keeps outside of blocks
+    forward: dict[str, float] = field(default_factory=lambda: defaultdict(float))
+    backward: dict[str, float] = field(default_factory=lambda: defaultdict(float))
+    recomputed: dict[str, float] = field(default_factory=lambda: defaultdict(float))
+
+
+def survey(config: Config, *, kernels: bool) -> Survey:
+    """Run the networks of a configuration once on fake tensors.
+
+    Args:
+        config: all of it; checkpointing is off during the pass, and told by `Block.recomputed`.
+        kernels: count the memory of the Triton kernels, not of the plain torch operators.
+
+    Raises:
+        ValueError: the networks cannot be built, or `kernels` is asked for without Triton.
+    """
+    dtype = DTYPES[config.engine.precision]
+    # Drawing initial weights advances the default generator even where there are none.
+    with torch.random.fork_rng(devices=[]), _operators(kernels), _alone():
+        with torch.device("meta"):
+            spec, size = _unchecked(config.model), config.data.image_size
+            model = M3I(spec, config.objective, size).to(dtype)
+        with FakeTensorMode(allow_non_fake_inputs=True):
+            record = _Record(model.to_empty(device="cpu"), _recomputed(config.model))
+            record.run(lambda: model.forward(_scene(config, dtype)))
+    return record.survey
+
+
+class _Record:
+    """Hooks on all modules of a model, and what they write down."""
+
+    def __init__(self, model: M3I, recomputed: tuple[str, ...]) -> None:
+        self.survey = Survey()
+        self._model = model
+        self._counter = FlopCounterMode(display=False, custom_mapping=_formulas())
+        self._kept: dict[int, Tensor] = {}
+        self._bytes = 0
+        self._parameters = {p.untyped_storage()._cdata for p in model.parameters()}
+        self._part: str | None = None  # the outermost module of a part that is running
+        for name, module in model.named_modules():
+            for own, parameter in module.named_parameters(recurse=False):
+                self.survey.weights.append(
+                    Weight(f"{name}.{own}", name, parameter.numel(), parameter.requires_grad)
+                )
+            self._watch(name, module)
+        for name, module in model.named_modules():
+            if name.rpartition(".")[0].endswith(("blocks", "encoder.layer")):
+                self._watch_block(name, module, recomputed=name.startswith(recomputed))
+
+    def run(self, forward: Callable[[], Any]) -> None:
+        """Record one forward pass."""
+        if hasattr(self._model, "text_tower"):
+            self._model.text_tower.bert.register_forward_pre_hook(_forget_mask, with_kwargs=True)
+        keep = torch.autograd.graph.saved_tensors_hooks(self._keep, lambda tensor: tensor)
+        with self._counter, keep:
+            forward()
+        inside = sum(block.inside for block in self.survey.blocks)
+        self.survey.outside = self._bytes / ROWS - inside
+
+    def _keep(self, tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage._cdata not in self._kept and storage._cdata not in self._parameters:
+            self._kept[storage._cdata] = tensor  # alive, so that the address is not used again
+            self._bytes += storage.nbytes()
+        return tensor
+
+    def _watch(self, name: str, module: nn.Module) -> None:
+        part = _part_of(
+            name, pooling=any(m is module for m in self._model.online.backbone.pooling.modules())
+        )
+        start = 0
+
+        def enter(*_: Any) -> None:
+            nonlocal start
+            self.survey.calls.append(Call(name, True, torch.is_grad_enabled()))
+            if self._part is None:
+                self._part, start = name, self._counter.get_total_flops()
+
+        def leave(*_: Any) -> None:
+            self.survey.calls.append(Call(name, False, torch.is_grad_enabled()))
+            if self._part == name:
+                self._part = None
+                flops = (self._counter.get_total_flops() - start) / ROWS
+                self.survey.forward[part] += flops
+                self.survey.backward[part] += BACKWARD * flops * torch.is_grad_enabled()
+
+        module.register_forward_pre_hook(enter)
+        module.register_forward_hook(leave)
+
+    def _watch_block(self, name: str, module: nn.Module, *, recomputed: bool) -> None:
+        part = _part_of(name)
+        marks: list[tuple[int, int, int]] = []
+
+        def enter(*_: Any) -> None:
+            calls = len(self.survey.calls) - 1  # the block's own call is there already
+            marks.append((self._bytes, calls, self._counter.get_total_flops()))
+
+        def leave(_: nn.Module, inputs: tuple[Any, ...], __: Any) -> None:
+            size, call, flops = marks.pop()
+            if not torch.is_grad_enabled():
+                return
+            x = inputs[0]
+            block = Block(
+                input=x.numel() * x.element_size() / ROWS,
+                inside=(self._bytes - size) / ROWS,
+                calls=range(call, len(self.survey.calls)),
+                recomputed=recomputed,
+            )
+            self.survey.blocks.append(block)
+            if recomputed:
+                self.survey.recomputed[part] += (self._counter.get_total_flops() - flops) / ROWS
+
+        module.register_forward_pre_hook(enter)
+        module.register_forward_hook(leave)
+
+
+def _part_of(name: str, *, pooling: bool = False) -> str:
+    """The part of a training step that a module belongs to."""
+    first, second = [*name.split("."), ""][:2]
+    if first == "momentum":
+        return "momentum encoder"
+    if (first, second) == ("online", "backbone") and not pooling:
+        return "backbone"
+    return {"text_tower": "text tower", "decoders": "decoder"}.get(first, "heads")
+
+
+def _sampling_flops(*_: Any, out_shape: torch.Size, **__: Any) -> int:
+    """Of `grid_sample` as DCNv3 uses it: the output has one element per channel and point."""
+    return 2 * 5 * out_shape.numel()
+
+
+def _dcnv3_flops(*inputs: Any, out_shape: torch.Size, **_: Any) -> int:
+    """Of the DCNv3 kernel; arguments as `m3i_kernels.dcnv3.op.dcnv3_op`, tensors as shapes."""
+    mask, groups = inputs[2], inputs[8]
+    return 2 * 5 * out_shape.numel() * (mask[-1] // groups)
+
+
+def _formulas() -> dict[Any, Callable[..., int]]:
+    formulas = {torch.ops.aten.grid_sampler_2d: _sampling_flops}
+    if hasattr(torch.ops.m3i_kernels, "dcnv3"):  # the module of the kernel has been imported
+        formulas[torch.ops.m3i_kernels.dcnv3] = _dcnv3_flops
+    return formulas
+
+
+def count_flops(function: Callable[[], Any]) -> int:
+    """FLOPs of `function()`: matrix products, attention, convolutions, DCNv3; forward only."""
+    counter = FlopCounterMode(display=False, custom_mapping=_formulas())
+    with counter:
+        function()
+    return counter.get_total_flops()
+
+
+@contextlib.contextmanager
+def _operators(kernels: bool) -> Iterator[None]:
+    """The Triton operators, of which fake tensors see only shapes, or the plain torch ones."""
+    if kernels:
+        import m3i_kernels.dcnv3.op  # noqa: F401  before its formula is looked up
+    before = active_backend()
+    set_backend("triton" if kernels else "reference")
+    try:
+        yield
+    finally:
+        set_backend(before)
+
+
+@contextlib.contextmanager
+def _alone() -> Iterator[None]:
+    """No collectives meanwhile: this may run beside a training, on one rank only."""
+    before = collectives.rank_and_size
+    collectives.rank_and_size = lambda: (0, 1)
+    try:
+        yield
+    finally:
+        collectives.rank_and_size = before
+
+
+def _forget_mask(_: nn.Module, inputs: Any, named: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """Pre-forward hook: take texts as unpadded; of a mask, BERT would look at the values."""
+    return inputs, named | {"attention_mask": None}
+
+
+def _strip(options: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in options.items() if key != "checkpoint_blocks"}
+
+
+def _unchecked(model: Model) -> Model:
+    """The same networks without activation checkpointing."""
+    text = model.text and model.text.model_copy(update={"checkpoint_blocks": False})
+    backbone = model.backbone.model_copy(update={"options": _strip(model.backbone.options)})
+    decoder = model.decoder.model_copy(update={"checkpoint_blocks": False})
+    return model.model_copy(update={"backbone": backbone, "decoder": decoder, "text": text})
+
+
+def _recomputed(model: Model) -> tuple[str, ...]:
+    """Beginnings of the names of checkpointed blocks."""
+    text = model.text is not None and model.text.checkpoint_blocks
+    return (
+        *(["online."] if model.backbone.options.get("checkpoint_blocks") else []),
+        *(["decoders."] if model.decoder.checkpoint_blocks else []),
+        *(["text_tower."] if text else []),
+    )
+
+
+def _scene(config: Config, dtype: torch.dtype) -> Scene:
+    size, spec = config.data.image_size, config.objective.input
+    side, length = size // spec.patch, config.model.text.max_length if config.model.text else 0
+    image = torch.empty(ROWS, 3, size, size, dtype=dtype)
+    box, flag = torch.empty(ROWS, 4), torch.empty(ROWS, dtype=torch.bool)
+    number = torch.empty(ROWS, dtype=torch.int64)
+    return Scene(
+        image=torch.cat([image, image]) if spec.both_views else image,
+        clean_a=image,
+        clean_b=image,
+        seen=torch.empty(ROWS, side, side, dtype=torch.bool),
+        partner=number,
+        box_a=box,
+        box_b=box,
+        flip_a=flag,
+        flip_b=flag,
+        tokens=torch.empty(ROWS, length, dtype=torch.int64),
+        token_mask=torch.empty(ROWS, length, dtype=torch.bool),
+        has_text=flag,
+        category=number,
+    )
