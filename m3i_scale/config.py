@@ -108,6 +108,7 @@ class Augmentation(Node):
     ratio: tuple[Positive, Positive] = (3 / 4, 4 / 3)
     flip_probability: Fraction = 0.5
     interpolation: Literal["bicubic", "bilinear"] = "bicubic"
+    views: Literal[1, 2] = 2  # 1 where the objective uses a single view: less to decode and crop
     view_a: Photometric = Photometric(blur_probability=1.0)
     view_b: Photometric = Photometric(blur_probability=0.1, solarize_probability=0.2)
 
@@ -233,6 +234,11 @@ class Config(Node):
                     f"the objective has a {kind} target but no data source of kind {kind}; "
                     "add one to data.sources or drop the target"
                 )
+        if self.data.augmentation.views == 1 and self.objective.two_views:
+            raise ValueError(
+                "the objective compares two views of an image; set data.augmentation.views: 2, or "
+                "view: same in all targets"
+            )
         if self.data.image_size % self.objective.input.patch:
             raise ValueError(
                 f"data.image_size {self.data.image_size} is not a multiple of "

@@ -226,6 +226,13 @@ class Objective(Node):
         """Whether some target is predicted from the pooled vector; else nothing trains the pool."""
         return any(not target.dense for target in self.targets)
 
+    @property
+    def two_views(self) -> bool:
+        """Whether anything uses another view of image i or j than the input's."""
+        mixed_with_itself = self.input.corruption == "mix" and self.input.pairing == "self"
+        other = any(target.view == "other" for target in self.targets)
+        return other or mixed_with_itself or self.input.both_views
+
     def masked_positions(self, target: Target) -> bool:
         """Whether a dense loss covers the masked patches only.
 

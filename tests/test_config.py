@@ -81,6 +81,7 @@ def test_overrides_are_yaml(file: Path):
         ("optimizer.length=soon", "'soon' is not a duration"),
         ("optimizer.batch=many", "optimizer.batch"),
         ("optimizer.max_micro_batch=3", "multiple of 2"),
+        ("data.augmentation.views=1", "set data.augmentation.views: 2"),
         ("data.image_size=70", "70 is not a multiple of objective.input.patch 16"),
         ("engine.precision=fp8", "engine.precision"),
         ("objective.targets.0.guard=none", "without a guard collapses"),
