@@ -110,7 +110,7 @@ def build_shards(
     _claim(folder, {**plan, "seed": seed, **asdict(recipe)})
     if listing.classes:
         names = json.dumps(listing.classes, ensure_ascii=False, indent=0)
-        (folder / "classes.json").write_text(names, encoding="utf-8")
+        (folder / "classes.json").write_text(names, encoding="utf-8", errors="replace")
     paths = [folder / f"{number:05d}.tar" for number in range(len(shards))]
     with process_map(processes) as run:
         done = run(partial(write_shard, recipe=recipe), paths, shards)
@@ -144,7 +144,7 @@ def deal(
 
 def _shuffle_key(seed: int, record: Record) -> tuple[int, int]:
     """Random, but rows of one row group of a table stay together."""
-    name = crc32(record.url.encode())
+    name = crc32(record.url.encode("utf-8", "surrogateescape"))
     block = int(hash64(seed, name, record.group + 1)[0])
     return block, int(hash64(seed, name, record.offset, record.row + 1)[0])
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import io
 import json
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -24,6 +25,8 @@ MAX_PIXELS = 100_000_000
 MAX_TEXT_BYTES = 1 << 20
 # Frame headers of JPEG: SOF0 to SOF15 without DHT (C4), JPG (C8), DAC (CC).
 _SOF = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}
+# What Pillow may be asked for: some of its other formats start programs (EPS runs Ghostscript).
+_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF", "JPEG2000")
 _STANDALONE = frozenset(range(0xD0, 0xD8)) | {0x01}
 
 
@@ -82,11 +85,17 @@ def _jpeg_header(data: bytes | memoryview) -> tuple[int, int, bool]:
 
 
 def _decode_with_pillow(data: bytes | memoryview, max_pixels: int) -> Tensor:
-    with Image.open(io.BytesIO(data)) as image:
+    with Image.open(io.BytesIO(data), formats=_formats()) as image:
         _check_size(image.height, image.width, max_pixels)
         image.seek(0)  # animations: the first frame
         upright = ImageOps.exif_transpose(image)
         return torch.from_numpy(np.array(_to_rgb(upright)))
+
+
+@cache
+def _formats() -> tuple[str, ...]:
+    Image.init()
+    return tuple(name for name in _FORMATS if name in Image.OPEN)  # Pillow may be built without
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
@@ -115,7 +124,8 @@ def decode_text(data: bytes, member: str) -> tuple[str, bool]:
         value = _json_field(text, member)
         if not isinstance(value, str):
             raise BadSample("no caption", f"{member} is {type(value).__name__}")
-        text = value
+        text = value.encode("utf-8", "ignore").decode()  # JSON can spell halves of characters
+        repaired |= text != value
     if repaired:
         text = text.replace("\ufffd", "")
     text = " ".join(text.replace("\0", " ").split())
@@ -129,7 +139,7 @@ def decode_category(data: bytes, member: str) -> int:
     value = _json_field(data.decode("utf-8", "replace"), member) if ":" in member else data
     try:
         category = int(value)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):  # JSON knows Infinity
         raise BadSample("bad category", repr(value)[:40]) from None
     if isinstance(value, float | bool) or not 0 <= category < 1 << 31:
         raise BadSample("bad category", repr(value)[:40])

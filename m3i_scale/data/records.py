@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 
 from m3i_scale.data import decode
 from m3i_scale.data.decode import BadSample
-from m3i_scale.data.scan import CATEGORY, IMAGE, TEXT, Group, group_members, read_members
+from m3i_scale.data.scan import CATEGORY, IMAGE, TEXT, Group, find_groups
 from m3i_scale.data.storage import Storage, join, parent
 
 _EXTENSIONS = tuple(f".{name}" for name in IMAGE)
@@ -127,13 +127,20 @@ def _from_table(
     for group, row, value in values:
         caption = _caption(str(value[text]).encode()) if text and value[text] is not None else None
         label = value[category] if category else None
-        if isinstance(label, str) and label.strip().isdigit():
-            label = int(label)
         where = value[image]
-        if isinstance(where, str):
-            yield Record(join(parent(source), where), text=caption), label
+        if isinstance(where, str) or group < 0:  # a row of a CSV may be too short
+            yield Record(join(parent(source), where or ""), text=caption), _label(label)
         else:
-            yield Record(source, group=group, row=row, column=image, text=caption), label
+            yield Record(source, group=group, row=row, column=image, text=caption), _label(label)
+
+
+def _label(value: Any) -> str | int | None:
+    """A category in a table: tables with gaps hold integers as floats, and NaN or ""."""
+    if value is None or value != value or value == "":
+        return None
+    if isinstance(value, str):
+        return int(value) if value.strip().isdecimal() else value
+    return int(value) if float(value).is_integer() else str(value)
 
 
 def _column(columns: Sequence[str], chosen: str | None, known: tuple[str, ...]) -> str | None:
@@ -146,8 +153,11 @@ Rows = Iterator[tuple[int, int, dict[str, Any]]]  # (row group, row in it, value
 
 
 def _csv_rows(source: str) -> tuple[list[str], Rows]:
-    with open(source, newline="", encoding="utf-8", errors="replace") as file:
-        table = list(csv.DictReader(file, delimiter="\t" if source.endswith(".tsv") else ","))
+    with open(source, newline="", encoding="utf-8-sig", errors="replace") as file:
+        try:
+            table = list(csv.DictReader(file, delimiter="\t" if source.endswith(".tsv") else ","))
+        except csv.Error as error:
+            raise ValueError(f"{source} is not a table that can be read: {error}") from None
     columns = list(table[0]) if table else []
     return columns, ((-1, -1, row) for row in table)
 
@@ -182,7 +192,7 @@ def _from_archive(archive: str) -> Iterator[tuple[Record, str | int | None]]:
         return
     storage = Storage()
     with storage.open(archive) as file:
-        for group in group_members(read_members(file, storage.size(archive))):
+        for group in find_groups(file, storage.size(archive)):
             image = group.image()
             if image is None:
                 continue

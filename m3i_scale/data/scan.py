@@ -5,6 +5,8 @@ sample; what follows that dot is the member's kind.  Example, as img2dataset wri
 
     000000017.jpg  000000017.json  000000017.txt     -> key 000000017: jpg, json, txt
 
+A shard in which that finds no image at all has dots in its keys, and is split at the last dot.
+
 Only headers are read.  A damaged header costs its own member: the scan goes on at the next block
 that is a valid header again, where a sequential tar reader would lose the rest of the shard.
 """
@@ -14,7 +16,7 @@ from __future__ import annotations
 import json
 import tarfile
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import IO, NamedTuple
 
@@ -29,6 +31,8 @@ CATEGORY = ("cls", "class", "label")
 CATEGORY_JSON = ("json:cls", "json:label", "json:category", "json:class")
 BLOCK = tarfile.BLOCKSIZE
 _LONGEST_NAME = 1 << 16
+_LONGEST_JSON = 1 << 20
+_LARGEST_MEMBER = 1 << 28  # 256 MiB: a sample is read as a whole
 
 
 class Member(NamedTuple):
@@ -45,8 +49,8 @@ def read_members(file: IO[bytes], length: int) -> Iterator[Member]:
     while offset + BLOCK <= length:
         file.seek(offset)
         block = file.read(BLOCK)
-        if not any(block):
-            return  # end-of-archive marker
+        if not any(block) and not any(file.read(BLOCK)):
+            return  # end-of-archive marker: two empty blocks; a single one is damage
         info = parse_header(block)
         if info is None:
             if not damaged:
@@ -80,12 +84,12 @@ def _long_fields(kind: bytes, data: bytes) -> dict[str, str]:
     found = {}
     while b" " in data:
         digits, _, _ = data.partition(b" ")
-        if not digits.isdigit() or int(digits) <= len(digits):
+        if not digits.isdigit() or len(digits) > 9 or int(digits) <= len(digits):
             break
         record, data = data[len(digits) + 1 : int(digits) - 1], data[int(digits) :]
         key, _, value = record.partition(b"=")
         text = value.decode("utf-8", "backslashreplace")
-        if key == b"path" or (key == b"size" and text.isdigit()):
+        if key == b"path" or (key == b"size" and value.isdigit() and len(value) < 19):
             found[key.decode()] = text
     return found
 
@@ -107,12 +111,29 @@ class Group:
         return self.members.get(member.split(":")[0]) if member else None
 
 
-def group_members(members: Iterator[Member]) -> Iterator[Group]:
+def find_groups(file: IO[bytes], length: int) -> list[Group]:
+    """The samples of an open tar of `length` bytes."""
+    members = list(read_members(file, length))
+    groups = list(group_members(members, base_plus_ext))
+    if any(group.image() for group in groups):
+        return groups
+    dotted = list(group_members(members, _split_at_last_dot))
+    return dotted if any(group.image() for group in dotted) else groups
+
+
+def _split_at_last_dot(name: str) -> tuple[str | None, str | None]:
+    key, dot, kind = name.rpartition(".")
+    return (key, kind) if dot and key and "/" not in kind else (None, None)
+
+
+def group_members(
+    members: Iterable[Member], split: Callable[[str], tuple[str | None, str | None]]
+) -> Iterator[Group]:
     """Group consecutive members by key; a damaged header ends a sample and is one without key."""
     group: Group | None = None
     for member in members:
-        key, kind = base_plus_ext(member.name) if member.name else ("", "")
-        if key is None or key.startswith("__"):
+        key, kind = split(member.name) if member.name else ("", "")
+        if key is None or kind is None or key.startswith("__"):
             continue
         if group is None or group.key != key:
             if group is not None:
@@ -145,7 +166,7 @@ def wanted_for(
 
 def index_shard(name: str, file: IO[bytes], length: int, wanted: Wanted) -> ShardIndex:
     """Index one open shard of `length` bytes; damage is recorded in `problems`, never raised."""
-    groups = list(group_members(read_members(file, length)))
+    groups = find_groups(file, length)
     index = ShardIndex(name, length)
     if wanted.text:
         index.text_member = wanted.text_member or _offered(groups, TEXT, TEXT_JSON, file)
@@ -178,8 +199,8 @@ def _offered(
         _, offset, size = group.members["json"]
         file.seek(offset)
         try:
-            document = json.loads(file.read(size))
-        except ValueError:
+            document = json.loads(file.read(min(size, _LONGEST_JSON)))
+        except (ValueError, RecursionError):
             continue
         for name in fields:
             if isinstance(document, dict) and document.get(name.split(":")[1]) is not None:
@@ -205,6 +226,8 @@ def _problem(group: Group, index: ShardIndex, wanted: Wanted) -> str | None:
         return "empty member"
     if any(member.offset + member.size > index.bytes for member in used if member):
         return "truncated"
+    if any(member.size > _LARGEST_MEMBER for member in used if member):
+        return "absurd size"
     return "repeated member" if group.repeated else None
 
 
