@@ -1,4 +1,4 @@
-"""The `m3i` command: data to start with, what a run has learned, its networks as files.
+"""The `m3i` command: data to start with, sweeps, what a run has learned, its networks as files.
 
 Exit codes: 0 done; 2 something is wrong and the last line says what.
 """
@@ -35,6 +35,9 @@ ELSEWHERE = {
     "m3i_scale.data.commands": {
         "glyphs": "draw a small data set from matplotlib's own fonts",
         "shards": "build, index, check and show tar shards of samples",
+    },
+    "m3i_scale.sweep.commands": {
+        "sweep": "run a grid of configurations and seeds at equal compute, and compare them",
     },
 }
 

@@ -19,19 +19,23 @@ from pydantic import ValidationError
 from m3i_scale.config import Config, ConfigError, Node
 
 
-def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
-    """Read `path`, apply `a.b=c` overrides (values are YAML), validate.
+def load_config(
+    path: str | Path, overrides: Sequence[str] = (), *, over: Sequence[str | Path] = ()
+) -> Config:
+    """Read `path`, lay the files `over` it, apply `a.b=c` overrides (values are YAML), validate.
 
     Raises:
         ConfigError: with one sentence, for anything wrong.
     """
-    tree = _read_tree(Path(path), seen=())
+    tree = read_tree(Path(path))
+    for layer in over:
+        tree = _merge(tree, read_tree(Path(layer)))
     for override in overrides:
-        _apply_override(tree, override)
+        apply_override(tree, override)
     try:
         return Config.model_validate(tree)
     except ValidationError as error:
-        raise ConfigError(f"{path}: {_sentence(error)}") from None
+        raise ConfigError(f"{path}: {sentence(error)}") from None
 
 
 def dump_config(config: Config) -> str:
@@ -39,7 +43,12 @@ def dump_config(config: Config) -> str:
     return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
 
 
-def _read_tree(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
+def read_tree(path: Path, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
+    """The keys of a YAML file laid over those of its `base` files; `seen` are the files above it.
+
+    Raises:
+        ConfigError: a file cannot be read or is no mapping, or bases form a circle.
+    """
     if path.resolve() in seen:
         raise ConfigError(f"{path}: base files form a circle: {[str(p) for p in seen]}")
     try:
@@ -57,7 +66,7 @@ def _read_tree(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
     bases = tree.pop("base", [])
     merged: dict[str, Any] = {}
     for base in [bases] if isinstance(bases, str) else bases:
-        merged = _merge(merged, _read_tree(path.parent / base, (*seen, path.resolve())))
+        merged = _merge(merged, read_tree(path.parent / base, (*seen, path.resolve())))
     return _merge(merged, tree)
 
 
@@ -70,7 +79,12 @@ def _merge(low: dict[str, Any], high: dict[str, Any]) -> dict[str, Any]:
     return {**low, **high, **both}
 
 
-def _apply_override(tree: dict[str, Any], override: str) -> None:
+def apply_override(tree: dict[str, Any], override: str) -> None:
+    """Set one key of a tree, in place: `a.b=value`, where the value is YAML.
+
+    Raises:
+        ConfigError: it has another form, or there is no such place.
+    """
     path, equals, text = override.partition("=")
     if not equals or not path:
         raise ConfigError(f"override {override!r} is not of the form a.b=value")
@@ -94,13 +108,13 @@ def _child(node: dict[str, Any], key: str) -> Any:
     return node[key]
 
 
-def _sentence(error: ValidationError) -> str:
-    """The first problem as one sentence."""
+def sentence(error: ValidationError, root: type[Node] = Config) -> str:
+    """The first problem of a tree of type `root` as one sentence."""
     first = error.errors()[0]
     location = [part for part in first["loc"] if part not in ("gaussian", "boltzmann")]
     where = ".".join(str(part) for part in location)
     if first["type"] == "extra_forbidden":
-        return f"unknown key {where!r}{_did_you_mean(first['loc'])}"
+        return f"unknown key {where!r}{_did_you_mean(first['loc'], root)}"
     if first["type"] == "missing":
         return f"missing key {where!r}; give it a value"
     message = first["msg"].removeprefix("Value error, ")
@@ -109,16 +123,19 @@ def _sentence(error: ValidationError) -> str:
     return f"{where}: {message} (got {first['input']!r})"
 
 
-def _did_you_mean(location: tuple[int | str, ...]) -> str:
-    names = list(_fields_at(location[:-1]))
+def _did_you_mean(location: tuple[int | str, ...], root: type[Node]) -> str:
+    names = list(_fields_at(location[:-1], root))
     near = difflib.get_close_matches(str(location[-1]), names, n=1, cutoff=0.5)
     return f"; did you mean {near[0]!r}?" if near else f"; valid keys are {', '.join(names)}"
 
 
-def _fields_at(location: Sequence[int | str]) -> Iterable[str]:
-    kind: Any = Config
+def _fields_at(location: Sequence[int | str], root: type[Node]) -> Iterable[str]:
+    kind: Any = root
     for key in location:
         if isinstance(key, int):
+            continue
+        if typing.get_origin(kind) is dict:  # a name of the user's own
+            kind = typing.get_args(kind)[1]
             continue
         options = [option for option in _models_in(kind) if key in option.model_fields]
         if options:

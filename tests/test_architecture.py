@@ -28,6 +28,8 @@ ALLOWED = {
     "transfer": {"transfer", "data"} | BELOW_ENGINE,
     "train": {"engine", "data"} | BELOW_ENGINE,
     "cli": {"engine", "transfer", "data"} | BELOW_ENGINE,
+    # Starts training and evaluation as processes; of the engine it only asks how many FLOPs.
+    "sweep": {"sweep", "config", "config_file", "engine"},
     "m3i_kernels": {"m3i_kernels"},
 }
 

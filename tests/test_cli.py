@@ -54,7 +54,7 @@ def test_help_imports_nothing_heavy():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    for command in ("glyphs", "shards", "tokenizer", "eval", "export"):
+    for command in ("glyphs", "shards", "sweep", "tokenizer", "eval", "export"):
         assert command in done.stdout
 
 
@@ -64,7 +64,7 @@ def test_checkpoints_are_read_without_deepspeed():
     assert done.returncode == 0, done.stderr
 
 
-@pytest.mark.parametrize("command", ["glyphs", "shards", "tokenizer", "eval", "export"])
+@pytest.mark.parametrize("command", ["glyphs", "shards", "sweep", "tokenizer", "eval", "export"])
 def test_every_command_has_help(command, capsys):
     with pytest.raises(SystemExit) as stop:
         main([command, "--help"])

@@ -1,0 +1,146 @@
+"""A sweep file: what is compared, at which compute, and how it is judged.
+
+    name: gamma
+    config: base.yaml                 # one file or several, each laid over the ones before it
+    samples: 50000                    # that every run sees
+    seeds: [0, 1, 2]
+    axes:                             # the grid is the product of the axes and the seeds
+      gamma:
+        - {name: "0.5", set: [objective.balance.gamma=0.5], paper: {ImageNet top-1: 83.2}}
+        - {name: "1", set: [objective.balance.gamma=1], paper: {ImageNet top-1: 83.3}}
+    evaluation: {queries: [data/heldout.parquet]}
+
+A file may start from others with `base:`, as configurations do. Configuration files are named
+relative to the sweep file, data (as in configurations) relative to the working directory.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import BeforeValidator, Field, ValidationError, model_validator
+
+from m3i_scale.config import ConfigError, Count, Node
+from m3i_scale.config_file import apply_override, read_tree, sentence
+
+# What a sweep decides itself, so that runs have folders of their own and equal compute.
+RESERVED = ("run", "folder", "seed", "optimizer.length")
+
+
+def _as_list(value: object) -> object:
+    return [value] if isinstance(value, str) else value
+
+
+def _as_word(value: object) -> object:
+    """YAML reads `name: 0.5` as a number; the name is what is written."""
+    return str(value) if isinstance(value, int | float) and not isinstance(value, bool) else value
+
+
+Files = Annotated[list[str], BeforeValidator(_as_list)]
+Word = Annotated[str, BeforeValidator(_as_word)]
+
+
+class Variant(Node):
+    """One place on an axis: files laid over the configuration, then `a.b=value` changes.
+
+    `paper` holds published figures for it, by the title of their column in the table.
+    """
+
+    name: Word
+    config: Files = Field(default=[])
+    set: list[str] = Field(default=[])
+    paper: dict[str, float] = Field(default={})
+
+
+class Evaluation(Node):
+    """The arguments of `m3i eval`."""
+
+    queries: Annotated[Files, Field(min_length=1)]
+    gallery: Files = Field(default=[])  # empty: the indexes that the run learned from
+    which: Literal["student", "momentum"] = "student"
+    probe: bool = True
+    neighbours: Count = 20
+    limit: Count | None = None
+    batch: Count = 64
+    subject: str = "caption subject"
+    category: str = "category"
+
+
+class Report(Node):
+    """What the table shows; nothing here has an influence on the runs."""
+
+    tasks: list[str] = Field(default=[])  # rows of the evaluation, in this order; empty: all
+
+
+class Sweep(Node):
+    """A grid of configurations and seeds."""
+
+    name: str
+    title: str = ""
+    folder: str = "runs/sweeps"
+    config: Annotated[Files, Field(min_length=1)]
+    set: list[str] = Field(default=[])
+    samples: Count
+    seeds: list[int] = Field(min_length=1)
+    ranks: Count = 1
+    axes: dict[str, list[Variant]] = Field(min_length=1)
+    evaluation: Evaluation
+    report: Report = Report()
+
+    @property
+    def own_folder(self) -> Path:
+        """Where everything about this sweep is written: a folder for each run, logs, tables."""
+        return Path(self.folder) / self.name
+
+    @model_validator(mode="after")
+    def _possible(self) -> Sweep:
+        problem = next(self._impossible(), None)
+        if problem:
+            raise ValueError(problem)
+        return self
+
+    def _impossible(self) -> Iterator[str]:
+        for word in (self.name, *(v.name for axis in self.axes.values() for v in axis)):
+            if not re.fullmatch(r"[\w.+-]+", word) or word.startswith("."):
+                yield (
+                    f"{word!r} becomes part of a file name; use letters, digits, '_', '-', '+' "
+                    "and '.' only, and a letter, '_' or digit first"
+                )
+        for axis, variants in self.axes.items():
+            if not variants:
+                yield f"axis {axis!r} has no variant; name one or drop the axis"
+            repeated = _repeated([variant.name for variant in variants])
+            if repeated:
+                yield f"axis {axis!r} has two variants named {repeated!r}; rename one"
+        if _repeated(self.seeds) is not None:
+            yield f"seeds: {_repeated(self.seeds)} is there twice; a seed counts once"
+        changes = [self.set, *(v.set for axis in self.axes.values() for v in axis)]
+        for change in (change for several in changes for change in several):
+            key = change.partition("=")[0].strip()
+            if key in RESERVED:
+                yield (
+                    f"{change!r}: {key} is set by the sweep, the same for all its runs; use its "
+                    "keys name, folder, seeds and samples"
+                )
+
+
+def _repeated(values: Sequence[object]) -> object | None:
+    return next((v for n, v in enumerate(values) if v in values[:n]), None)
+
+
+def load_sweep(path: str | Path, overrides: Sequence[str] = ()) -> Sweep:
+    """Read a sweep file, apply `a.b=value` overrides to it, validate.
+
+    Raises:
+        ConfigError: with one sentence, for anything wrong.
+    """
+    tree = read_tree(Path(path))
+    for override in overrides:
+        apply_override(tree, override)
+    try:
+        return Sweep.model_validate(tree)
+    except ValidationError as error:
+        raise ConfigError(f"{path}: {sentence(error, Sweep)}") from None
