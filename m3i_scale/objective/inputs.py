@@ -12,7 +12,7 @@ once more with a and b in each other's place.
 
 from __future__ import annotations
 
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from m3i_kernels import PhotometricParams, block_mix, photometric
@@ -86,15 +86,14 @@ def scene(
         raise ValueError(
             f"a micro-batch of {rows} leaves one image without a partner; use an even size"
         )
+    normal: dict[str, Any] = {"mean": mean, "std": std, "dtype": dtype}
     view_a = photometric(batch.view_a, PhotometricParams(**batch.photometric_a))
-    view_b = photometric(batch.view_b, PhotometricParams(**batch.photometric_b))
+    # What is not mixed is normalised in the pass that distorts it.
+    clean_b = photometric(batch.view_b, PhotometricParams(**batch.photometric_b), **normal)
     partner = _partners(batch.position, spec.pairing).to(view_a.device)
     seen = batch.mask if spec.corruption != "none" else torch.ones_like(batch.mask)
-    mixed = block_mix(
-        view_a, view_b, partner, seen, patch_size=spec.patch, mean=mean, std=std, dtype=dtype
-    )
-    assert mixed.clean_b is not None  # view_b was given
-    clean = (mixed.clean_a, mixed.clean_b)
+    mixed = block_mix(view_a, None, partner, seen, patch_size=spec.patch, **normal)
+    clean = (mixed.clean_a, clean_b)
     if spec.corruption == "mix" and spec.pairing != "self":
         image = mixed.mix
     else:
