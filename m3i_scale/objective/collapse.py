@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 SAMPLE = 256  # vectors from which a rank is estimated
+ROUNDING = 1e-12  # of the squares: what the deviations of equal float32 vectors amount to
 
 
 @torch.no_grad()
@@ -33,11 +34,13 @@ def effective_rank(vectors: Tensor, present: Tensor | None = None) -> Tensor:
     equal, and at most one less than the number of samples (the exponential of the spectrum's
     second-order Renyi entropy, also called participation ratio).
     """
-    deviation, _ = _centre(_sample(vectors.float()), None if present is None else present[:SAMPLE])
+    vectors = _sample(vectors.float())
+    deviation, _ = _centre(vectors, None if present is None else present[:SAMPLE])
     rows = deviation.flatten(0, -2)  # (R, D)
     products = rows @ rows.T  # its eigenvalues are those of the covariance, times R
     trace, squares = products.diagonal().sum(), products.square().sum()
-    return torch.where(squares > 0, trace.square() / squares, torch.zeros_like(trace))
+    varies = trace > ROUNDING * vectors.square().sum()
+    return torch.where(varies, trace.square() / squares, torch.zeros_like(trace))
 
 
 @torch.no_grad()
@@ -50,7 +53,8 @@ def position_share(predictions: Tensor) -> Tensor:
     predictions = predictions.float()
     within = predictions.var(1, unbiased=False).mean()
     total = predictions.flatten(0, 1).var(0, unbiased=False).mean()
-    return torch.where(total > 0, within / total, torch.zeros_like(total))
+    varies = total > ROUNDING * predictions.square().mean()
+    return torch.where(varies, within / total, torch.zeros_like(total))
 
 
 def _centre(vectors: Tensor, present: Tensor | None) -> tuple[Tensor, Tensor]:
