@@ -149,7 +149,7 @@ def main() -> int:
     except Exception as error:
         if not getattr(error, "for_users", False):
             raise
-        if os.environ.get("RANK", "0") == "0":
+        if os.environ.get("RANK", "0") == "0" or getattr(error, "on_one_rank", False):
             print(f"error: {error}", file=sys.stderr, flush=True)
         return 2
 

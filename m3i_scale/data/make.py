@@ -27,6 +27,13 @@ _MOST_SUBSTITUTES = 32
 class TooManyBadSamples(RuntimeError):  # noqa: N818  (the name is the message)
     """More samples had to be replaced than the configuration tolerates."""
 
+    for_users = True  # the message is all that a user needs
+    on_one_rank = True  # other ranks have other samples
+
+    def __str__(self) -> str:
+        # A worker process hands it over as the text of a traceback, which ends with the message.
+        return super().__str__().rstrip().rpartition(f"{type(self).__name__}: ")[2]
+
 
 @dataclass(frozen=True)
 class Fault:

@@ -158,8 +158,10 @@ def test_nothing_usable_at_all_stops_too(source, workers):
     for number in range(3):
         shard(source, number).unlink()
     stream = make_stream([source], max_bad_rate=1.0)
-    with pytest.raises(TooManyBadSamples, match="all unusable"):
+    with pytest.raises(TooManyBadSamples, match=r"^position \d+: .* all unusable") as caught:
         next(iter(stream.loader(start=0, micro_batch=6, workers=workers)))
+    assert caught.value.for_users
+    assert "\n" not in str(caught.value)
 
 
 def test_below_the_rate_it_goes_on(source):
