@@ -2,7 +2,8 @@
 
     checkpoints/
       step-00001000/                      complete, by atomic rename of
-      step-00001000.partial/              a write in progress, or what a crash left of one
+      step-00001000.partial/              a write in progress, or what a crash left of one, which
+                                          the next start removes
         rank-00000-of-00002.safetensors   this rank's slices of the flattened tensors, no padding
         rank-00000-of-00002.json          size and SHA-256 of that file
         state.json                        step, shapes, ranks, counters
@@ -16,6 +17,7 @@ with another number of ranks takes the byte ranges it needs.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -66,9 +68,20 @@ def complete_checkpoints(folder: Path) -> list[Path]:
     return [path.parent for path in found if path.parent.suffix != ".partial"]
 
 
+def remains(folder: Path) -> list[Path]:
+    """What a crash left of checkpoints that it cut short, in being written or removed."""
+    complete = set(complete_checkpoints(folder))
+    return [path for path in sorted(folder.glob("step-*")) if path not in complete]
+
+
 def step_folder(folder: Path, step: int) -> Path:
     """Where the checkpoint after `step` steps lies."""
     return folder / f"step-{step:08d}"
+
+
+def step_of(path: Path) -> int:
+    """The number of steps that a checkpoint's folder is named after."""
+    return int(path.name.removeprefix("step-"))
 
 
 # ------------------------------------------------------------------------------------------ writing
@@ -135,8 +148,8 @@ def publish(write: Write, ranks: int) -> Path:
         ]
         files.append(_fingerprint(write.partial / "state.json"))
         _write_json(write.partial / "complete.json", {"files": files})
-        if final.exists():  # resumed from before it and reached it again
-            shutil.rmtree(final)
+        _sync(write.partial)
+        remove(final)  # there, if the run went back before it and has reached it again
         os.rename(write.partial, final)
         _sync(final.parent)
     except OSError as error:
@@ -144,16 +157,18 @@ def publish(write: Write, ranks: int) -> Path:
     return final
 
 
-def abandon(write: Write) -> None:
-    """Remove what a failed write left."""
-    shutil.rmtree(write.partial, ignore_errors=True)
-
-
 def prune(folder: Path, keep_last: int, keep_every: int | None) -> None:
     """Remove all complete checkpoints but the last ones and those at multiples of `keep_every`."""
     for path in complete_checkpoints(folder)[:-keep_last]:
-        if keep_every is None or int(path.name.removeprefix("step-")) % keep_every:
-            shutil.rmtree(path, ignore_errors=True)
+        if keep_every is None or step_of(path) % keep_every:
+            remove(path)
+
+
+def remove(path: Path) -> None:
+    """Remove a checkpoint, its marker first: half of one must not pass for a damaged one."""
+    with contextlib.suppress(OSError):  # not there
+        (path / "complete.json").unlink()
+    shutil.rmtree(path, ignore_errors=True)
 
 
 def _fingerprint(path: Path) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from torch import Tensor
 from m3i_scale.config import Config
 from m3i_scale.engine.checkpoint import CheckpointError
 from m3i_scale.engine.launch import World
-from m3i_scale.engine.metrics import Figures, MetricLog
+from m3i_scale.engine.metrics import Figures, MetricLog, Speed, machine_values, memory
 from m3i_scale.engine.pictures import save_mixes
 from m3i_scale.engine.saver import Saver, any_rank
 from m3i_scale.engine.schedules import BatchPlan, Schedule
@@ -61,6 +61,7 @@ class Run:
     balance: LossBalance
     saver: Saver
     save_every: int
+    speed: Speed | None = None  # on rank 0, which writes the metrics
     progress: Progress = field(default_factory=Progress)
 
     @property
@@ -83,6 +84,7 @@ def pretrain(run: Run, stop: StopFlag, metrics: MetricLog) -> bool:
             the loss rose above `engine.spike_factor` times its average.
         CheckpointError: the last checkpoint could not be written.
     """
+    run.saver.sweep()
     watchdog = Watchdog(run.folder, run.world.rank, 60 * run.config.engine.stall_minutes)
     try:
         return _train(run, stop, metrics, watchdog)
@@ -129,17 +131,19 @@ def train_step(run: Run, batches: Timed) -> tuple[dict[str, float], bool]:
     rate = run.schedule.learning_rate(run.progress.step)
     set_learning_rate(engine, rate)
     weight = run.balance.supervised_weight  # lambda
-    skipped_before = engine.skipped_steps
+    skipped_before, alone = engine.skipped_steps, 0.0
     for _ in range(run.plan.accumulation):
+        begun = time.perf_counter()
         view = _prepare(run, next(batches))
+        alone += time.perf_counter() - begun  # from here on ranks wait for each other
         outputs = engine(view, weight)
         engine.backward(outputs["loss"])
         engine.step()  # updates at the end of the accumulation only
         figures.add(_figures(run, outputs, weight))
     updated = engine.skipped_steps == skipped_before
-    figures.add_value("data_wait_seconds", batches.take_wait(), run.world.device)
-    values = figures.means()
-    values |= _step_values(run, values, rate, weight)
+    device = run.world.device
+    values, own = figures.reduce(run.world, [alone, batches.take_wait(), *memory(device)])
+    values |= machine_values(own, device) | _step_values(run, values, rate, weight)
 
     if updated:
         coefficient = _momentum_coefficient(run)
@@ -222,7 +226,9 @@ def _step_values(run: Run, means: dict[str, float], rate: float, weight: float) 
 def _speed(run: Run, started: float) -> dict[str, float]:
     # The figures were read from the device, and the momentum update waited for it.
     seconds = time.perf_counter() - started
-    return {"images_per_second": run.plan.batch / seconds, "step_seconds": seconds}
+    rate = run.plan.batch / seconds
+    machine = run.speed.values(rate, run.world.size) if run.speed else {}
+    return {"images_per_second": rate, "step_seconds": seconds, **machine}
 
 
 def _momentum_coefficient(run: Run) -> float:

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.metadata
 import json
+import logging
+import os
 import platform
+import resource
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -18,6 +23,11 @@ from tqdm import tqdm
 
 from m3i_scale.config import Config
 from m3i_scale.config_file import dump_config
+from m3i_scale.engine.flops import step_flops
+from m3i_scale.engine.launch import World
+from m3i_scale.engine.peaks import dense_bf16_peak
+
+log = logging.getLogger("m3i")
 
 PACKAGES = (
     "torch",
@@ -42,20 +52,29 @@ class Figures:
         for name, pair in pairs.items():
             self._pairs[name] = self._pairs[name] + pair if name in self._pairs else pair
 
-    def add_value(self, name: str, value: float, device: torch.device) -> None:
-        """Add one number of this rank."""
-        self.add({name: torch.tensor([value, 1.0], device=device)})
+    def reduce(self, world: World, own: Sequence[float]) -> tuple[dict[str, float], Tensor]:
+        """Means over micro-steps and ranks, and what every rank says of itself (one collective).
 
-    def means(self) -> dict[str, float]:
-        """Means over micro-steps and ranks (a collective when there are several ranks)."""
+        Args:
+            world: this rank.
+            own: K numbers of this rank.
+
+        Returns:
+            The means by name; the numbers of all ranks, float64 (ranks, K) in CPU memory.
+        """
         names = sorted(self._pairs)
-        table = torch.stack([self._pairs[name] for name in names]).double()  # (M, 2)
-        if dist.is_initialized():
+        pairs = torch.stack([self._pairs[name] for name in names]).double()  # (M, 2)
+        each = pairs.new_zeros(world.size, len(own))
+        each[world.rank] = each.new_tensor(own)
+        table = torch.cat([pairs.flatten(), each.flatten()])  # a sum with zeros gathers
+        if world.size > 1:
             dist.all_reduce(table)
-        sums, counts = table.T.tolist()
-        return {
+        table = table.cpu()
+        sums, counts = table[: pairs.numel()].view_as(pairs.cpu()).T.tolist()
+        means = {
             n: s / c if c else float("nan") for n, s, c in zip(names, sums, counts, strict=True)
         }
+        return means, table[pairs.numel() :].view(world.size, len(own))
 
 
 class MetricLog:
@@ -67,7 +86,11 @@ class MetricLog:
         self._leads = leads
         if not leads:
             return
-        self._lines = (folder / "metrics.jsonl").open("a")
+        self._path = folder / "metrics.jsonl"
+        self._file = self._path.open("ab", buffering=0)
+        _drop_torn_line(self._path)
+        self._unwritten = b""
+        self._failing = False
         self._bar = tqdm(total=total, initial=first, unit="step", dynamic_ncols=True, mininterval=1)
         self._board: Any = None
         if tensorboard:
@@ -79,23 +102,51 @@ class MetricLog:
         """Record one step; `show` refreshes the progress bar's figures."""
         if not self._leads:
             return
-        self._lines.write(json.dumps({"step": step, "time": time.time(), **values}) + "\n")
-        self._lines.flush()
-        self._bar.update(step + 1 - self._bar.n)
-        if show:
-            self._bar.set_postfix_str(_summary(values))
+        line = json.dumps({"step": step, "time": time.time(), **values}) + "\n"
+        self._unwritten += line.encode()
+        self._write_lines()
+        with contextlib.suppress(OSError):  # the file that shows it may be on a full disk, too
+            self._bar.update(step + 1 - self._bar.n)
+            if show:
+                self._bar.set_postfix_str(_summary(values))
+        try:
+            self._add_to_board(step, values)
+        except OSError as error:
+            log.error("TensorBoard's curves end here: %s", error)
+            self._board = None
+
+    def _add_to_board(self, step: int, values: dict[str, float]) -> None:
         if self._board is not None:
             for name, value in values.items():
                 self._board.add_scalar(name, value, step)
+
+    def _write_lines(self) -> None:
+        """Write what there is; what a full disk does not take is kept for the next time."""
+        try:
+            while self._unwritten:
+                self._unwritten = self._unwritten[self._file.write(self._unwritten) :]
+        except OSError as error:
+            if not self._failing:
+                log.error("%s: %s; its lines are kept in memory", self._path, error.strerror)
+        self._failing = bool(self._unwritten)
 
     def close(self) -> None:
         """Flush and close everything."""
         if not self._leads:
             return
         self._bar.close()
-        self._lines.close()
+        self._write_lines()
+        self._file.close()
         if self._board is not None:
             self._board.close()
+
+
+def _drop_torn_line(path: Path) -> None:
+    """Cut off a last line that a crash or a full disk has left without an end."""
+    with path.open("rb+") as file:
+        start = max(0, file.seek(0, os.SEEK_END) - (1 << 20))
+        file.seek(start)
+        file.truncate(start + file.read().rfind(b"\n") + 1)
 
 
 def _summary(values: dict[str, float]) -> str:
@@ -104,11 +155,68 @@ def _summary(values: dict[str, float]) -> str:
     return ", ".join([*parts, f"{values['images_per_second']:.0f} img/s"])
 
 
+class Speed(NamedTuple):
+    """What throughput is measured by."""
+
+    flops: float  # per sample of one step, without recomputation (`flops.Flops.model`)
+    peak: float | None  # FLOP/s that one rank's device could make, where it is known
+
+    def values(self, samples_per_second: float, ranks: int) -> dict[str, float]:
+        """TFLOP/s of a rank, and the share of the peak (model FLOPs utilisation)."""
+        rate = samples_per_second * self.flops / ranks
+        share = {"machine/mfu": rate / self.peak} if self.peak else {}
+        return {"machine/tflops_per_rank": rate / 1e12} | share
+
+
+def measure_speed(config: Config, device: torch.device) -> Speed:
+    """Count the FLOPs of a configuration, and look up what the device could do at most."""
+    peak = None
+    # The known peaks are of half-precision products; nothing else can be a share of them.
+    if device.type == "cuda" and config.engine.precision != "fp32":
+        peak = dense_bf16_peak(torch.cuda.get_device_name(device))
+    return Speed(step_flops(config).model, peak)
+
+
+def memory(device: torch.device) -> list[float]:
+    """Peaks of this rank's memory so far, GiB, in the order of `MEMORY`."""
+    if device.type == "cuda":
+        peaks = torch.cuda.max_memory_allocated(device), torch.cuda.max_memory_reserved(device)
+        return [peak / 2**30 for peak in peaks]
+    return [resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20]  # counted in KiB
+
+
+# Of tensors and of the allocator on a GPU; of the process, libraries and all, on a CPU.
+MEMORY = {"cuda": ("allocated", "reserved"), "cpu": ("resident",)}
+
+
+def machine_values(own: Tensor, device: torch.device) -> dict[str, float]:
+    """Figures of the ranks among each other.
+
+    Args:
+        own: float64 (ranks, 2 + memory kinds): of each rank the seconds of the step before its
+            networks started, those of them spent waiting for data, and `memory`.
+        device: this rank's, like all others'.
+    """
+    alone = own[:, 0]
+    slowest, usual = int(alone.argmax()), float(alone.median())
+    peaks = own[:, 2:].amax(0).tolist()
+    return {
+        "data_wait_seconds": float(own[:, 1].mean()),
+        "machine/slowest_rank": slowest,
+        "machine/slowest_rank_seconds": float(alone[slowest]),
+        "machine/slowest_rank_ratio": float(alone[slowest]) / usual if usual else 1.0,
+        **{
+            f"machine/memory_{kind}_gib": peak
+            for kind, peak in zip(MEMORY[device.type], peaks, strict=True)
+        },
+    }
+
+
 def write_provenance(folder: Path, config: Config, deepspeed_settings: dict[str, Any]) -> None:
     """Write beside a run: resolved configuration, DeepSpeed's, commit, versions, command line."""
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "config.yaml").write_text(dump_config(config))
-    (folder / "deepspeed.json").write_text(json.dumps(deepspeed_settings, indent=1))
+    _replace(folder / "config.yaml", dump_config(config))
+    _replace(folder / "deepspeed.json", json.dumps(deepspeed_settings, indent=1))
     origin = {
         "command": sys.argv,
         "commit": git_commit(),
@@ -117,7 +225,14 @@ def write_provenance(folder: Path, config: Config, deepspeed_settings: dict[str,
         "packages": {name: _version(name) for name in PACKAGES},
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
     }
-    (folder / "origin.json").write_text(json.dumps(origin, indent=1))
+    _replace(folder / "origin.json", json.dumps(origin, indent=1))
+
+
+def _replace(path: Path, text: str) -> None:
+    """Write a file whole or not at all: a full disk must not cost what an earlier start wrote."""
+    new = path.with_name(path.name + ".new")
+    new.write_text(text)
+    os.replace(new, path)
 
 
 def git_commit() -> str | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +41,13 @@ class Saver:
         self._keep = (keep_last, keep_every)
         self._background = background
         self._write: Write | None = None
+        self._succeeded = True
+
+    def sweep(self) -> None:
+        """Remove what crashes have left; before training, when nobody writes."""
+        if self._world.leads:
+            for path in checkpoint.remains(self.folder):
+                checkpoint.remove(path)
 
     def save(self, step: int, tensors: dict[str, Tensor], state: dict[str, Any]) -> None:
         """Start a checkpoint, after the one before has ended (on all ranks at the same step)."""
@@ -58,13 +66,12 @@ class Saver:
 
     def finish(self) -> bool:
         """Wait for the checkpoint under way (a collective); whether the last one succeeded."""
-        if self._write is None:
-            return True
-        self._write.thread.join()
-        return self._complete(self._write)
+        if self._write is not None:
+            self._write.thread.join()
+            self._complete(self._write)
+        return self._succeeded
 
-    def _complete(self, write: Write) -> bool:
-        write.thread.join()
+    def _complete(self, write: Write) -> None:
         self._write = None
         problem = "; ".join(write.failure)
         if not self._any_rank(bool(problem)) and self._world.leads:
@@ -75,13 +82,12 @@ class Saver:
                 problem = str(error)
         if problem:
             log.error("checkpoint of step %d failed: %s", write.step, problem)
-        failed = self._any_rank(bool(problem))
-        if failed and self._world.leads:
-            checkpoint.abandon(write)
-            log.error("training goes on; the last good checkpoint is %s", self.last_good)
-        if not failed:
+        self._succeeded = not self._any_rank(bool(problem))
+        if self._succeeded:
             self.last_good = checkpoint.step_folder(self.folder, write.step)
-        return not failed
+        elif self._world.leads:
+            checkpoint.remove(write.partial)
+            log.error("the last good checkpoint is %s", self.last_good or "none")
 
     def _any_rank(self, flag: bool) -> bool:
         return any_rank(flag, self._world)
@@ -102,7 +108,13 @@ def newest_good(folder: Path, resume: str, world: World) -> Reader | None:
     Raises:
         ConfigError: a checkpoint was asked for by path and it is damaged or not there.
     """
-    for path in checkpoint.candidates(folder, resume):
+    if world.leads and resume == "auto":
+        for path in checkpoint.remains(folder):
+            log.warning("%s was never completed and is passed over", path)
+    found = checkpoint.candidates(folder, resume)
+    if resume == "auto":
+        found = _agreed(found, folder, world)
+    for path in found:
         problem = checkpoint.verify(path, world.rank, world.size)
         if not any_rank(problem is not None, world):
             return Reader(path)
@@ -113,3 +125,15 @@ def newest_good(folder: Path, resume: str, world: World) -> Reader | None:
         if world.leads:
             log.warning("%s is passed over, trying the one before", path)
     return None
+
+
+def _agreed(found: Iterator[Path], folder: Path, world: World) -> Iterator[Path]:
+    """Rank 0's candidates: a folder that nodes share may look different on each for a while."""
+    while True:
+        path = next(found, None)
+        step = torch.tensor([-1 if path is None else checkpoint.step_of(path)], device=world.device)
+        if world.size > 1:
+            dist.broadcast(step, src=0)
+        if step.item() < 0:
+            return
+        yield checkpoint.step_folder(folder, int(step.item()))

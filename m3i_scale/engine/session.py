@@ -8,7 +8,7 @@ from m3i_scale.config import Config
 from m3i_scale.engine.checkpoint import Reader
 from m3i_scale.engine.launch import World
 from m3i_scale.engine.loop import Run, Stream, UnstableError, pretrain
-from m3i_scale.engine.metrics import MetricLog, write_provenance
+from m3i_scale.engine.metrics import MetricLog, measure_speed, write_provenance
 from m3i_scale.engine.saver import Saver, newest_good
 from m3i_scale.engine.schedules import make_schedule, plan_batch
 from m3i_scale.engine.state import restore
@@ -90,6 +90,7 @@ def open_run(
         balance=weighing,
         saver=saver,
         save_every=config.checkpoint.every.steps(batch=spec.batch, epoch_samples=epoch_samples),
+        speed=measure_speed(config, world.device) if world.leads else None,
     )
     if reader is not None:
         run.progress = restore(reader, sharded, world, run.balance, config.seed)
