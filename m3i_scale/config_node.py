@@ -34,7 +34,7 @@ class Duration(typing.NamedTuple):
         return math.ceil(self.amount * samples / batch)
 
     def __str__(self) -> str:
-        return f"{self.amount:g} {self.unit}"
+        return f"{self.amount:.15g} {self.unit}"
 
 
 def _parse_duration(value: object) -> Duration:

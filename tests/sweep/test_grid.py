@@ -6,6 +6,7 @@ import pytest
 from sweeps import GRID, make
 
 from m3i_scale.config import ConfigError
+from m3i_scale.config_file import dump_config, load_config
 from m3i_scale.sweep.grid import cells
 from m3i_scale.sweep.spec import load_sweep
 
@@ -31,6 +32,12 @@ def test_every_run_sees_the_same_number_of_samples(tmp_path: Path):
     assert [cell.steps for cell in grid] == [11, 6]  # 44 samples
     assert {str(cell.config.optimizer.length) for cell in grid} == {"44 samples"}
     assert {cell.config.seed for cell in grid} == {3}
+
+
+def test_long_runs_keep_their_length_through_a_file(tmp_path: Path):
+    _, (cell,) = make(tmp_path, samples=12_345_678, seeds=[0], axes={"a": [{"name": "x"}]})
+    (tmp_path / "again.yaml").write_text(dump_config(cell.config))
+    assert load_config(tmp_path / "again.yaml").optimizer.length.amount == 12_345_678
 
 
 def test_later_layers_win(tmp_path: Path):
