@@ -142,7 +142,12 @@ class Data(Node):
 
 
 class Optimizer(Node):
-    """AdamW, its schedule, and the momentum encoder's."""
+    """AdamW, its schedule, and the momentum encoder's.
+
+    `batch` is global and stays what it is on any number of ranks: what `max_micro_batch` does not
+    take at once is accumulated. A softmax over other samples (`guard: negatives`) sees those of one
+    micro-step on all ranks, so its negatives become fewer with accumulation.
+    """
 
     batch: Count
     max_micro_batch: Annotated[int, Field(gt=0, multiple_of=2)]

@@ -54,6 +54,11 @@ def _length(run: Run) -> Iterator[str]:
     yield "length"
     parts = f"{plan.micro} x {plan.accumulation} accumulated x {run.world.size} ranks"
     yield f"  batch {plan.batch} = {parts}"
+    targets = run.config.objective.targets
+    among_samples = any(t.guard == "negatives" and t.representation != "category" for t in targets)
+    if plan.accumulation > 1 and among_samples:
+        # Every micro-step has a softmax of its own: accumulation brings no further negatives.
+        yield f"  negatives come from the {plan.micro * run.world.size} samples of a micro-step"
     yield f"  {schedule.total} steps ({run.config.optimizer.length}), warm-up {schedule.warmup}"
     yield f"  {schedule.total * plan.batch:,} samples; a checkpoint every {run.save_every} steps"
 
