@@ -1,0 +1,281 @@
+"""kill -9, again and again: a run that is killed at random must end like one that was left alone.
+
+    python benchmarks/kill.py [--kills 20] [--ranks 2] [--seed 0] [--folder /tmp/m3i-kill]
+    python benchmarks/kill.py --elastic       another number of ranks (1, 2 or 3) at every restart
+
+Trains a small network with the whole loop (data, ZeRO-3, momentum, checkpoints after every step) on
+CPU ranks: once undisturbed, and once while a rank chosen at random is killed again and again: while
+it starts, between steps, and most of all while a checkpoint is written, published or pruned. After
+each kill everything is started again, from what lies on the disk.
+
+On a constant number of ranks the two must be equal to the last bit: all losses and norms of all
+steps, and in the last checkpoint weights, Adam moments, momentum averages, generators' states and
+counters. With `--elastic` the batch is kept by accumulation and the curves must agree within
+rounding (`--tolerance`); drop-path and the softmax over texts are left out then, because what they
+draw and compare belongs to a rank's part of the batch.
+
+Prints one line per kill. Exit code 1 if anything differs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterable
+from pathlib import Path
+from typing import NamedTuple
+
+import yaml
+from forks import Ranks, wait_for
+
+CONFIGURATION = """
+model:
+  backbone:
+    name: vit
+    options: {width: 128, depth: 4, heads: 4, pool_heads: 4, embed_dim: 64, drop_path_rate: 0.2}
+  decoder: {depth: 1, width: 64, heads: 4, ffn: 128}
+  text: {tokenizer: none, vocab_size: 400, depth: 1, width: 64, heads: 4, ffn: 128, max_length: 12,
+         embed_dim: 32}
+  categories: 2
+objective:
+  targets:
+    - {name: image_i, image: i, view: same, representation: features, guard: stop_gradient,
+       likelihood: {form: gaussian}, positions: masked, normalise: layer_norm}
+    - {name: text_i, image: i, representation: text, guard: negatives,
+       likelihood: {form: boltzmann, learnable: true}}
+    - {name: category_j, image: j, representation: category, guard: negatives,
+       likelihood: {form: boltzmann, temperature: 1.0, label_smoothing: 0.1}}
+data: {image_size: 64, workers: 0}
+optimizer: {batch: 12, max_micro_batch: 4, warmup: 2 steps}
+engine: {precision: fp32, device: cpu, timeout_minutes: 2, stall_minutes: 5}
+checkpoint: {every: 1 step, keep_last: 2}
+logging: {tensorboard: false, pictures: false}
+"""
+PATIENCE = 600.0  # seconds for what takes a few
+
+
+class Kill(NamedTuple):
+    """One line of the table."""
+
+    aim: str  # what was waited for
+    ranks: int
+    victim: int
+    saving: bool  # whether a checkpoint was half-written at that moment
+    seen: int  # steps in the metrics
+    saved: int  # step of the newest complete checkpoint
+    survivors: str  # how the other ranks ended
+    seconds: float
+
+
+# ------------------------------------------------------------------------------------ one workload
+
+
+def prepare(folder: Path, steps: int, elastic: bool) -> Path:
+    """Draw the data, once, and write the configuration; its path."""
+    data = folder / "data"
+    if not (data / "tokenizer.json").exists():
+        cli = [sys.executable, "-m", "m3i_scale.cli"]
+        subprocess.run([*cli, "glyphs", "--out", str(data)], check=True)
+        tokenizer = ["--vocab-size", "400", "--out", f"{data}/tokenizer.json"]
+        subprocess.run([*cli, "tokenizer", f"{data}/text.parquet", *tokenizer], check=True)
+    tree = yaml.safe_load(CONFIGURATION)
+    tree["optimizer"]["length"] = f"{steps} steps"
+    tree["data"]["sources"] = [
+        {"name": kind, "index": f"{data}/{kind}.parquet", "kind": kind}
+        for kind in ("text", "category")
+    ]
+    tree["model"]["text"]["tokenizer"] = f"{data}/tokenizer.json"
+    if elastic:
+        tree["model"]["backbone"]["options"]["drop_path_rate"] = 0.0
+        tree["objective"]["targets"].pop(1)
+    path = folder / "kill.yaml"
+    path.write_text(yaml.safe_dump(tree | {"run": "unnamed", "folder": str(folder)}))
+    return path
+
+
+def start(configuration: Path, run: Path, ranks: int) -> Ranks:
+    """The training program, on so many ranks."""
+
+    def work() -> int:
+        sys.argv = ["train.py", "--config", str(configuration), f"run={run.name}"]
+        from m3i_scale import train
+
+        return train.main()
+
+    return Ranks(ranks, work, run)
+
+
+def import_everything() -> None:
+    """Once, here, and not in each of some hundred processes. No computation: they are forked."""
+    import torch
+
+    torch.set_num_threads(1)
+    from m3i_scale import train  # noqa: F401
+    from m3i_scale.data import Stream  # noqa: F401
+    from m3i_scale.engine import session  # noqa: F401
+
+
+# ----------------------------------------------------------------------------------------- killing
+
+
+def kill_once(
+    configuration: Path, run: Path, ranks: int, aim: str, chance: random.Random
+) -> Kill | None:
+    """Start, wait for what was aimed at and a little longer, kill a rank; None: it has finished."""
+    started, victim = time.monotonic(), chance.randrange(ranks)
+    before, delay = lines_in(run), chance.random()
+    attempt = start(configuration, run, ranks)
+    if aim == "start":
+        time.sleep(4 * delay)
+    elif aim == "step":
+        wait_for(lambda: lines_in(run) > before or attempt.poll(), PATIENCE)
+        time.sleep(0.5 * delay)
+    else:
+        wait_for(lambda: lines_in(run) > before or attempt.poll(), PATIENCE)
+        wait_for(lambda: half_written(run) or attempt.poll(), PATIENCE)
+        time.sleep(0.1 * delay)
+    if attempt.poll() and not any(attempt.codes):
+        return None
+    saving = half_written(run)
+    os.kill(attempt.pids[victim], signal.SIGKILL)
+    alone = attempt.wait(60)
+    others = [str(code) for rank, code in enumerate(attempt.codes) if rank != victim]
+    ended = "exit " + ", ".join(others) if alone else "killed after 60 s"
+    took = time.monotonic() - started
+    seen = len(read_curve(run))
+    return Kill(aim, ranks, victim, saving, seen, newest(run), ended if others else "-", took)
+
+
+def half_written(run: Path) -> bool:
+    """Whether a checkpoint is on its way."""
+    return any((run / "checkpoints").glob("*.partial"))
+
+
+def newest(run: Path) -> int:
+    """Step of the newest complete checkpoint."""
+    from m3i_scale.engine import checkpoint
+
+    found = checkpoint.complete_checkpoints(run / "checkpoints")
+    return checkpoint.step_of(found[-1]) if found else 0
+
+
+def lines_in(run: Path) -> int:
+    """Number of lines of the metrics."""
+    path = run / "metrics.jsonl"
+    return path.read_bytes().count(b"\n") if path.exists() else 0
+
+
+# --------------------------------------------------------------------------------------- comparing
+
+
+def read_curve(run: Path) -> dict[int, dict[str, float]]:
+    """All measurements but those of time and machine; by step, which may have been made twice."""
+    path, found = run / "metrics.jsonl", dict[int, dict[str, float]]()
+    for line in path.read_text().splitlines() if path.exists() else ():
+        values = json.loads(line)
+        kept = {k: v for k, v in values.items() if "second" not in k and "machine/" not in k}
+        kept.pop("time")
+        found.setdefault(kept.pop("step"), kept)
+    return found
+
+
+def repeated_differently(run: Path) -> Iterable[str]:
+    """Steps that were made twice and came out in two ways."""
+    first = read_curve(run)
+    for line in (run / "metrics.jsonl").read_text().splitlines():
+        values = json.loads(line)
+        if any(values[name] != value for name, value in first[values["step"]].items()):
+            yield f"step {values['step']} came out differently when it was made again"
+
+
+def differences(run: Path, whole: Path) -> Iterable[str]:
+    """What is not equal to the last bit."""
+    from safetensors.torch import load_file
+
+    from m3i_scale.engine import checkpoint
+
+    yield from repeated_differently(run)
+    a, b = read_curve(run), read_curve(whole)
+    yield from (f"step {n} is missing or differs" for n in b if a.get(n) != b[n])
+    ours, theirs = (checkpoint.complete_checkpoints(r / "checkpoints")[-1] for r in (run, whole))
+    if (damage := checkpoint.verify(ours)) is not None:
+        yield damage
+    if (ours / "state.json").read_text() != (theirs / "state.json").read_text():
+        yield f"{ours} and {theirs} have different counters"
+    for path in theirs.glob("*.safetensors"):
+        left, right = load_file(ours / path.name), load_file(path)
+        for name in right.keys() | left.keys():
+            if name not in left or name not in right or not left[name].equal(right[name]):
+                yield f"{path.name}: {name} differs"
+
+
+def deviation(run: Path, whole: Path) -> float:
+    """Largest relative difference of any loss of any step; endless where a step is missing."""
+    a, b = read_curve(run), read_curve(whole)
+    if a.keys() != b.keys():
+        return float("inf")
+    names = [name for name in b[0] if name.startswith("loss/")]
+    return max(abs(a[n][name] / b[n][name] - 1) for n in b for name in names)
+
+
+# ----------------------------------------------------------------------------------------- program
+
+
+def main() -> int:
+    """Train twice, kill, compare."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--kills", type=int, default=20)
+    parser.add_argument("--ranks", type=int, choices=(1, 2, 3), default=2)
+    parser.add_argument("--elastic", action="store_true")
+    parser.add_argument("--tolerance", type=float, default=1e-3)
+    parser.add_argument("--seed", type=int, default=0, help="of the kills")
+    parser.add_argument("--folder", type=Path, default=Path("/tmp/m3i-kill"))
+    args = parser.parse_args()
+    args.folder.mkdir(parents=True, exist_ok=True)
+    whole, run = args.folder / "whole", args.folder / "killed"
+    for old in (whole, run):
+        shutil.rmtree(old, ignore_errors=True)
+    configuration = prepare(args.folder, 2 * args.kills + 4, args.elastic)
+    import_everything()
+
+    chance, kills = random.Random(args.seed), list[Kill]()
+    start(configuration, whole, args.ranks).finish(3 * PATIENCE)
+    print(("{:>4} {:>6} {:>5} {:>6} {:>6} {:>5} {:>5} {:>7}  others").format(
+        "kill", "aim", "ranks", "victim", "saving", "steps", "saved", "seconds"
+    ))  # fmt: skip
+    while len(kills) < args.kills:
+        ranks = chance.randint(1, 3) if args.elastic else args.ranks
+        aim = chance.choice(["start", "step", "save", "save"])
+        kill = kill_once(configuration, run, ranks, aim, chance)
+        if kill is None:
+            break
+        kills.append(kill)
+        print(
+            f"{len(kills):4} {kill.aim:>6} {kill.ranks:5} {kill.victim:6} "
+            f"{'yes' if kill.saving else 'no':>6} {kill.seen:5} {kill.saved:5} "
+            f"{kill.seconds:7.1f}  {kill.survivors}",
+            flush=True,
+        )
+    start(configuration, run, args.ranks).finish(3 * PATIENCE)
+
+    print(f"{len(kills)} kills, {sum(k.saving for k in kills)} of them while saving", end="; ")
+    if args.elastic:
+        found = deviation(run, whole)
+        print(f"largest relative difference of a loss {found:.1e} (allowed {args.tolerance:g})")
+        return int(not found <= args.tolerance)
+    problems = list(differences(run, whole))
+    print(*problems or ["equal to the undisturbed run, bit for bit"], sep="\n")
+    return int(bool(problems))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
