@@ -6,12 +6,14 @@ nothing of DeepSpeed, files or data loading.
 =====================  ==========================================================================
 Term of the method     Place
 =====================  ==========================================================================
-x = mix of two images  `inputs.scene` (block mask: `masks.BlockMask`)
+x = mix of two images  `inputs.scene` (block mask: `masks.PatchMask`)
 z_x = f_theta(x)       `m3i.M3I.forward`: the online backbone's features
 z_y = f_phi(y)         `m3i.M3I.target_outputs`: momentum (or online) encoder, text tower
 z_hat_y = f_psi(..)    `m3i.M3I.predict_*`: image decoder, pooling and projections
--log P(z_y | z_hat_y)  `likelihoods.gaussian`, `likelihoods.boltzmann`, `likelihoods.decorrelation`
+which goes with which  `roles`: tokens of each image, patches of the other view under them
+-log P(z_y | z_hat_y)  `terms`, from `likelihoods`; negatives of batches before: `key_queue`
 L_SSP + lambda L_SP    `m3i.M3I.forward`; lambda: `balance.LossBalance`
 theta' <- EMA          `momentum.ema_coefficient`
+is it collapsing?      `collapse`: spread, effective rank, use of the mask tokens
 =====================  ==========================================================================
 """

@@ -24,6 +24,9 @@ _PANELS = {
     "accuracy within the batch": ("accuracy/",),
     "lambda and gradient norms at the features": ("balance/", "gradient/ssp", "gradient/sp"),
     "spread of the targets": ("spread/",),
+    "effective rank of the targets": ("rank/",),
+    "effective rank of the predictions": ("rank_prediction/",),
+    "mask-token use": ("mask_token_use/",),
     "temperature": ("temperature/",),
     "learning rate": ("learning_rate",),
 }

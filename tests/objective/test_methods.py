@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import re
+import typing
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any, Literal
 
 import numpy as np
 import pytest
@@ -10,7 +14,16 @@ import torch
 import yaml
 from small import SMALL, random_batch
 
-from m3i_scale.config import Config, Input
+from m3i_scale.config import (
+    Balance,
+    Boltzmann,
+    Config,
+    Gaussian,
+    GlobalHead,
+    Input,
+    Objective,
+    Target,
+)
 from m3i_scale.config_file import load_config
 from m3i_scale.objective.inputs import scene
 from m3i_scale.objective.m3i import M3I
@@ -34,7 +47,7 @@ ROWS = {
 
 def laid_over(run: Path, method: Path, folder: Path) -> Config:
     """The method over the run, as a user writes it."""
-    path = folder / f"{method.stem}.yaml"
+    path = folder / f"over-{method.stem}.yaml"
     path.write_text(yaml.safe_dump({"base": [str(run), str(method)], "run": method.stem}))
     return load_config(path)
 
@@ -73,6 +86,37 @@ def _networks_and_data() -> list[str]:
     ]
 
 
+def documented() -> list[str]:
+    """The methods written out in the documentation."""
+    page = (CONFIGS.parent / "docs" / "methods.md").read_text()
+    return re.findall(r"```yaml\n(.*?)```", page, re.DOTALL)
+
+
+@pytest.mark.parametrize("number", range(len(documented())))
+def test_methods_of_the_documentation_train(number: int, run: Path, tmp_path: Path):
+    method = tmp_path / "written.yaml"
+    method.write_text(documented()[number])
+    test_one_step_gives_a_gradient_to_all_that_is_trained(method, "vit", run, tmp_path)
+
+
+def test_the_documentation_names_every_key_and_value():
+    page = (CONFIGS.parent / "docs" / "methods.md").read_text()
+    written = set(re.findall(r"\w+", " ".join(re.findall(r"`([^`\n]+)`", page))))
+    for node in (Input, Target, Gaussian, Boltzmann, GlobalHead, Balance):
+        for name, field in node.model_fields.items():
+            missing = ({name} | set(choices(field.annotation))) - written
+            assert not missing - {"form"}, (node.__name__, missing)
+
+
+def choices(kind: Any) -> Iterator[str]:
+    """The values of a Literal, in unions too."""
+    if typing.get_origin(kind) is Literal:
+        yield from typing.get_args(kind)
+    else:
+        for part in typing.get_args(kind):
+            yield from choices(part)
+
+
 @pytest.mark.parametrize(
     ("backbone", "method"),
     [("vit", path) for path in METHODS]
@@ -108,3 +152,62 @@ def one_scene(config: Config, size: int):
     drawn = [torch.as_tensor(mask(np.random.default_rng(n))) for n in range(size)]
     batch.mask = torch.stack(drawn)
     return scene(batch, spec, mean=config.data.mean, std=config.data.std, dtype=torch.float32)
+
+
+FEATURES = {
+    "name": "x",
+    "representation": "features",
+    "guard": "stop_gradient",
+    "likelihood": {"form": "gaussian"},
+}
+SOFTMAX = {"guard": "negatives", "likelihood": {"form": "boltzmann"}}
+TEXT = SOFTMAX | {"representation": "text"}
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"guard": "none"}, "without a guard collapses"),
+        ({"guard": "negatives"}, "negatives enter through a softmax"),
+        ({"representation": "pixels"}, "pixels cannot collapse"),
+        ({"representation": "text"}, "told from the other text targets"),
+        (SOFTMAX | {"guard": "decorrelation"}, "a guard of the Gaussian form"),
+        ({"guard": "decorrelation"}, "decorrelation: unigrad"),
+        (TEXT | {"view": "other"}, "has no view"),
+        (TEXT | {"normalise": "layer_norm"}, "no other normalisation"),
+        (TEXT | {"decoder": "linear"}, "no positions that a decoder could predict"),
+        ({"view": "other", "positions": "masked"}, "have masked positions"),
+        ({"normalise": "norm_pix"}, "standardises the pixels of a patch"),
+        ({"decoder": "projector", "representation": "pixels", "guard": "none"}, "pixels are no"),
+        ({"match": "similarity"}, "pairs tokens of two views"),
+        (
+            {"match": "similarity", "representation": "pixels", "guard": "none", "view": "other",
+             "decoder": "linear"},
+            "similarity is that of features",
+        ),
+        (SOFTMAX | {"likelihood": {"form": "boltzmann", "candidates": "own"}}, "only candidate"),
+        (
+            SOFTMAX | {"likelihood": {"form": "boltzmann", "queue": 8}, "encoder": "online"},
+            "targets that change slowly",
+        ),
+        (TEXT | {"likelihood": {"form": "boltzmann", "queue": 8}}, "targets that change slowly"),
+        (
+            SOFTMAX | {"likelihood": {"form": "boltzmann", "queue": 8, "symmetric": True}},
+            "no predictions",
+        ),
+        ({"name": "a.b"}, "should match pattern"),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_is_refused_with_the_reason(changes: dict[str, Any], words: str):
+    with pytest.raises(ValueError, match=words):
+        Target.model_validate(FEATURES | changes)
+
+
+def test_automatic_positions_are_masked_where_something_is():
+    def masked(corruption: str, view: str) -> bool:
+        target = Target.model_validate(FEATURES | {"view": view})
+        spec = Input(corruption=corruption)  # type: ignore[arg-type]
+        return Objective(input=spec, targets=[target], balance=None).masked_positions(target)
+
+    found = {(c, v): masked(c, v) for c in ("none", "mask", "mix") for v in ("same", "other")}
+    assert [key for key, value in found.items() if value] == [("mask", "same"), ("mix", "same")]
