@@ -36,6 +36,9 @@ ELSEWHERE = {
         "glyphs": "draw a small data set from matplotlib's own fonts",
         "shards": "build, index, check and show tar shards of samples",
     },
+    "m3i_scale.engine.plan_command": {
+        "plan": "memory, communication, time and data of a run, before it starts",
+    },
     "m3i_scale.sweep.commands": {
         "sweep": "run a grid of configurations and seeds at equal compute, and compare them",
     },

@@ -64,6 +64,8 @@ class Survey:
     calls: list[Call] = field(default_factory=list)
     blocks: list[Block] = field(default_factory=list)
     outside: float = 0.0  # bytes per sample that autograd keeps outside of blocks
+    width: int = 0  # of the features
+    tokens: int = 0  # of one image
     forward: dict[str, float] = field(default_factory=lambda: defaultdict(float))
     backward: dict[str, float] = field(default_factory=lambda: defaultdict(float))
     recomputed: dict[str, float] = field(default_factory=lambda: defaultdict(float))
@@ -95,7 +97,8 @@ class _Record:
     """Hooks on all modules of a model, and what they write down."""
 
     def __init__(self, model: M3I, recomputed: tuple[str, ...]) -> None:
-        self.survey = Survey()
+        rows, columns = model.grid
+        self.survey = Survey(width=model.online.backbone.width, tokens=rows * columns)
         self._model = model
         self._counter = FlopCounterMode(display=False, custom_mapping=_formulas())
         self._kept: dict[int, Tensor] = {}
