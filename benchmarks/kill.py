@@ -20,6 +20,7 @@ Prints one line per kill. Exit code 1 if anything differs.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import random
@@ -129,33 +130,35 @@ def kill_once(
     configuration: Path, run: Path, ranks: int, aim: str, chance: random.Random
 ) -> Kill | None:
     """Start, wait for what was aimed at and a little longer, kill a rank; None: it has finished."""
-    started, victim = time.monotonic(), chance.randrange(ranks)
-    before, delay = lines_in(run), chance.random()
+    started, victim = time.time(), chance.randrange(ranks)
+    lines, delay = lines_in(run) + chance.randint(1, 3), chance.random()
     attempt = start(configuration, run, ranks)
     if aim == "start":
         time.sleep(4 * delay)
     elif aim == "step":
-        wait_for(lambda: lines_in(run) > before or attempt.poll(), PATIENCE)
+        wait_for(lambda: lines_in(run) >= lines or attempt.poll(), PATIENCE)
         time.sleep(0.5 * delay)
     else:
-        wait_for(lambda: lines_in(run) > before or attempt.poll(), PATIENCE)
-        wait_for(lambda: half_written(run) or attempt.poll(), PATIENCE)
+        wait_for(lambda: lines_in(run) >= lines or attempt.poll(), PATIENCE)
+        wait_for(lambda: half_written(run, started) or attempt.poll(), PATIENCE)
         time.sleep(0.1 * delay)
     if attempt.poll() and not any(attempt.codes):
         return None
-    saving = half_written(run)
+    saving = half_written(run, started)
     os.kill(attempt.pids[victim], signal.SIGKILL)
     alone = attempt.wait(60)
     others = [str(code) for rank, code in enumerate(attempt.codes) if rank != victim]
     ended = "exit " + ", ".join(others) if alone else "killed after 60 s"
-    took = time.monotonic() - started
+    took = time.time() - started
     seen = len(read_curve(run))
     return Kill(aim, ranks, victim, saving, seen, newest(run), ended if others else "-", took)
 
 
-def half_written(run: Path) -> bool:
-    """Whether a checkpoint is on its way."""
-    return any((run / "checkpoints").glob("*.partial"))
+def half_written(run: Path, since: float) -> bool:
+    """Whether a checkpoint is on its way, and not left over."""
+    with contextlib.suppress(OSError):  # it has got its name meanwhile
+        return any(p.stat().st_mtime > since for p in (run / "checkpoints").glob("*.partial"))
+    return False
 
 
 def newest(run: Path) -> int:
@@ -244,7 +247,7 @@ def main() -> int:
     whole, run = args.folder / "whole", args.folder / "killed"
     for old in (whole, run):
         shutil.rmtree(old, ignore_errors=True)
-    configuration = prepare(args.folder, 2 * args.kills + 4, args.elastic)
+    configuration = prepare(args.folder, 3 * args.kills + 4, args.elastic)
     import_everything()
 
     chance, kills = random.Random(args.seed), list[Kill]()
