@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import islice
+
 import numpy as np
 import pytest
 import torch
@@ -71,14 +73,17 @@ def test_ranks_and_workers_do_not_change_the_order(
 def test_stops_and_changes_of_the_machine_do_not_change_the_order(sources, uninterrupted):
     rng, start, got = np.random.default_rng(0), 0, {}
     while start < 81:
-        ranks, micro_batch = int(rng.integers(1, 4)), 2 * int(rng.integers(1, 4))
-        end = min(81, start + ranks * micro_batch * int(rng.integers(1, 3)))
+        ranks, micro_batch = int(rng.integers(1, 4)), 2 * int(rng.integers(2, 6))
+        workers, steps = int(rng.choice([0, 0, 2])), int(rng.integers(1, 3))
         stream = make_stream(sources)  # a new process would build it again
-        got |= by_position(
-            stream.loader(start=start, micro_batch=micro_batch, rank=r, world_size=ranks, end=end)
+        loaders = [
+            stream.loader(start=start, micro_batch=micro_batch, rank=r, world_size=ranks,
+                          workers=workers, end=81)
             for r in range(ranks)
-        )
-        start = end
+        ]  # fmt: skip
+        # Left in the middle, with parts made ahead that nobody will take.
+        got |= by_position(islice(loader, steps) for loader in loaders)
+        start = min(81, start + ranks * micro_batch * steps)
     assert_same(got, uninterrupted)
 
 
