@@ -5,8 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
 from torch import Tensor
 
 from m3i_scale.objective.inputs import Scene
@@ -18,6 +16,10 @@ def save_mixes(
     path: Path, view: Scene, mean: Colour, std: Colour, patch: int, rows: int = 6
 ) -> None:
     """Write a picture with one row per mix and the columns named at its top."""
+    # Not needed by every start, of which there may be many, and slow to import.
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
     i, j = torch.arange(len(view.image)), view.partner.cpu()
     mask = view.seen.float().repeat_interleave(patch, 1).repeat_interleave(patch, 2)
     clean_a, clean_b = (_pixels(v, mean, std) for v in (view.clean_a, view.clean_b))
