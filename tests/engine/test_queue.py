@@ -1,4 +1,7 @@
-"""Queues of keys in a real run: equal on all ranks, and part of every checkpoint."""
+"""Queues of keys in a real run: equal on all ranks, and part of every checkpoint.
+
+The targets are dense, so that nothing trains the pooling: that must not disturb ZeRO or a resume.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +22,8 @@ pytestmark = pytest.mark.distributed
 MOCO = {
     "name": "moco",
     "view": "other",
-    "representation": "global",
+    "representation": "features",
+    "decoder": "projector",
     "guard": "negatives",
     "likelihood": {"form": "boltzmann", "candidates": "own", "queue": 37},
     "normalise": "l2",
@@ -47,6 +51,9 @@ def train_and_resume(world: World, folder: Path, overrides: dict[str, Any]) -> d
         loop.pretrain(run, StopFlag(), record)
         record.close()
         queue = run.sharded.model.queues["moco"]
+        assert not any(
+            p.requires_grad for p in run.sharded.model.online.backbone.pooling.parameters()
+        )
         found[name] = {"weights": full_weights(run), "keys": queue.keys, "filled": queue.filled}
     return found
 

@@ -1,8 +1,10 @@
 import pytest
 import torch
 from run_folder import networks, small_config, write_run
+from safetensors.torch import load_file
 
 from m3i_scale.engine.checkpoint import Reader
+from m3i_scale.transfer.export import export, load_backbone
 from m3i_scale.transfer.loading import build_trained, build_untrained
 
 
@@ -76,3 +78,24 @@ def test_averages_of_a_run_without_a_momentum_encoder(tmp_path, config):
     assert build_trained(plain, reader)
     with pytest.raises(ValueError, match="no momentum encoder"):
         build_trained(plain, reader, "momentum")
+
+
+def test_a_pooling_that_no_target_trains_is_as_the_seed_made_it(tmp_path, config):
+    dense = [t for t in config.objective.targets if t.dense]
+    objective = config.objective.model_copy(update={"targets": dense, "balance": None})
+    plain = config.model_copy(update={"objective": objective, "folder": str(tmp_path)})
+    made = networks(plain, seed=3)
+    reader = Reader(write_run(plain, made) / "checkpoints" / "step-00000007")
+    backbones = [
+        build_trained(plain, reader).online.backbone,
+        build_trained(plain, reader, "momentum").online.backbone,
+    ]
+    untrained = build_untrained(plain).online.backbone
+    for backbone, source in zip(backbones, (made.online, made.momentum), strict=True):
+        assert same(backbone.pooling, untrained.pooling)
+        assert same(backbone.levels, source.backbone.levels)
+    for which, backbone in zip(("student", "momentum"), backbones, strict=True):
+        path = tmp_path / f"{which}.safetensors"
+        export(reader, plain, path, which=which)
+        assert same(load_backbone(path).levels, backbone.levels)
+        assert not any(name.startswith("clip_projector") for name in load_file(path))
