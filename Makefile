@@ -30,6 +30,12 @@ demo: setup
 	  --queries data_demo/glyphs/heldout.parquet
 	@echo "Pictures, curves, checkpoint and logs: $(DEMO_RUN)/"
 
+# The real InternImage-H without a GPU: 20 GiB of memory, 12 GB of disk; see docs/plan.md.
+h-on-cpu: setup
+	$(BIN)/m3i glyphs --out data_demo/glyphs
+	$(BIN)/m3i tokenizer data_demo/glyphs/text.parquet --vocab-size 1000 --out data_demo/tokenizer.json
+	DS_ACCELERATOR=cpu $(BIN)/python benchmarks/h_on_cpu.py
+
 test: setup
 	$(ONE_THREAD) $(BIN)/python -m pytest
 
