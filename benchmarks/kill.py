@@ -31,7 +31,7 @@ import sys
 import time
 from collections.abc import Iterable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import yaml
 from forks import Ranks, wait_for
@@ -178,11 +178,16 @@ def lines_in(run: Path) -> int:
 # --------------------------------------------------------------------------------------- comparing
 
 
-def read_curve(run: Path) -> dict[int, dict[str, float]]:
+def read_line(line: str) -> dict[str, Any]:
+    """One step's measurements; "NaN", what could not be measured, is then equal to itself."""
+    return json.loads(line, parse_constant=str)
+
+
+def read_curve(run: Path) -> dict[int, dict[str, Any]]:
     """All measurements but those of time and machine; by step, which may have been made twice."""
-    path, found = run / "metrics.jsonl", dict[int, dict[str, float]]()
+    path, found = run / "metrics.jsonl", dict[int, dict[str, Any]]()
     for line in path.read_text().splitlines() if path.exists() else ():
-        values = json.loads(line)
+        values = read_line(line)
         kept = {k: v for k, v in values.items() if "second" not in k and "machine/" not in k}
         kept.pop("time")
         found.setdefault(kept.pop("step"), kept)
@@ -193,7 +198,7 @@ def repeated_differently(run: Path) -> Iterable[str]:
     """Steps that were made twice and came out in two ways."""
     first = read_curve(run)
     for line in (run / "metrics.jsonl").read_text().splitlines():
-        values = json.loads(line)
+        values = read_line(line)
         if any(values[name] != value for name, value in first[values["step"]].items()):
             yield f"step {values['step']} came out differently when it was made again"
 
@@ -225,7 +230,7 @@ def deviation(run: Path, whole: Path) -> float:
     if a.keys() != b.keys():
         return float("inf")
     names = [name for name in b[0] if name.startswith("loss/")]
-    return max(abs(a[n][name] / b[n][name] - 1) for n in b for name in names)
+    return max(abs(float(a[n][name]) / float(b[n][name]) - 1) for n in b for name in names)
 
 
 # ----------------------------------------------------------------------------------------- program

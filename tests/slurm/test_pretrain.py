@@ -103,8 +103,8 @@ def test_resume_on_one_node(pretraining, undisturbed):
     found = curve(run)
     assert sorted(found) == list(range(8, STEPS))
     for step in found:
-        # The spread of features is measured within a rank's part of the batch.
-        names = [name for name in undisturbed[step] if not name.startswith("spread")]
+        # Spread and rank of features are measured within a rank's part of the batch.
+        names = [name for name in undisturbed[step] if not name.startswith(("spread", "rank"))]
         whole = {name: undisturbed[step][name] for name in names}
         part = {name: found[step][name] for name in names}
         assert part == pytest.approx(whole, rel=2e-5, abs=1e-6), step

@@ -99,7 +99,7 @@ def curve(run_folder: Path) -> dict[int, dict[str, float]]:
     for line in (run_folder / "metrics.jsonl").read_text().splitlines(keepends=True):
         if not line.endswith("\n"):  # being written
             break
-        values = json.loads(line)
+        values = json.loads(line, parse_constant=str)  # or NaN would differ from itself
         step = values.pop("step")
         of_time = ("second", "machine/", "time")
         kept = {k: v for k, v in values.items() if not any(word in k for word in of_time)}
