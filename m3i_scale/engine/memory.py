@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -27,14 +28,14 @@ def held_memory(sharded: Sharded) -> dict[str, int]:
     precision, "gathered" parameters of a single rank) count as 0 there.
     """
     kinds = {
-        PARAMETERS: (p.ds_tensor for p in _parameters(sharded.model, frozen=False)),
+        PARAMETERS: (p.ds_tensor for p in _parameters(sharded.model) if p.requires_grad),
         MASTER: sharded.engine.optimizer.fp32_partitioned_groups_flat,
         MOMENTS: _moments(sharded),
         GRADIENTS: [sharded.engine.optimizer.grad_partitions_flat_buffer],
-        ENCODER: (p.ds_tensor for p in _parameters(sharded.model, frozen=True)),
+        ENCODER: (p.ds_tensor for p in _parameters(sharded.model) if not p.requires_grad),
         AVERAGES: sharded.momentum.averages.values() if sharded.momentum else [],
         BUFFERS: _buckets(sharded),
-        GATHERED: (p.data for p in sharded.model.parameters() if p.ds_status.name == "AVAILABLE"),
+        GATHERED: (p.data for p in _parameters(sharded.model) if p.ds_status.name == "AVAILABLE"),
     }
     seen: set[int] = set()
     return {kind: _new_bytes(tensors, seen) for kind, tensors in kinds.items()}
@@ -50,8 +51,9 @@ def _new_bytes(tensors: Iterable[Tensor], seen: set[int]) -> int:
     return total
 
 
-def _parameters(model: nn.Module, *, frozen: bool) -> Iterator[nn.Parameter]:
-    return (p for p in model.parameters() if p.requires_grad is not frozen)
+def _parameters(model: nn.Module) -> Iterator[Any]:
+    """Parameters, with the attributes that ZeRO-3 has given them."""
+    return iter(model.parameters())
 
 
 def _moments(sharded: Sharded) -> Iterator[Tensor]:
