@@ -58,8 +58,9 @@ def test_trains_and_records_everything(undisturbed: tuple[Path, dict[str, Any]])
     last = json.loads((folder / "small" / "metrics.jsonl").read_text().splitlines()[-1])
     for name in ("loss/image_i", "loss/text_j", "accuracy/category_i", "spread/image_j",
                  "temperature/text_i", "balance/lambda", "gradient/ssp", "gradient/sp", "momentum",
-                 "learning_rate", "images_per_second", "data_wait_seconds", "machine/tflops_per_rank",
-                 "machine/slowest_rank_ratio", "machine/memory_resident_gib"):  # fmt: skip
+                 "learning_rate", "images_per_second", "data_wait_seconds",
+                 "machine/tflops_per_rank", "machine/slowest_rank_ratio",
+                 "machine/memory_resident_gib"):  # fmt: skip
         assert math.isfinite(last[name]), name
     for name in ("config.yaml", "deepspeed.json", "origin.json"):
         assert (folder / "small" / name).stat().st_size > 0
