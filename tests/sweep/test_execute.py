@@ -180,7 +180,6 @@ def test_slurm_script_is_of_what_is_left(tmp_path: Path, capsys: pytest.CaptureF
     subprocess.run(["bash", "-n", script], check=True)
 
 
-@pytest.mark.timeout(300)
 def test_a_real_sweep_of_two_cells(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     base = yaml.safe_load(dump_config(small_config(tmp_path)))
     base["data"]["sources"] = [
