@@ -12,7 +12,7 @@ from matplotlib.figure import Figure as Picture
 from m3i_scale.sweep.results import Results, Row
 
 COLOURS = ("#2563a8", "#c2570c", "#1a7f37", "#7a3e9d", "#8a6d00")
-COLUMNS = 3
+COLUMNS = 4
 
 
 def save_plot(path: Path, results: Results) -> None:
@@ -22,7 +22,7 @@ def save_plot(path: Path, results: Results) -> None:
     columns = min(COLUMNS, len(tasks))
     lines = math.ceil(len(tasks) / columns)
     height = 0.9 + 0.26 * len(names) * max(1, len(results.sections) / 1.5)
-    picture = Picture(figsize=(1.6 + 3.1 * columns, height * lines), layout="constrained")
+    picture = Picture(figsize=(1.6 + 2.6 * columns, height * lines), layout="constrained")
     FigureCanvasAgg(picture)
     axes = list(picture.subplots(lines, columns, squeeze=False, sharey=True).flat)
     for axis, task in zip(axes, tasks, strict=False):
@@ -51,7 +51,8 @@ def _panel(axis: Any, results: Results, names: list[str], task: str) -> None:
     axis.set_title(task, fontsize=9)
     axis.set_yticks(range(len(names)), names)
     axis.set_ylim(len(names) - 0.5, -0.5)
-    axis.set_xlabel("accuracy, % (dotted: untrained)", fontsize=8)
+    axis.set_xlabel("%, dotted: untrained", fontsize=8)
+    axis.set_xlim(left=0)
     axis.tick_params(labelsize=8)
     axis.grid(alpha=0.25)
 
