@@ -136,11 +136,9 @@ def train_and_die(world: World, folder: Path, rank: int, moment: str, which: int
 
 MOMENTS = [  # rank, file that is half-written or what else, and which save of the attempt
     (1, rank_file(1, 2), 1),
-    (0, rank_file(0, 2).replace("safetensors", "json"), 2),
     (0, "complete.json", 2),
     (0, "rename", 2),
     (0, "prune", 1),
-    (0, "state.json", 2),
 ]
 
 
@@ -182,7 +180,7 @@ def test_killed_at_random_and_restarted_on_other_numbers_of_ranks(tmp_path: Path
     overrides, chance = ranks_may_change(tmp_path), random.Random(os.urandom(8))
     run_ranks(2, train_small, tmp_path / "whole", overrides=overrides)
     whole, folder = curve(tmp_path / "whole"), tmp_path / "killed"
-    for attempt, ranks in enumerate((3, 1, 2)):
+    for attempt, ranks in enumerate((3, 1)):
         processes = start_ranks(ranks, train_small, folder, overrides=overrides)
         end = time.monotonic() + 240
         while steps_begun(folder) < 2 * (attempt + 1) and time.monotonic() < end:
@@ -191,7 +189,7 @@ def test_killed_at_random_and_restarted_on_other_numbers_of_ranks(tmp_path: Path
         chance.choice(processes).kill()
         outputs = wait_all(processes, 240)
         assert any(process.returncode != 0 for process in processes), outputs
-    run_ranks(3, train_small, folder, overrides=overrides)
+    run_ranks(2, train_small, folder, overrides=overrides)
     lines = (folder / "small" / "metrics.jsonl").read_text().splitlines()
     for values in map(json.loads, lines):
         assert values["loss/total"] == pytest.approx(whole[values["step"]], rel=1e-4)
