@@ -182,7 +182,7 @@ def sweep_plot(plans: Sequence[Plan], length: Length, path: Path) -> None:
     usable = USABLE * plans[0].cluster.gpu.memory / GIB
     space.axhline(usable, color="black", linestyle="--", label="can be used")
     space.set_xticks(list(positions), [str(n) for n in gpus])
-    space.set(ylabel="GiB per GPU")
+    space.set(ylabel="GiB per GPU", ylim=(0, 1.4 * max(usable, max(below))))  # room for the legend
     time.set_xticks(gpus, [str(n) for n in gpus], rotation=60)
     time.minorticks_off()
     for axes in (time, space):
