@@ -314,7 +314,7 @@ def _open_run(folder: Path, step: int | None) -> tuple[Config, Reader]:
 
     config = load_config(folder / "config.yaml")
     found = checkpoint.complete_checkpoints(folder / "checkpoints")
-    steps = {int(path.name.removeprefix("step-")): path for path in found}
+    steps = {checkpoint.step_of(path): path for path in found}
     if not steps:
         raise checkpoint.CheckpointError(f"{folder} holds no complete checkpoint")
     if step is not None and step not in steps:
@@ -324,7 +324,7 @@ def _open_run(folder: Path, step: int | None) -> tuple[Config, Reader]:
     path = steps[max(steps) if step is None else step]
     problem = checkpoint.verify(path)
     if problem:
-        others = sorted(set(steps) - {int(path.name.removeprefix("step-"))})
+        others = sorted(set(steps) - {checkpoint.step_of(path)})
         raise checkpoint.CheckpointError(
             f"damaged checkpoint: {problem}; choose another one with --step, there are {others}"
         )

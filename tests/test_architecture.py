@@ -28,7 +28,8 @@ ALLOWED = {
     "transfer": {"transfer", "data"} | BELOW_ENGINE,
     "train": {"engine", "data"} | BELOW_ENGINE,
     "cli": {"engine", "transfer", "data"} | BELOW_ENGINE,
-    # Starts training and evaluation as processes; of the engine it only asks how many FLOPs.
+    # Starts training and evaluation as processes; of the engine it asks how
+    # many FLOPs, which checkpoints are complete and what an exit code means.
     "sweep": {"sweep", "config", "config_file", "engine"},
     "m3i_kernels": {"m3i_kernels"},
 }

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from m3i_scale.config import ConfigError
+from m3i_scale.engine.stop import STOPPED
 from m3i_scale.sweep import execute, progress, slurm
 from m3i_scale.sweep.grid import Cell, cells
 from m3i_scale.sweep.spec import Sweep, load_sweep
@@ -64,7 +65,7 @@ def run(options: argparse.Namespace) -> int:
         return _slurm(options, sweep, chosen)
     code = _run(sweep, chosen)
     some = any(progress.is_finished(cell, sweep.evaluation) for cell in grid)
-    if options.only is None and code != execute.STOPPED and some:
+    if options.only is None and code != STOPPED and some:
         _report(sweep, grid)
     return code
 
@@ -107,7 +108,7 @@ def _run(sweep: Sweep, chosen: Sequence[Cell]) -> int:
             print(f"{outcome.cell.name} is being run by another process", file=sys.stderr)
     if any(outcome.what == "stopped" for outcome in outcomes):
         print("stopped; the same command goes on", file=sys.stderr)
-        return execute.STOPPED
+        return STOPPED
     if failed:
         print(f"{len(failed)} of {len(chosen)} runs failed", file=sys.stderr)
     return 1 if failed else 0

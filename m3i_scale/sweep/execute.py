@@ -17,12 +17,12 @@ from tqdm import tqdm
 
 import m3i_scale
 from m3i_scale.config_file import dump_config
+from m3i_scale.engine.stop import STOPPED
 from m3i_scale.sweep import progress
 from m3i_scale.sweep.grid import Cell
 from m3i_scale.sweep.spec import Evaluation, Sweep
 
 TRAIN = Path(m3i_scale.__file__).parent / "train.py"
-STOPPED = 85  # exit code of a training that saved and stopped because a signal asked for it
 
 
 class Outcome(NamedTuple):

@@ -15,8 +15,11 @@ MARKER = "swept.json"  # written when a cell is trained and evaluated; holds how
 
 def trained_steps(cell: Cell) -> int:
     """Steps in the newest complete checkpoint, 0 without one."""
-    found = (cell.folder / "checkpoints").glob("step-*/complete.json")
-    return max((int(path.parent.name.removeprefix("step-")) for path in found), default=0)
+    # Here, because it brings torch with it, and `m3i sweep --help` answers at once.
+    from m3i_scale.engine.checkpoint import complete_checkpoints, step_of
+
+    found = complete_checkpoints(cell.folder / "checkpoints")
+    return max((step_of(path) for path in found), default=0)
 
 
 def is_trained(cell: Cell) -> bool:

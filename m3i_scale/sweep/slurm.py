@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from m3i_scale.sweep.execute import STOPPED
+from m3i_scale.engine.stop import STOPPED
 from m3i_scale.sweep.spec import Sweep
 
 TEMPLATE = """#!/bin/bash

@@ -24,7 +24,10 @@ def test_states(tmp_path: Path):
 
 def test_an_incomplete_checkpoint_does_not_count(tmp_path: Path):
     _, grid = make(tmp_path)
-    (grid[0].folder / "checkpoints" / "step-00000006.partial").mkdir(parents=True)
+    partial = grid[0].folder / "checkpoints" / "step-00000006.partial"
+    partial.mkdir(parents=True)
+    assert progress.trained_steps(grid[0]) == 0
+    (partial / "complete.json").write_text("{}")  # a crash just before the folder got its name
     assert progress.trained_steps(grid[0]) == 0
 
 
