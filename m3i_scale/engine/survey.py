@@ -20,7 +20,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from m3i_scale.config import Config, Model
-from m3i_scale.objective import collectives
+from m3i_scale.objective.collectives import alone
 from m3i_scale.objective.inputs import Scene
 from m3i_scale.objective.m3i import M3I
 
@@ -83,7 +83,8 @@ def survey(config: Config, *, kernels: bool) -> Survey:
     """
     dtype = DTYPES[config.engine.precision]
     # Drawing initial weights advances the default generator even where there are none.
-    with torch.random.fork_rng(devices=[]), _operators(kernels), _alone():
+    # No collectives: this may run beside a training, on one rank only.
+    with torch.random.fork_rng(devices=[]), _operators(kernels), alone():
         with torch.device("meta"):
             spec, size = _unchecked(config.model), config.data.image_size
             model = M3I(spec, config.objective, size).to(dtype)
@@ -229,17 +230,6 @@ def _operators(kernels: bool) -> Iterator[None]:
         yield
     finally:
         set_backend(before)
-
-
-@contextlib.contextmanager
-def _alone() -> Iterator[None]:
-    """No collectives meanwhile: this may run beside a training, on one rank only."""
-    before = collectives.rank_and_size
-    collectives.rank_and_size = lambda: (0, 1)
-    try:
-        yield
-    finally:
-        collectives.rank_and_size = before
 
 
 def _forget_mask(_: nn.Module, inputs: Any, named: dict[str, Any]) -> tuple[Any, dict[str, Any]]:

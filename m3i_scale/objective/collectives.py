@@ -2,14 +2,30 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
+from contextvars import ContextVar
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+_ALONE = ContextVar("alone", default=False)
+
+
+@contextlib.contextmanager
+def alone() -> Iterator[None]:
+    """Inside, this rank counts as the only one: what runs here communicates with nobody."""
+    token = _ALONE.set(True)
+    try:
+        yield
+    finally:
+        _ALONE.reset(token)
+
 
 def rank_and_size() -> tuple[int, int]:
-    """Rank and size of the default process group, (0, 1) without one."""
-    if dist.is_available() and dist.is_initialized():
+    """Rank and size of the default process group, (0, 1) without one or when `alone`."""
+    if not _ALONE.get() and dist.is_available() and dist.is_initialized():
         return dist.get_rank(), dist.get_world_size()
     return 0, 1
 
