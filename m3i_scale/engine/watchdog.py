@@ -15,6 +15,9 @@ import time
 from pathlib import Path
 
 STALLED = 87  # exit code
+# Seconds between the stacks and the exit. The first rank that leaves breaks the collectives of the
+# others, and a rank thrown out of its collective would not show where it stood.
+GRACE = 3.0
 
 
 class Watchdog:
@@ -40,7 +43,7 @@ class Watchdog:
         self._last = time.monotonic()
 
     def stop(self) -> None:
-        """Watch no longer."""
+        """Watch no longer; does not return when the end of the process was decided already."""
         self._stopped.set()
         self._thread.join()
 
@@ -60,4 +63,5 @@ class Watchdog:
                 f"is in {self._path}\n"
             )
             os.write(sys.stderr.fileno(), message.encode())
+            time.sleep(GRACE)
             os._exit(STALLED)
