@@ -56,17 +56,18 @@ def images_uint8(name: str, images: Tensor) -> tuple[int, int, int]:
     return images.shape[0], images.shape[1], images.shape[2]
 
 
-def values(name: str, valid: Tensor, rule: str) -> None:
-    """Check a condition on the values of an argument.
+def values(name: str, given: Tensor, valid: Tensor, rule: str) -> None:
+    """Check the values of the argument `given`, which has one row per sample, as has `valid`.
 
     On the CPU a violation raises `ValueError` at once. On a GPU looking at the values would stall
     the queue, so the condition becomes a device-side assertion.
     """
     if valid.device.type == "cpu":
         if not torch.compiler.is_compiling() and not bool(valid.all()):
-            raise ValueError(f"{name} has values outside what is accepted: {rule}")
+            row = int(valid.reshape(len(valid), -1).all(1).int().argmin())
+            raise ValueError(f"{name}[{row}] is {given[row].tolist()}, but must be {rule}")
     else:
-        torch._assert_async(valid.all(), f"{name}: {rule}")
+        torch._assert_async(valid.all(), f"{name}: every value must be {rule}")
 
 
 def normalisation(mean: Sequence[float], std: Sequence[float]) -> None:

@@ -179,13 +179,17 @@ def test_blur_kernel_size_defaults_to_a_tenth() -> None:
     [
         ("brightness", torch.ones(3), r"params.brightness has shape \(3,\)"),
         ("contrast", torch.ones(2).double(), "params.contrast has dtype torch.float64"),
-        ("saturation", torch.tensor([-1.0, 1]), "params.saturation has values .* at least 0"),
-        ("brightness", torch.tensor([torch.nan, 1]), "params.brightness has values"),
-        ("hue", torch.tensor([0.6, 0]), r"params.hue has values .* in \[-0.5, 0.5\]"),
-        ("order", torch.zeros(2, 4, dtype=torch.int64), "permutations of 0, 1, 2, 3"),
+        ("saturation", torch.tensor([1.0, -1]), r"params.saturation\[1\] is -1.0, .* at least 0"),
+        ("brightness", torch.tensor([torch.nan, 1]), r"params.brightness\[0\] is nan, .* finite"),
+        ("hue", torch.tensor([0.6, 0]), r"params.hue\[0\] is 0.6.*, but must be in \[-0.5, 0.5\]"),
+        (
+            "order",
+            torch.zeros(2, 4, dtype=torch.int64),
+            r"order\[0\] is \[0, 0, 0, 0\], .* 3",
+        ),
         ("grayscale", torch.zeros(2), "params.grayscale has dtype"),
-        ("blur_sigma", torch.tensor([torch.inf, 1]), "params.blur_sigma has values"),
-        ("solarize", torch.tensor([torch.nan, 1]), "params.solarize has values"),
+        ("blur_sigma", torch.tensor([torch.inf, 1]), r"params.blur_sigma\[0\] is inf, .* finite"),
+        ("solarize", torch.tensor([torch.nan, 1]), r"params.solarize\[\d\] is nan, .* not NaN"),
     ],
 )
 def test_refuses_parameters(field: str, value: torch.Tensor, message: str) -> None:

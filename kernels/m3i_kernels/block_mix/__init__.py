@@ -93,4 +93,4 @@ def _check(
         "mask", mask, grid, (torch.bool,), device, "(B, H / patch_size, W / patch_size)"
     )
     _checks.normalisation(mean, std)
-    _checks.values("partner", (partner >= 0) & (partner < B), f"indices in [0, {B})")
+    _checks.values("partner", partner, (partner >= 0) & (partner < B), f"an index in [0, {B})")

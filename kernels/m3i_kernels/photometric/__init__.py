@@ -96,9 +96,12 @@ def _check_params(params: PhotometricParams, images: Tensor) -> None:
     _checks.tensor_like("params.grayscale", params.grayscale, (B,), (torch.bool,), device, "(B,)")
     for name in ("brightness", "contrast", "saturation", "blur_sigma"):
         row = getattr(params, name)
-        _checks.values(f"params.{name}", (row >= 0) & row.isfinite(), "finite and at least 0")
-    _checks.values("params.hue", params.hue.abs() <= 0.5, "in [-0.5, 0.5]")
-    _checks.values("params.solarize", ~params.solarize.isnan(), "a threshold, not NaN")
+        _checks.values(f"params.{name}", row, (row >= 0) & row.isfinite(), "finite and at least 0")
+    _checks.values("params.hue", params.hue, params.hue.abs() <= 0.5, "in [-0.5, 0.5]")
+    _checks.values(
+        "params.solarize", params.solarize, ~params.solarize.isnan(), "a threshold, not NaN"
+    )
     permutation = torch.arange(4, device=device)
     sorted_order = params.order.sort(1).values
-    _checks.values("params.order", sorted_order == permutation, "permutations of 0, 1, 2, 3")
+    valid = sorted_order == permutation
+    _checks.values("params.order", params.order, valid, "a permutation of 0, 1, 2, 3")
