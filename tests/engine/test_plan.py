@@ -106,7 +106,13 @@ def measure(world: World, folder: Path, cases: dict[str, dict[str, Any]]) -> dic
             loop.train_step(run, batches)
             with Wire() as wire:
                 loop.train_step(run, batches)
-        turns = allocated(profile, "forward pass")[run.plan.accumulation :]
+            loop.train_step(run, batches)
+        ranges = allocated(profile, "forward pass")
+        # A buffer whose last owner is a thread of gloo is freed unseen, now and then: the
+        # smaller figure of two steps is what is there.
+        turns = [
+            min(ranges[at :: run.plan.accumulation][1:]) for at in range(run.plan.accumulation)
+        ]
         found[name] = {"held": held, "wire": dict(wire.sizes), "turns": turns}
     return found
 
