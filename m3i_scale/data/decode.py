@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import io
 import json
+import struct
 from functools import cache
 from typing import Any
 
@@ -24,10 +25,12 @@ _RGB = ImageReadMode.RGB.value
 MAX_PIXELS = 100_000_000
 MAX_TEXT_BYTES = 1 << 20
 # Frame headers of JPEG: SOF0 to SOF15 without DHT (C4), JPG (C8), DAC (CC).
-_SOF = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}
+_SOF = frozenset(range(0xFFC0, 0xFFD0)) - {0xFFC4, 0xFFC8, 0xFFCC}
+_STANDALONE = frozenset(range(0xFFD0, 0xFFD8)) | {0xFF01}
+_SEGMENT = struct.Struct(">HH")  # marker, length
+_FRAME = struct.Struct(">4xBHHB")  # after these: bits per sample, height, width, components
 # What Pillow may be asked for: some of its other formats start programs (EPS runs Ghostscript).
 _FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF", "JPEG2000")
-_STANDALONE = frozenset(range(0xD0, 0xD8)) | {0x01}
 
 
 class BadSample(Exception):  # noqa: N818  (a finding about data, not an error of the program)
@@ -68,19 +71,16 @@ def _jpeg_header(data: bytes | memoryview) -> tuple[int, int, bool]:
     """(height, width, whether libjpeg gives RGB by itself) from the frame header."""
     at = 2
     while at + 9 < len(data):
-        if data[at] != 0xFF:
-            break
-        marker = data[at + 1]
-        if marker == 0xFF:  # fill byte
-            at += 1
-        elif marker in _STANDALONE:
-            at += 2
-        elif marker in _SOF:
-            precision, components = data[at + 4], data[at + 9]
-            height, width = (int.from_bytes(data[at + i : at + i + 2], "big") for i in (5, 7))
+        marker, length = _SEGMENT.unpack_from(data, at)
+        if marker in _SOF:
+            precision, height, width, components = _FRAME.unpack_from(data, at)
             return height, width, precision == 8 and components in (1, 3)
+        if marker < 0xFF00:
+            break
+        if marker == 0xFFFF:  # fill byte
+            at += 1
         else:
-            at += 2 + int.from_bytes(data[at + 2 : at + 4], "big")
+            at += 2 if marker in _STANDALONE else 2 + length
     raise BadSample("undecodable image", "JPEG without a frame header")
 
 

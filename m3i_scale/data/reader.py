@@ -196,16 +196,16 @@ class Reader:
 
 def _cut(raw: Raw, data: bytes, base: int, members: list[int]) -> None:
     """Cut the members of one sample out of a read that begins at byte `base` of the shard."""
-    whole = memoryview(data)
-    parts: list[memoryview | None] = []
-    for offset, size in zip(members[::2], members[1::2], strict=True):
-        part = whole[offset - base : offset - base + size] if offset >= 0 else None
-        if part is not None and len(part) < size:
-            raw.problem = BadSample("truncated shard", f"{len(part)} of {size} bytes")
-        parts.append(part)
-    raw.image = parts[0] or b""
-    raw.text, raw.category = (None if part is None else bytes(part) for part in parts[1:])
-    name = header_name(data, members[0] - base, members[1])
+    offset, size, text, text_size, category, category_size = members
+    raw.image = memoryview(data)[offset - base : offset - base + size]
+    if text >= 0:
+        raw.text = data[text - base : text - base + text_size]
+    if category >= 0:
+        raw.category = data[category - base : category - base + category_size]
+    for part, expected in ((raw.image, size), (raw.text, text_size), (raw.category, category_size)):
+        if part is not None and len(part) < expected:
+            raw.problem = BadSample("truncated shard", f"{len(part)} of {expected} bytes")
+    name = header_name(data, offset - base, size)
     raw.key = base_plus_ext(name)[0] or name
     if not name and raw.problem is None:
         raw.problem = BadSample("shard does not match its index", "no such member header")
