@@ -98,8 +98,20 @@ def _join_views(parts: list[Tensor], pin_memory: bool) -> Tensor:
     if len(parts) == 1 and not parts[0].is_shared() and not pin_memory:
         return parts[0]
     shape = (parts[0].shape[0], sum(part.shape[1] for part in parts), *parts[0].shape[2:])
-    joined = torch.empty(shape, dtype=torch.uint8, pin_memory=pin_memory)
+    if pin_memory:
+        joined = torch.empty(shape, dtype=torch.uint8, pin_memory=True)
+    else:
+        joined = empty_views(shape)
     return torch.cat(parts, dim=1, out=joined)
+
+
+def empty_views(shape: Sequence[int]) -> Tensor:
+    """Uninitialised uint8 memory of a whole batch of views.
+
+    From NumPy, which asks the kernel for huge pages: in small ones every batch of two views would
+    meet some 50 page faults per sample.
+    """
+    return torch.from_numpy(np.empty(shape, dtype=np.uint8))
 
 
 @dataclass
@@ -182,13 +194,13 @@ class Maker:
         draws, mask = self._draw(position)
         texts, categories, keys = list[str | None](), list[int](), list[str]()
         faults = list[Fault]()
-        crops = np.empty((len(pixels), len(raws), 5), dtype=np.float32)  # box and flip
+        crops: list[list[views.Crop]] = [[] for _ in pixels]
         targets = [views.channels_first(view) for view in pixels]
         crop_draws = draws[:, :, : views.CROP_DRAWS].tolist()
         for i, raw in enumerate(raws):
             sample = self.sample(raw, faults)
             for v, target in enumerate(targets):
-                crops[v, i] = self._view(target[i], sample.image, crop_draws[v][i])
+                crops[v].append(self._view(target[i], sample.image, crop_draws[v][i]))
             texts.append(sample.text)
             categories.append(sample.category)
             keys.append(sample.key)
@@ -215,10 +227,10 @@ class Maker:
 
     def _new_views(self, count: int) -> Tensor:
         shape = (self.augmentation.views, count, self.image_size, self.image_size, 3)
-        return torch.empty(shape, dtype=torch.uint8)
+        return empty_views(shape)
 
     def _view(self, out: Tensor, image: Tensor, draws: list[float]) -> views.Crop:
-        height, width = image.shape[:2]
+        height, width, _ = image.shape
         crop = views.draw_crop(draws, height, width, self.augmentation)
         views.resize_into(out, image, crop, self.augmentation.interpolation)
         return crop
@@ -254,10 +266,11 @@ class Maker:
             "category": np.array(categories, dtype=np.int64),
         }
 
-    def _geometry(self, crops: NDArray[np.float32]) -> dict[str, NDArray[Any]]:
-        both = {"a": crops[0], "b": crops[-1]}
-        boxes = {f"box_{view}": np.ascontiguousarray(crop[:, :4]) for view, crop in both.items()}
-        return {**boxes, **{f"flip_{view}": crop[:, 4] != 0 for view, crop in both.items()}}
+    def _geometry(self, crops: list[list[views.Crop]]) -> dict[str, NDArray[Any]]:
+        tables = [np.array(crop, dtype=np.float32).reshape(-1, 5) for crop in crops]
+        both = {"a": tables[0], "b": tables[-1]}
+        boxes = {f"box_{view}": np.ascontiguousarray(rows[:, :4]) for view, rows in both.items()}
+        return {**boxes, **{f"flip_{view}": rows[:, 4] != 0 for view, rows in both.items()}}
 
     def _photometric(self, draws: NDArray[np.float64]) -> dict[str, NDArray[Any]]:
         first, second = self.augmentation.view_a, self.augmentation.view_b
