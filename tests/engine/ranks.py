@@ -5,8 +5,8 @@
 `some_function(world, folder, **arguments)` must stand at the top of an importable test module; what
 it returns (tensors, numbers, nested) comes back as a list with one entry per rank.
 
-The processes are forked from a server that has imported PyTorch and DeepSpeed and done nothing
-else: the imports alone take longer than most of the tests.
+The processes are forked from a server that has imported what they need (warm.py): the imports alone
+take longer than most of the tests.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from typing import Any
 import torch
 
 _FORK = multiprocessing.get_context("forkserver")
-_FORK.set_forkserver_preload(["m3i_scale.engine.session"])
+_FORK.set_forkserver_preload(["warm"])
 
 
 @dataclass
@@ -115,7 +115,9 @@ def free_port() -> int:
 def _start_server() -> None:
     """Start the server, if there is none, with the environment that its ranks inherit."""
     before = dict(os.environ)
-    os.environ.update(OMP_NUM_THREADS="1", DS_ACCELERATOR="cpu")
+    here = Path(__file__).parent
+    path = os.pathsep.join(filter(None, [str(here), str(here.parent), before.get("PYTHONPATH")]))
+    os.environ.update(OMP_NUM_THREADS="1", DS_ACCELERATOR="cpu", PYTHONPATH=path)
     forkserver.ensure_running()
     os.environ.clear()
     os.environ.update(before)

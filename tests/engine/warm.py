@@ -1,0 +1,20 @@
+"""Imported by the server that ranks are forked from: what each rank would else do for itself."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+from pathlib import Path
+
+from cases import small_config
+
+import m3i_scale.engine.session
+from m3i_scale.engine.survey import survey
+
+# Imported by every start of an engine; its decorators bring all of torch.compile with them.
+with contextlib.suppress(ImportError):  # not in every version of DeepSpeed
+    importlib.import_module("deepspeed.runtime.zero.muon.original_muon")
+# PyTorch learns here what the operators do to shapes. No operator runs and no thread is started.
+survey(small_config(Path(), {}), kernels=False)
+
+__all__ = ["m3i_scale"]
