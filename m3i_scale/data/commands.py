@@ -146,6 +146,7 @@ def _add_glyphs(subparsers: Subparsers) -> None:
     parser.add_argument("--image-size", type=int, default=80, help="pixels (%(default)s)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--all", action="store_true", help="all named glyphs, about 46,000")
+    parser.add_argument("--plain", action="store_true", help="black on white, no colours")
     parser.set_defaults(run=_glyphs)
 
 
@@ -154,7 +155,8 @@ def _glyphs(args: argparse.Namespace) -> int:
     from m3i_scale.data.index import Index
 
     blocks = None if args.all else DEMO_BLOCKS
-    data = build(args.out, image_size=args.image_size, seed=args.seed, blocks=blocks)
+    size, seed = args.image_size, args.seed
+    data = build(args.out, image_size=size, seed=seed, blocks=blocks, plain=args.plain)
     for source in (data.text, data.category, data.heldout):
         print(f"{source.index}: {Index(source.index).samples:,} glyphs")
     return 0

@@ -171,10 +171,10 @@ def glyphs(
     return [g for g in every if not g.typeface.held_out], [g for g in every if g.typeface.held_out]
 
 
-def render(glyph: Glyph, size: int, seed: int) -> bytes | None:
+def render(glyph: Glyph, size: int, seed: int, *, plain: bool = False) -> bytes | None:
     """The glyph as JPEG of `size` x `size` pixels; None where the font draws nothing.
 
-    Size, place and colours are a function of (seed, glyph).
+    Size, place and colours are a function of (seed, glyph); `plain` is black on white.
     """
     rng = random.Random(zlib.crc32(glyph.key.encode()) + (seed << 32))
     path, character = str(glyph.typeface.path), chr(glyph.code)
@@ -186,7 +186,9 @@ def render(glyph: Glyph, size: int, seed: int) -> bytes | None:
     font = ImageFont.truetype(path, max(8, round(100 * size * rng.uniform(0.55, 0.8) / longer)))
     left, top, right, bottom = font.getbbox(character)
     width, height = right - left, bottom - top
-    paper, ink = _colours(rng)
+    paper, ink = _colours(rng)  # drawn even if not used: what follows shall not depend on it
+    if plain:
+        paper, ink = (255, 255, 255), (0, 0, 0)
     canvas = Image.new("RGB", (max(size, int(width)), max(size, int(height))), paper)
     x = rng.uniform(0.35, 0.65) * (canvas.width - width) - left
     y = rng.uniform(0.35, 0.65) * (canvas.height - height) - top
@@ -213,6 +215,7 @@ def build(
     blocks: Iterable[str] | None = DEMO_BLOCKS,
     category_share: float = 0.35,
     shards: int = 8,
+    plain: bool = False,
 ) -> GlyphData:
     """Draw the glyphs into `folder` unless it already holds them; return its three sources.
 
@@ -221,6 +224,7 @@ def build(
         blocks: Unicode blocks to draw, names of BLOCKS; None: all named glyphs (about 46,000).
         category_share: share of the training glyphs that go to the image-category source.
         shards: shards per training source.
+        plain: black on white instead of random colours.
     """
     folder, blocks = Path(folder), None if blocks is None else tuple(blocks)
     recipe: dict[str, Any] = {
@@ -230,6 +234,7 @@ def build(
         "blocks": None if blocks is None else [name for name in BLOCKS if name in set(blocks)],
         "category_share": category_share,
         "shards": shards,
+        "plain": plain,
     }
     done = folder / "glyphs.json"
     if not done.exists() or json.loads(done.read_text())["recipe"] != recipe:
@@ -240,7 +245,7 @@ def build(
         categories = [*BLOCKS, OTHER] if blocks is None else recipe["blocks"]
         for name, chosen in splits.items():
             count = 1 if name == "heldout" else shards
-            records = _records(chosen, name, image_size, seed, categories)
+            records = _records(chosen, name, recipe, categories)
             _write(folder / name, name, list(records), count)
         done.write_text(json.dumps({"recipe": recipe, "categories": categories}, indent=1))
     return load(folder)
@@ -272,10 +277,10 @@ def _write(folder: Path, name: str, records: list[dict[str, object]], shards: in
 
 
 def _records(
-    chosen: list[Glyph], name: str, image_size: int, seed: int, categories: Sequence[str]
+    chosen: list[Glyph], name: str, recipe: dict[str, Any], categories: Sequence[str]
 ) -> Iterator[dict[str, object]]:
     for glyph in chosen:
-        image = render(glyph, image_size, seed)
+        image = render(glyph, recipe["image_size"], recipe["seed"], plain=recipe["plain"])
         if image is None:
             continue
         record: dict[str, object] = {"__key__": glyph.key, "jpg": image}

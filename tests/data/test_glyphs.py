@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+from torch.nn import functional as F
 
 from m3i_scale.data import glyphs, load_labelled
 
@@ -50,6 +51,17 @@ def test_images_show_something(loaded):
     for labelled in loaded.values():
         contrast = labelled.images.float().std(dim=(1, 2)).amax(dim=1)
         assert (contrast > 3).all()
+
+
+def test_plain_ones_are_the_same_characters_without_colour(loaded, tmp_path):
+    made = glyphs.build(tmp_path, blocks=["Greek", "Arrows"], image_size=48, shards=2, plain=True)
+    plain, coloured = load_labelled(made.heldout, 32), loaded["heldout"]
+    assert names(plain) == names(coloured)
+    images = plain.images.int()
+    assert (images.amax(-1) - images.amin(-1)).max() <= 2  # grey, but for JPEG's rounding
+    darkness = [255 - i.float().mean(-1).flatten(1) for i in (images, coloured.images)]
+    alike = F.cosine_similarity(*(d - d.mean(1, keepdim=True) for d in darkness))
+    assert alike.median() > 0.98  # in the same place
 
 
 def test_building_twice_gives_the_same_bytes(tmp_path):
