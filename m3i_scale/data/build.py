@@ -124,7 +124,7 @@ def build_shards(
         processes=processes,
         progress=False,
     )
-    left_out: Counter[str] = Counter()
+    left_out = Counter(listing.left_out)
     for report in reports:
         left_out.update(report)
     return BuildSummary(index, dict(left_out))

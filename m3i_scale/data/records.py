@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,10 +39,11 @@ class Record:
 
 @dataclass(frozen=True)
 class Listing:
-    """The records of a source, and the names of its categories where it has names."""
+    """The records of a source, the names of its categories if any, and what was left out."""
 
     records: list[Record]
     classes: list[str]
+    left_out: dict[str, int]  # samples that lack what the others have, by what they lack
 
 
 def list_records(
@@ -49,8 +51,8 @@ def list_records(
 ) -> Listing:
     """List the samples of an image folder, a table, or tar or zip archives (path or glob).
 
-    Raises ValueError where there is none, or where some samples have a caption or a category and
-    others have not.
+    What most samples have is what the source has: the few without it are left out and counted.
+    Raises ValueError where there is no sample, or where fewer than half would remain.
     """
     path = Path(source)
     if path.is_dir():
@@ -62,23 +64,39 @@ def list_records(
         if not archives:
             raise ValueError(f"{source} is neither a folder, a table nor a glob of archives")
         found = _named(item for archive in archives for item in _from_archive(archive))
-    _check_uniform(source, found.records)
-    return found
+    return _complete(source, found)
 
 
-def _check_uniform(source: str, records: list[Record]) -> None:
-    if not records:
+def _complete(source: str, found: Listing) -> Listing:
+    """Leave out the samples that lack the caption or the category that others have."""
+    if not found.records:
         raise ValueError(f"there is no image in {source}")
-    kinds = {(record.text is not None, record.category is not None) for record in records}
-    if kinds == {(False, False)}:
+    labels = {"caption": "text", "category": "category"}
+    wanted = {
+        label: field
+        for label, field in labels.items()
+        if any(getattr(record, field) is not None for record in found.records)
+    }
+    if not wanted:
         raise ValueError(
             f"the images of {source} have neither captions nor categories: put them in one folder "
             "per category, a .txt beside each, or name the columns"
         )
-    if len(kinds) > 1:
-        full = (any(kind[0] for kind in kinds), any(kind[1] for kind in kinds))
-        odd = next(r for r in records if (r.text is not None, r.category is not None) != full)
-        raise ValueError(f"some samples of {source} lack a caption or category, e.g. {odd.url}")
+    kept, left_out, odd = list[Record](), Counter[str](), ""
+    for record in found.records:
+        lacking = [label for label, field in wanted.items() if getattr(record, field) is None]
+        if lacking:
+            left_out[f"no {' and no '.join(lacking)}"] += 1
+            odd = odd or record.url
+        else:
+            kept.append(record)
+    if 2 * len(kept) <= len(found.records):
+        raise ValueError(
+            f"only {len(kept)} of {len(found.records)} images of {source} have a "
+            f"{' and a '.join(wanted)}; {odd} has not: add what is missing, or build from the "
+            "others alone"
+        )
+    return Listing(kept, found.classes, dict(left_out))
 
 
 def _named(items: Iterator[tuple[Record, str | int | None]]) -> Listing:
@@ -90,7 +108,7 @@ def _named(items: Iterator[tuple[Record, str | int | None]]) -> Listing:
     for record, category in pairs:
         index = number[category] if isinstance(category, str) else category
         records.append(Record(**{**vars(record), "category": index}))
-    return Listing(records, names)
+    return Listing(records, names, {})
 
 
 def _from_folder(folder: Path) -> Iterator[tuple[Record, str | None]]:

@@ -158,6 +158,18 @@ def test_an_interrupted_build_goes_on_and_two_builds_do_not_mix(folder, tmp_path
         build_shards(str(folder), tmp_path / "out", seed=1, **options)
 
 
+def test_the_few_without_a_caption_are_left_out_and_counted(tmp_path, capsys):
+    rows = [("a.jpg", "one"), ("b.jpg", "two"), ("c.jpg", ""), ("d.jpg", "four")]
+    for number, (name, _) in enumerate(rows):
+        (tmp_path / name).write_bytes(jpeg(number))
+    table = tmp_path / "table.csv"
+    table.write_text("path,caption\n" + "".join(f"{name},{text}\n" for name, text in rows))
+    assert run("shards", "build", str(table), str(tmp_path / "out")) == 0
+    assert "1 not written: no caption" in capsys.readouterr().out
+    labelled = load_labelled(source_of(str(tmp_path / "out.parquet")), 16)
+    assert sorted(labelled.captions) == ["four", "one", "two"]
+
+
 def test_bad_sources_are_refused(tmp_path):
     (tmp_path / "empty").mkdir()
     with pytest.raises(ValueError, match="no image"):
@@ -167,7 +179,7 @@ def test_bad_sources_are_refused(tmp_path):
         build_shards(str(tmp_path / "empty"), tmp_path / "out")
     (tmp_path / "empty" / "b.jpg").write_bytes(jpeg())
     (tmp_path / "empty" / "b.txt").write_text("only b has one")
-    with pytest.raises(ValueError, match="lack a caption or category"):
+    with pytest.raises(ValueError, match=r"only 1 of 2 images .* have a caption; .*a.jpg has not"):
         build_shards(str(tmp_path / "empty"), tmp_path / "out")
     with pytest.raises(ValueError, match="neither a folder"):
         build_shards(str(tmp_path / "gone*"), tmp_path / "out")
