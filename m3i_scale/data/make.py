@@ -187,6 +187,7 @@ class Maker:
             part.read = {name: after[name] - before[name] for name in after}
             yield part
 
+    @torch.inference_mode()  # nothing here is differentiated; operators start faster
     def part(self, raws: list[Raw], pixels: Tensor) -> Part:
         """Decode and augment raw samples; the views are written to `pixels` (views, b, S, S, 3)."""
         position = np.array([raw.position for raw in raws], dtype=np.int64)
