@@ -91,7 +91,10 @@ class MetricLog:
         _drop_torn_line(self._path)
         self._unwritten = b""
         self._failing = False
-        self._bar = tqdm(total=total, initial=first, unit="step", dynamic_ncols=True, mininterval=1)
+        interval = 1 if sys.stderr.isatty() else 30  # seconds; a log file shall stay readable
+        self._bar = tqdm(
+            total=total, initial=first, unit="step", dynamic_ncols=True, mininterval=interval
+        )
         self._board: Any = None
         if tensorboard:
             from torch.utils.tensorboard import SummaryWriter
@@ -99,16 +102,16 @@ class MetricLog:
             self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=first)
 
     def write(self, step: int, values: dict[str, float], *, show: bool) -> None:
-        """Record one step; `show` refreshes the progress bar's figures."""
+        """Record one step; `show` renews the figures beside the progress bar."""
         if not self._leads:
             return
         line = json.dumps({"step": step, "time": time.time(), **values}) + "\n"
         self._unwritten += line.encode()
         self._write_lines()
         with contextlib.suppress(OSError):  # the file that shows it may be on a full disk, too
-            self._bar.update(step + 1 - self._bar.n)
             if show:
-                self._bar.set_postfix_str(_summary(values))
+                self._bar.set_postfix_str(_summary(values), refresh=False)
+            self._bar.update(step + 1 - self._bar.n)
         try:
             self._add_to_board(step, values)
         except OSError as error:
