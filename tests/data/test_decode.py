@@ -40,6 +40,12 @@ RGB = gradient()
 GREY = RGB.convert("L")
 
 
+def before_frame(inserted: bytes) -> bytes:
+    """A JPEG with these bytes between its first marker and the next."""
+    data = encode(RGB, "JPEG", quality=95, subsampling=0)
+    return data[:2] + inserted + data[2:]
+
+
 @pytest.mark.parametrize(
     ("data", "expected", "tolerance"),
     [
@@ -48,6 +54,8 @@ GREY = RGB.convert("L")
             encode(RGB, "JPEG", quality=95, subsampling=0, progressive=True), RGB, 4, id="progr."
         ),
         pytest.param(encode(GREY, "JPEG", quality=95), GREY.convert("RGB"), 4, id="grey jpeg"),
+        pytest.param(before_frame(b"\xff\xff\xff"), RGB, 4, id="jpeg, fill bytes"),
+        pytest.param(before_frame(b"\xff\xfe\0\6a \xff\xc0"), RGB, 4, id="jpeg, comment"),
         pytest.param(
             encode(RGB.convert("CMYK"), "JPEG", quality=95), RGB, 6, id="cmyk"
         ),
