@@ -147,6 +147,12 @@ def _add_glyphs(subparsers: Subparsers) -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--all", action="store_true", help="all named glyphs, about 46,000")
     parser.add_argument("--plain", action="store_true", help="black on white, no colours")
+    parser.add_argument(
+        "--category-share",
+        type=float,
+        default=0.35,
+        help="share of the training glyphs that have a category and no caption (%(default)s)",
+    )
     parser.set_defaults(run=_glyphs)
 
 
@@ -155,8 +161,14 @@ def _glyphs(args: argparse.Namespace) -> int:
     from m3i_scale.data.index import Index
 
     blocks = None if args.all else DEMO_BLOCKS
-    size, seed = args.image_size, args.seed
-    data = build(args.out, image_size=size, seed=seed, blocks=blocks, plain=args.plain)
+    data = build(
+        args.out,
+        image_size=args.image_size,
+        seed=args.seed,
+        blocks=blocks,
+        category_share=args.category_share,
+        plain=args.plain,
+    )
     for source in (data.text, data.category, data.heldout):
         print(f"{source.index}: {Index(source.index).samples:,} glyphs")
     return 0

@@ -226,6 +226,8 @@ def build(
         shards: shards per training source.
         plain: black on white instead of random colours.
     """
+    if not 0 < category_share < 1:
+        raise ValueError(f"category_share is {category_share}: it must lie between 0 and 1")
     folder, blocks = Path(folder), None if blocks is None else tuple(blocks)
     recipe: dict[str, Any] = {
         "format": FORMAT,

@@ -82,5 +82,7 @@ def test_there_are_about_46000_named_glyphs():
 def test_bad_input(tmp_path):
     with pytest.raises(ValueError, match="unknown blocks"):
         glyphs.build(tmp_path, blocks=["Klingon"])
+    with pytest.raises(ValueError, match="category_share is 1"):
+        glyphs.build(tmp_path, category_share=1)
     with pytest.raises(ValueError, match="m3i glyphs"):
         glyphs.load(tmp_path)
