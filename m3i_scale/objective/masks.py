@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 from numpy.typing import NDArray
@@ -41,6 +42,11 @@ class PatchMask:
         """Number of False patches in every mask."""
         return round(self.ratio * self.rows * self.columns)
 
+    @cached_property
+    def _stacked(self) -> list[int]:
+        """The first patch of each of n rows as bits, for n = 0 ... rows."""
+        return [sum(1 << self.columns * row for row in range(n)) for n in range(self.rows + 1)]
+
     def __call__(self, rng: np.random.Generator) -> NDArray[np.bool_]:
         """One mask, bool (rows, columns)."""
         draw = self._blocks if self.kind == "block" else self._patches
@@ -54,32 +60,49 @@ class PatchMask:
     def _blocks(self, rng: np.random.Generator) -> NDArray[np.bool_]:
         # Patches are the bits of an integer, row after row: a worker draws a mask per sample, and
         # arrays of this size would cost several times as much.
-        seen, missing = (1 << self.rows * self.columns) - 1, self.hidden
+        size = self.rows * self.columns
+        seen, missing = (1 << size) - 1, self.hidden
         while missing > 0:
             for draws in rng.random((8, 4)).tolist():
-                if missing == 0:
-                    break
                 block = self._rectangle(draws, missing) & seen
-                while block.bit_count() > missing:  # the last one: cut from its end
-                    block ^= 1 << (block.bit_length() - 1)
+                count = block.bit_count()
+                if count >= missing:
+                    seen ^= _first_bits(block, missing)  # the last one, cut from its end
+                    missing = 0
+                    break
                 seen ^= block
-                missing -= block.bit_count()
-        packed = np.frombuffer(seen.to_bytes(-(-self.rows * self.columns // 8), "little"), np.uint8)
-        bits = np.unpackbits(packed, count=self.rows * self.columns, bitorder="little")
-        return bits.astype(bool).reshape(self.rows, self.columns)
+                missing -= count
+        packed = np.frombuffer(seen.to_bytes(-(-size // 8), "little"), np.uint8)
+        bits = np.unpackbits(packed, count=size, bitorder="little")
+        return bits.view(bool).reshape(self.rows, self.columns)
 
     def _rectangle(self, draws: list[float], missing: int) -> int:
         """A rectangle of at most about `missing` patches as bits, from four uniform draws."""
         size, shape, down, right = draws
-        least = min(max(1, self.rows * self.columns // 12), missing)
+        rows, columns = self.rows, self.columns
+        least = min(rows * columns // 12 or 1, missing)
         area = least + (missing - least) * size
         low, high = self.aspect
         aspect = low * (high / low) ** shape
-        height = min(max(round(math.sqrt(area * aspect)), 1), self.rows)
-        width = min(max(round(math.sqrt(area / aspect)), 1), self.columns)
+        height = min(round(math.sqrt(area * aspect)) or 1, rows)
+        width = min(round(math.sqrt(area / aspect)) or 1, columns)
         # It may hang over the border: placed inside, corners would hardly ever be hidden.
-        top = math.floor(1 - height + (self.rows - 1 + height) * down)
-        left = math.floor(1 - width + (self.columns - 1 + width) * right)
-        bottom, end = min(top + height, self.rows), min(left + width, self.columns)
-        row = (1 << end) - (1 << max(left, 0))
-        return sum(row << self.columns * number for number in range(max(top, 0), bottom))
+        top = math.floor(1 - height + (rows - 1 + height) * down)
+        left = math.floor(1 - width + (columns - 1 + width) * right)
+        end = min(left + width, columns)
+        row = (1 << end) - (1 << left) if left > 0 else (1 << end) - 1
+        # Rows below the grid are no bits of a mask.
+        rectangle = row * self._stacked[height]
+        return rectangle << columns * top if top > 0 else rectangle >> columns * -top
+
+
+def _first_bits(block: int, count: int) -> int:
+    """The `count` lowest of the bits that are set in `block`, of at least as many."""
+    low, high = 0, block.bit_length()
+    while low < high:  # the fewest places that hold so many
+        middle = (low + high) // 2
+        if (block & ((1 << middle) - 1)).bit_count() < count:
+            low = middle + 1
+        else:
+            high = middle
+    return block & ((1 << low) - 1)
