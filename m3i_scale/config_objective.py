@@ -38,7 +38,7 @@ class Boltzmann(Node):
     queue: Annotated[int, Field(ge=0)] = 0
 
 
-Normalisation = Literal["none", "layer_norm", "l2", "norm_pix"]
+Normalisation = Literal["none", "layer_norm", "instance_norm", "l2", "norm_pix"]
 
 
 class Target(Node):
@@ -148,6 +148,16 @@ class Target(Node):
             self.normalise == "norm_pix" and self.representation != "pixels",
             "norm_pix standardises the pixels of a patch; set normalise: layer_norm",
         )
+        yield (
+            self.normalise == "instance_norm" and not self.dense,
+            f"instance_norm is over the patches of an image, and a {self.representation} target "
+            "has none; set normalise: layer_norm or l2",
+        )
+        yield (
+            self.normalise_prediction == "instance_norm",
+            "instance_norm needs all patches of an image, and predictions are of some; leave "
+            "normalise_prediction out",
+        )
 
     def _decoders(self) -> Iterable[tuple[bool, str]]:
         yield (
@@ -183,6 +193,11 @@ class Target(Node):
             law.queue > 0 and not (self.encoded and self.encoder == "momentum"),
             "a queue needs targets that change slowly; set encoder: momentum and representation: "
             "global or features, or queue: 0",
+        )
+        yield (
+            law.queue > 0 and self.normalise == "instance_norm",
+            "the queue of a dense group holds means over patches, which instance_norm makes zero; "
+            "set normalise: l2 or queue: 0",
         )
         yield (
             law.queue > 0 and law.symmetric,

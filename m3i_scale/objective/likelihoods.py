@@ -79,7 +79,8 @@ def normalise(rows: Tensor, kind: str) -> Tensor:
     """Normalise vectors (..., D) in float32.
 
     "none"; "l2", unit length; "layer_norm", without affine part; "norm_pix", MAE's standardised
-    patch, which differs from it by the unbiased variance.
+    patch, which differs from it by the unbiased variance; "instance_norm", each channel over the
+    patches of one image (..., N, D), so that what is the same in all of it, its colour, vanishes.
     """
     rows = rows.float()
     if kind == "norm_pix":
@@ -89,4 +90,7 @@ def normalise(rows: Tensor, kind: str) -> Tensor:
         return F.normalize(rows, dim=-1)
     if kind == "layer_norm":
         return F.layer_norm(rows, rows.shape[-1:], eps=1e-6)
+    if kind == "instance_norm":
+        variance, mean = torch.var_mean(rows, -2, correction=0, keepdim=True)
+        return (rows - mean) * torch.rsqrt(variance + 1e-6)
     return rows

@@ -97,3 +97,8 @@ def test_normalise_in_float32(dtype: torch.dtype):
     torch.testing.assert_close(standard.mean(-1), torch.zeros(4), atol=1e-6, rtol=0)
     torch.testing.assert_close(standard.var(-1, unbiased=False), torch.ones(4), atol=1e-4, rtol=0)
     torch.testing.assert_close(normalise(rows, "none"), rows.float())
+    colour, scale = torch.randn(2, 1, 7).to(dtype), 1 + torch.rand(2, 1, 7).to(dtype)
+    shape = torch.randn(2, 9, 7).to(dtype)
+    alike = normalise(shape, "instance_norm"), normalise(scale * shape + colour, "instance_norm")
+    torch.testing.assert_close(*alike, atol=0.1 if dtype == torch.bfloat16 else 1e-4, rtol=0)
+    torch.testing.assert_close(alike[0].var(1, unbiased=False), torch.ones(2, 7))

@@ -178,6 +178,8 @@ TEXT = SOFTMAX | {"representation": "text"}
         (TEXT | {"decoder": "linear"}, "no positions that a decoder could predict"),
         ({"view": "other", "positions": "masked"}, "have masked positions"),
         ({"normalise": "norm_pix"}, "standardises the pixels of a patch"),
+        ({"normalise": "instance_norm", "representation": "global"}, "a global target has none"),
+        ({"normalise_prediction": "instance_norm"}, "and predictions are of some"),
         ({"decoder": "projector", "representation": "pixels", "guard": "none"}, "pixels are no"),
         ({"match": "similarity"}, "pairs tokens of two views"),
         (
