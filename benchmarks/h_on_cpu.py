@@ -100,8 +100,9 @@ def train(options: argparse.Namespace) -> int:
     }
     started = time.perf_counter()
     loop.save(run)
+    assert run.saver.finish(), "the checkpoint could not be written"
     print(f"saved, {seconds_since(started)}", flush=True)
-    (run.folder / "memory.json").write_text(json.dumps(figures, indent=1))
+    (run.folder / f"memory-{run.progress.step:08d}.json").write_text(json.dumps(figures, indent=1))
     launch.finish()
     return 0
 
@@ -114,20 +115,23 @@ def compare(options: argparse.Namespace, folder: Path) -> None:
     from m3i_scale.engine.survey import survey
 
     config = load_config(options.config, options.overrides)
-    figures = json.loads((folder / "memory.json").read_text())
+    # Of the first process and of the one that went on.
+    first, second = (json.loads(path.read_text()) for path in sorted(folder.glob("memory-*.json")))
     # One rank; of the GPU only the time would depend.
     plan = make_plan(config, survey(config, kernels=False), Cluster(gpu("h100"), 1, 1))
-    held, planned = figures["held"], plan.state
+    held, planned = second["held"], plan.state
     passing = max(sum(plan.passing.values()), plan.update)
     rows = [(kind, held[kind], planned[kind]) for kind in held]
     rows.append(("in all", sum(held.values()), sum(planned.values())))
-    program = figures["peak before the networks"]
-    rows.append(
-        ("largest resident size", figures["peak"], program + sum(planned.values()) + passing)
-    )
+    expected = first["peak before the networks"] + sum(planned.values()) + passing
+    rows.append(("largest resident size", first["peak"], expected))
     print("| GB | measured | planned |\n| --- | ---: | ---: |")
     for name, measured, expected in rows:
         print(f"| {name} | {measured / 1e9:.3f} | {expected / 1e9:.3f} |")
+    print(
+        f"The process that went on: at most {second['peak'] / 1e9:.3f} GB, with pages of the "
+        "checkpoint's files, which the system takes back when it needs them."
+    )
 
 
 def peak_memory() -> int:
