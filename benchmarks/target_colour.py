@@ -15,12 +15,12 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from m3i_scale.config_file import load_config
 from m3i_scale.data.make import Sample
 from m3i_scale.data.sequential import central_square, walk
 from m3i_scale.engine.checkpoint import Reader, complete_checkpoints
+from m3i_scale.objective.likelihoods import normalise
 from m3i_scale.objective.m3i import M3I
 from m3i_scale.transfer import loading
 from m3i_scale.transfer.features import Pixels, open_source
@@ -40,8 +40,7 @@ def colours(images: Tensor) -> Tensor:
 def targets(networks: M3I, images: Tensor) -> Tensor:
     """Normalised features about the mean of each position: (N, positions * width)."""
     parts = [networks.online.backbone.features(part) for part in images.split(100)]
-    features = torch.cat(parts)
-    features = F.layer_norm(features, features.shape[-1:])
+    features = normalise(torch.cat(parts), "layer_norm")
     return (features - features.mean(0)).flatten(1)
 
 
