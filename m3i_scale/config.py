@@ -225,20 +225,31 @@ class Config(Node):
         """Where everything about this run is written."""
         return Path(self.folder) / self.run
 
-    @model_validator(mode="after")
-    def _possible(self) -> Config:
+    @property
+    def unsupplied(self) -> set[str]:
+        """Those of "text" and "category" that targets ask for and no data source has."""
         wanted = {target.representation for target in self.objective.targets}
         kinds = {source.kind for source in self.data.sources}
+        return {k for k in ("text", "category") if k in wanted and not kinds & {k, "both"}}
+
+    @model_validator(mode="after")
+    def _possible(self) -> Config:
+        if self.objective.without_source == "drop":
+            objective = self.objective.without(self.unsupplied)
+            return self.model_copy(update={"objective": objective})._checked()
+        return self._checked()
+
+    def _checked(self) -> Config:
+        for kind in sorted(self.unsupplied):
+            raise ValueError(
+                f"the objective has a {kind} target but no data source of kind {kind}; add one to "
+                "data.sources, remove the target, or set objective.without_source: drop"
+            )
+        wanted = {target.representation for target in self.objective.targets}
         if "text" in wanted and self.model.text is None:
             raise ValueError("a text target needs a text tower; set model.text.tokenizer")
         if "category" in wanted and not self.model.categories:
             raise ValueError("a category target needs model.categories; set their number")
-        for kind in ("text", "category"):
-            if kind in wanted and not kinds & {kind, "both"}:
-                raise ValueError(
-                    f"the objective has a {kind} target but no data source of kind {kind}; "
-                    "add one to data.sources or drop the target"
-                )
         if self.data.augmentation.views == 1 and self.objective.two_views:
             raise ValueError(
                 "the objective compares two views of an image; set data.augmentation.views: 2, or "

@@ -230,10 +230,15 @@ class Balance(Node):
 
 
 class Objective(Node):
-    """Input and list of target groups; `L = sum_k -log P_k(z_k | z_hat_k)`."""
+    """Input and list of target groups; `L = sum_k -log P_k(z_k | z_hat_k)`.
+
+    `without_source` says what becomes of text and category targets for which no data source has
+    supervision: one file of M3I then serves captions alone, categories alone and both.
+    """
 
     input: Input = Input()
     targets: list[Target] = Field(min_length=1)
+    without_source: Literal["refuse", "drop"] = "refuse"
     balance: Balance | None = Balance()
 
     @property
@@ -256,14 +261,31 @@ class Objective(Node):
         auto = target.positions == "auto" and target.dense and target.view == "same"
         return target.positions == "masked" or (auto and self.input.corruption != "none")
 
+    def without(self, representations: set[str]) -> Objective:
+        """The same without targets of these representations.
+
+        Raises:
+            ValueError: what is left is impossible.
+        """
+        kept = [t for t in self.targets if t.representation not in representations]
+        return self.model_copy(update={"targets": kept})._checked()
+
     @model_validator(mode="after")
     def _possible(self) -> Objective:
+        return self._checked()
+
+    def _checked(self) -> Objective:
         problem = next((why for bad, why in self._impossible() if bad), None)
         if problem:
             raise ValueError(problem)
         return self
 
     def _impossible(self) -> Iterable[tuple[bool, str]]:
+        yield (
+            not self.targets,
+            "no target is left, for no data source has what they ask for; add one to data.sources "
+            "or train by another objective",
+        )
         names = [target.name for target in self.targets]
         yield len(set(names)) < len(names), f"target names must differ, got {names}"
         for target in self.targets:
@@ -288,5 +310,5 @@ class Objective(Node):
         yield (
             self.balance is not None and len({target.supervised for target in self.targets}) < 2,
             "balance weighs self-supervised against supervised targets and only one kind is "
-            "present; set balance: null",
+            "present; set objective.balance: null",
         )

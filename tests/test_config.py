@@ -105,6 +105,36 @@ def test_what_is_wrong_is_one_sentence(file: Path, override: str, words: str):
     assert "\n" not in str(caught.value)
 
 
+def test_targets_without_a_source_are_dropped_on_request(file: Path):
+    drop = "objective.without_source=drop"
+    whole = load_config(file, [drop])
+    assert whole.objective.targets == load_config(file).objective.targets
+    captions = load_config(file, [drop, "data.sources.1.kind=text", "model.categories=0"])
+    wanted = [t for t in whole.objective.targets if t.representation != "category"]
+    assert 0 < len(wanted) < len(whole.objective.targets)
+    assert captions.objective.targets == wanted
+    file.with_name("dumped.yaml").write_text(dump_config(captions))
+    assert load_config(file.with_name("dumped.yaml")) == captions
+    categories = load_config(file, [drop, "data.sources.0.kind=category", "model.text=null"])
+    assert {t.representation for t in categories.objective.targets} == {"features", "category"}
+
+
+def test_what_is_left_without_a_source_must_be_possible(file: Path):
+    text = (
+        "{name: t, representation: text, guard: negatives, "
+        "likelihood: {form: boltzmann, temperature: 0.07}}"
+    )
+    changes = ["objective.without_source=drop", "data.sources.0.kind=category"]
+    with pytest.raises(ConfigError, match="no target is left"):
+        load_config(file, [*changes, "objective.balance=null", f"objective.targets=[{text}]"])
+    features = (
+        "{name: f, representation: features, guard: stop_gradient, likelihood: {form: gaussian}}"
+    )
+    with pytest.raises(ConfigError, match=r"set objective\.balance: null") as caught:
+        load_config(file, [*changes, f"objective.targets=[{features}, {text}]"])
+    assert "\n" not in str(caught.value)
+
+
 def test_missing_and_broken_files(tmp_path: Path):
     with pytest.raises(ConfigError, match="cannot read"):
         load_config(tmp_path / "absent.yaml")

@@ -9,7 +9,7 @@ from typing import Any
 
 from m3i_scale.config import ConfigError
 from m3i_scale.engine.stop import STOPPED
-from m3i_scale.sweep import execute, progress, slurm
+from m3i_scale.sweep import execute, preflight, progress, slurm
 from m3i_scale.sweep.grid import Cell, cells
 from m3i_scale.sweep.spec import Sweep, load_sweep
 
@@ -58,6 +58,7 @@ def run(options: argparse.Namespace) -> int:
         progress.require_unchanged(cell)
     if options.report:
         return _report(sweep, grid)
+    preflight.require_possible(sweep, grid)
     chosen = _chosen(grid, options.only)
     if options.dry_run:
         return _list(sweep, chosen)

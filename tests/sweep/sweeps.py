@@ -31,10 +31,14 @@ GRID: dict[str, Any] = {
 
 
 def write_sweep(folder: Path, **changes: Any) -> Path:
-    """A sweep file beside the small configuration; its runs go to the same folder."""
-    (folder / "small.yaml").write_text(SMALL)
+    """A sweep file beside the small configuration and what it names; its runs go there too."""
+    index, queries = folder / "train.parquet", folder / "heldout.parquet"
+    for path in (index, queries):
+        path.touch()
+    (folder / "small.yaml").write_text(SMALL.replace("index: none", f"index: {index}"))
+    own = {"folder": str(folder / "runs"), "evaluation": {"queries": str(queries)}}
     file = folder / "sweep.yaml"
-    file.write_text(yaml.safe_dump({**GRID, "folder": str(folder / "runs"), **changes}))
+    file.write_text(yaml.safe_dump({**GRID, **own, **changes}))
     return file
 
 

@@ -141,7 +141,8 @@ def test_commands(tmp_path: Path):
     assert load_config(command[command.index("--config") + 1]) == grid[0].config
     gallery = execute.evaluate_command(grid[0], sweep.evaluation)
     at = gallery.index("--gallery")
-    assert gallery[at + 1 : at + 3] == ["none", "none"]  # the indexes it was trained on
+    indexes = [source.index for source in grid[0].config.data.sources]
+    assert gallery[at + 1 : at + 3] == indexes  # the indexes it was trained on
 
 
 def test_dry_run_lists_and_refuses(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
@@ -154,6 +155,28 @@ def test_dry_run_lists_and_refuses(tmp_path: Path, capsys: pytest.CaptureFixture
         "runs 0 to 3": [file, "--only", "4"],
         "is finished; there is nothing to compare": [file, "--report"],
         "did you mean 'seeds'": [file, "seed=[1]"],
+        "cell 0.5-seed0: optimizer.warmup (9 steps = 9 steps) must be shorter": [
+            file,
+            "set=[optimizer.warmup=9 steps]",
+            "--dry-run",
+        ],
+        "data source texts: there is no file gone.parquet": [
+            file,
+            "set=[data.sources.0.index=gone.parquet]",
+        ],
+        "model.text.tokenizer: there is no file gone.json": [
+            file,
+            "set=[model.text.tokenizer=gone.json]",
+        ],
+        "evaluation.queries: there is no file gone.parquet": [
+            file,
+            "evaluation.queries=gone.parquet",
+            "--slurm",
+        ],
+        "evaluation.gallery: there is no file gone.parquet": [
+            file,
+            "evaluation.gallery=gone.parquet",
+        ],
     }
     for words, arguments in mistakes.items():
         assert main(["sweep", *arguments]) == 2

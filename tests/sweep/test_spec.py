@@ -16,7 +16,7 @@ def test_numbers_are_names_and_one_file_needs_no_list(tmp_path: Path):
     sweep = load_sweep(write_sweep(tmp_path))
     assert [variant.name for variant in sweep.axes["gamma"]] == ["0.5", "one"]
     assert sweep.config == ["small.yaml"]
-    assert sweep.evaluation.queries == ["heldout.parquet"]
+    assert sweep.evaluation.queries == [str(tmp_path / "heldout.parquet")]
 
 
 def test_files_start_from_others_and_overrides_come_last(tmp_path: Path):
