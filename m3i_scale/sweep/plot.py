@@ -52,7 +52,7 @@ def _panel(axis: Any, results: Results, names: list[str], task: str) -> None:
     axis.set_yticks(range(len(names)), names)
     axis.set_ylim(len(names) - 0.5, -0.5)
     axis.set_xlabel("%, dotted: untrained", fontsize=8)
-    axis.set_xlim(left=0)
+    axis.set_xlim(0, 1.05 * axis.get_xlim()[1])
     axis.tick_params(labelsize=8)
     axis.grid(alpha=0.25)
 
