@@ -228,9 +228,9 @@ class Config(Node):
     @property
     def unsupplied(self) -> set[str]:
         """Those of "text" and "category" that targets ask for and no data source has."""
-        wanted = {target.representation for target in self.objective.targets}
         kinds = {source.kind for source in self.data.sources}
-        return {k for k in ("text", "category") if k in wanted and not kinds & {k, "both"}}
+        supplied = {"text", "category"} if "both" in kinds else kinds
+        return (self.objective.representations & {"text", "category"}) - supplied
 
     @model_validator(mode="after")
     def _possible(self) -> Config:
@@ -240,12 +240,13 @@ class Config(Node):
         return self._checked()
 
     def _checked(self) -> Config:
-        for kind in sorted(self.unsupplied):
+        if self.unsupplied:
+            kind = min(self.unsupplied)
             raise ValueError(
                 f"the objective has a {kind} target but no data source of kind {kind}; add one to "
                 "data.sources, remove the target, or set objective.without_source: drop"
             )
-        wanted = {target.representation for target in self.objective.targets}
+        wanted = self.objective.representations
         if "text" in wanted and self.model.text is None:
             raise ValueError("a text target needs a text tower; set model.text.tokenizer")
         if "category" in wanted and not self.model.categories:

@@ -242,6 +242,11 @@ class Objective(Node):
     balance: Balance | None = Balance()
 
     @property
+    def representations(self) -> set[str]:
+        """What the targets are: "pixels", "features", "global", "text", "category"."""
+        return {target.representation for target in self.targets}
+
+    @property
     def pooled(self) -> bool:
         """Whether some target is predicted from the pooled vector; else nothing trains the pool."""
         return any(not target.dense for target in self.targets)
@@ -299,7 +304,7 @@ class Objective(Node):
                 f"target {target.name!r} asks for masked positions of an unmasked input; "
                 "set input.corruption: mask or mix, or positions: all",
             )
-        for what in {target.representation for target in self.targets}:
+        for what in self.representations:
             laws = [t.likelihood for t in self.targets if t.representation == what]
             scales = {(w.temperature, w.learnable) for w in laws if isinstance(w, Boltzmann)}
             yield (

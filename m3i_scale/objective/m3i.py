@@ -103,7 +103,7 @@ class M3I(nn.Module):
     def __init__(self, model: Model, objective: Objective, image_size: int) -> None:
         super().__init__()
         self.objective = objective
-        wanted = {target.representation for target in objective.targets}
+        wanted = objective.representations
         self.online = Encoder(model, objective)
         # The views of image i in the input, and (encoder, view) of every encoding of a clean view.
         self.shown: list[View] = ["a", "b"] if objective.input.both_views else ["a"]
