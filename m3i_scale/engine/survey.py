@@ -17,6 +17,8 @@ import torch
 from m3i_kernels import active_backend, set_backend
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from m3i_scale.config import Config, Model
@@ -101,7 +103,7 @@ class _Record:
         rows, columns = model.grid
         self.survey = Survey(width=model.online.backbone.width, tokens=rows * columns)
         self._model = model
-        self._counter = FlopCounterMode(display=False, custom_mapping=_formulas())
+        self._counter = FlopCounter()
         self._kept: dict[int, Tensor] = {}
         self._bytes = 0
         self._parameters = {p.untyped_storage()._cdata for p in model.parameters()}
@@ -143,13 +145,13 @@ class _Record:
             nonlocal start
             self.survey.calls.append(Call(name, True, torch.is_grad_enabled()))
             if self._part is None:
-                self._part, start = name, self._counter.get_total_flops()
+                self._part, start = name, self._counter.total
 
         def leave(*_: Any) -> None:
             self.survey.calls.append(Call(name, False, torch.is_grad_enabled()))
             if self._part == name:
                 self._part = None
-                flops = (self._counter.get_total_flops() - start) / ROWS
+                flops = (self._counter.total - start) / ROWS
                 self.survey.forward[part] += flops
                 self.survey.backward[part] += BACKWARD * flops * torch.is_grad_enabled()
 
@@ -162,7 +164,7 @@ class _Record:
 
         def enter(*_: Any) -> None:
             calls = len(self.survey.calls) - 1  # the block's own call is there already
-            marks.append((self._bytes, calls, self._counter.get_total_flops()))
+            marks.append((self._bytes, calls, self._counter.total))
 
         def leave(_: nn.Module, inputs: tuple[Any, ...], __: Any) -> None:
             size, call, flops = marks.pop()
@@ -177,7 +179,7 @@ class _Record:
             )
             self.survey.blocks.append(block)
             if recomputed:
-                self.survey.recomputed[part] += (self._counter.get_total_flops() - flops) / ROWS
+                self.survey.recomputed[part] += (self._counter.total - flops) / ROWS
 
         module.register_forward_pre_hook(enter)
         module.register_forward_hook(leave)
@@ -211,12 +213,70 @@ def _formulas() -> dict[Any, Callable[..., int]]:
     return formulas
 
 
+class _FusedAttention(torch.autograd.Function):
+    """Shapes of attention, and what every fused kernel keeps for its backward pass."""
+
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+        # In memory (B, T, heads, D), so that the heads are joined without a copy.
+        *batch, heads, wanted, _ = q.shape
+        out = q.new_empty(*batch, wanted, heads, v.shape[-1]).transpose(-3, -2)
+        log_sum_exp = q.new_empty(q.shape[:-1], dtype=torch.float32)
+        ctx.save_for_backward(q, k, v, mask, out, log_sum_exp)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        raise NotImplementedError("a survey has no backward pass")
+
+
+class FlopCounter(TorchFunctionMode):
+    """Counts the FLOPs of matrix products, attention, convolutions and DCNv3 in its context.
+
+    PyTorch counts by kernel, and which kernel attention gets depends on device, dtype, mask and
+    release; not every one of them has a formula. So attention never reaches a kernel here: it is
+    counted by its shapes, and its result has a shape and no values. Fake and meta tensors only.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._kernels = FlopCounterMode(display=False, custom_mapping=_formulas())
+        self._attention = 0
+
+    @property
+    def total(self) -> int:
+        """FLOPs so far."""
+        return self._kernels.get_total_flops() + self._attention
+
+    def __enter__(self) -> FlopCounter:
+        self._kernels.__enter__()
+        super().__enter__()
+        return self
+
+    def __exit__(self, *reason: Any) -> None:
+        super().__exit__(*reason)
+        self._kernels.__exit__(*reason)
+
+    def __torch_function__(
+        self, function: Any, types: Any, arguments: Any = (), named: Any = None
+    ) -> Any:
+        if function is F.scaled_dot_product_attention:
+            return self._attend(*arguments, **(named or {}))
+        return function(*arguments, **(named or {}))
+
+    def _attend(
+        self, query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, **_: Any
+    ) -> Tensor:
+        rows = query.numel() // query.shape[-1]  # B * heads * T
+        self._attention += 2 * rows * key.shape[-2] * (query.shape[-1] + value.shape[-1])
+        return _FusedAttention.apply(query, key, value, attn_mask)
+
+
 def count_flops(function: Callable[[], Any]) -> int:
-    """FLOPs of `function()`: matrix products, attention, convolutions, DCNv3; forward only."""
-    counter = FlopCounterMode(display=False, custom_mapping=_formulas())
-    with counter:
+    """FLOPs of `function()` on fake or meta tensors; forward only."""
+    with FlopCounter() as counter:
         function()
-    return counter.get_total_flops()
+    return counter.total
 
 
 @contextlib.contextmanager

@@ -8,6 +8,8 @@ import pytest
 import torch
 from cases import small_config
 from m3i_kernels import active_backend
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn import functional as F
 
 from m3i_scale.engine.flops import Flops, step_flops
 from m3i_scale.engine.survey import count_flops
@@ -27,6 +29,22 @@ def test_intern_image_counts_as_published(name: str, size: int, giga: float):
         network, image = intern_image(name), torch.empty(1, 3, size, size)
         flops = count_flops(lambda: network(image))
     assert flops / 2e9 == pytest.approx(giga, rel=0.03)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("device", ["meta", "cpu"])
+def test_attention_counts_by_its_shapes_whatever_kernel_computes_it(
+    dtype: torch.dtype, masked: bool, device: str
+):
+    # Head widths and masks that different devices and releases give to different kernels.
+    heads, wanted, given, width, out = 3, 7, 11, 20, 36
+    with FakeTensorMode(), torch.device(device):
+        q = torch.empty(2, heads, wanted, width, dtype=dtype)
+        k, v = (torch.empty(2, heads, given, size, dtype=dtype) for size in (width, out))
+        mask = torch.empty(2, 1, 1, given, dtype=torch.bool) if masked else None
+        flops = count_flops(lambda: F.scaled_dot_product_attention(q, k, v, attn_mask=mask))
+    assert flops == 2 * 2 * heads * wanted * given * (width + out)
 
 
 VIT = {"model.backbone": {"name": "vit", "options": {"width": 64, "depth": 2, "heads": 4}}}

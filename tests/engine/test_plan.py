@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,9 @@ import pytest
 import torch
 from cases import open_small, small_config
 from ranks import run_ranks
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from m3i_scale.engine import loop
 from m3i_scale.engine.gpus import gpu
@@ -77,12 +80,37 @@ def _bytes(argument: Any) -> int:
     return sum(map(_bytes, argument)) if isinstance(argument, list | tuple) else 0
 
 
-def allocated(profile: Any, label: str) -> list[int]:
-    """Bytes allocated and not freed in each range of that name."""
-    events = profile.profiler.kineto_results.events()
-    memory = [(e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]"]
-    ranges = sorted((e.start_ns(), e.end_ns()) for e in events if e.name() == label)
-    return [sum(size for at, size in memory if low <= at < high) for low, high in ranges]
+class Allocations(TorchDispatchMode):
+    """The storages that operators have made in its context, and which of them are still alive."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._made: dict[int, tuple[StorageWeakRef, int]] = {}
+
+    def __torch_dispatch__(self, function, types, arguments=(), named=None):  # type: ignore[no-untyped-def]
+        known = {t.untyped_storage()._cdata for t in _tensors((arguments, named))}
+        result = function(*arguments, **(named or {}))
+        for tensor in _tensors(result):
+            storage = tensor.untyped_storage()
+            if storage._cdata not in known:
+                self._made[storage._cdata] = (StorageWeakRef(storage), storage.nbytes())
+        return result
+
+    def alive(self, seconds: float = 1.0) -> int:
+        """Bytes of those that still have an owner.
+
+        gloo's threads let go of the buffers of finished collectives a little later: the smallest
+        figure within some seconds is what the training holds.
+        """
+        found, end = [], time.monotonic() + seconds
+        while time.monotonic() < end:
+            found.append(sum(size for ref, size in self._made.values() if not ref.expired()))
+            time.sleep(0.02)
+        return min(found)
+
+
+def _tensors(values: Any) -> list[torch.Tensor]:
+    return [leaf for leaf in tree_leaves(values) if isinstance(leaf, torch.Tensor)]
 
 
 def measure(world: World, folder: Path, cases: dict[str, dict[str, Any]]) -> dict[str, Any]:
@@ -94,25 +122,18 @@ def measure(world: World, folder: Path, cases: dict[str, dict[str, Any]]) -> dic
         for _ in range(3):  # ZeRO-3 knows the order of modules from the third on
             loop.train_step(run, batches)
         held = held_memory(run.sharded)
-        forward = run.sharded.engine.forward
+        with Wire() as wire:
+            loop.train_step(run, batches)
+        forward, turns = run.sharded.engine.forward, []
 
-        def watched(*arguments: Any, forward: Any = forward) -> Any:
-            with torch.profiler.record_function("forward pass"):
-                return forward(*arguments)
+        def watched(*arguments: Any, forward: Any = forward, turns: Any = turns) -> Any:
+            with Allocations() as allocations:
+                outputs = forward(*arguments)
+            turns.append(allocations.alive())
+            return outputs
 
         run.sharded.engine.forward = watched
-        # From the step before on, so that what the forward pass frees is known, too.
-        with torch.profiler.profile(profile_memory=True) as profile:
-            loop.train_step(run, batches)
-            with Wire() as wire:
-                loop.train_step(run, batches)
-            loop.train_step(run, batches)
-        ranges = allocated(profile, "forward pass")
-        # A buffer whose last owner is a thread of gloo is freed unseen, now and then: the
-        # smaller figure of two steps is what is there.
-        turns = [
-            min(ranges[at :: run.plan.accumulation][1:]) for at in range(run.plan.accumulation)
-        ]
+        loop.train_step(run, batches)
         found[name] = {"held": held, "wire": dict(wire.sizes), "turns": turns}
     return found
 
