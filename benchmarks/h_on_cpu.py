@@ -37,7 +37,7 @@ def main() -> int:
     if options.train:
         return train(options)
 
-    from m3i_scale.config_file import load_config
+    from m3i_scale.config import load_config
 
     folder = load_config(options.config, options.overrides).run_folder
     shutil.rmtree(folder, ignore_errors=True)
@@ -64,8 +64,9 @@ def main() -> int:
 def train(options: argparse.Namespace) -> int:
     """Some steps from wherever the run stands, and a checkpoint."""
     from m3i_scale import train as entry
-    from m3i_scale.config_file import load_config
-    from m3i_scale.engine import launch, loop, memory, session
+    from m3i_scale.cluster import launch
+    from m3i_scale.config import load_config
+    from m3i_scale.engine import loop, memory, session
 
     config = load_config(options.config, options.overrides)
     world = launch.start("cpu", config.engine.precision, config.seed, 60)
@@ -109,10 +110,10 @@ def train(options: argparse.Namespace) -> int:
 
 def compare(options: argparse.Namespace, folder: Path) -> None:
     """Print measured bytes by kind beside those of the plan."""
-    from m3i_scale.config_file import load_config
-    from m3i_scale.engine.gpus import gpu
-    from m3i_scale.engine.plan import Cluster, make_plan
-    from m3i_scale.engine.survey import survey
+    from m3i_scale.config import load_config
+    from m3i_scale.planner.estimate import Cluster, make_plan
+    from m3i_scale.planner.gpus import gpu
+    from m3i_scale.profiling.trace import survey
 
     config = load_config(options.config, options.overrides)
     # Of the first process and of the one that went on.

@@ -96,7 +96,7 @@ def reset_peak() -> None:
 
 def measure(backbone: str, updates: int, out: Path) -> int:
     """What each rank does; rank 0 writes the findings to `out` as JSON."""
-    from m3i_scale.engine import launch
+    from m3i_scale.cluster import launch
 
     world = launch.start("cpu", "fp32", 0, 10)
     import deepspeed  # after `launch.start`, which chooses its accelerator

@@ -44,8 +44,8 @@ from torchvision import transforms as T
 from torchvision.io import ImageReadMode
 
 from m3i_scale.data import Augmentation, Source, Stream
-from m3i_scale.data.indexing import index_shards
 from m3i_scale.objective.masks import PatchMask
+from m3i_scale.shards.indexing import index_shards
 
 SIZE = 192
 

@@ -32,11 +32,11 @@ EXAMPLES = """examples:
 # Modules whose `register(commands)` adds parsers with a default `run(options) -> int`, and the
 # commands they add. Imported only when one of these is asked for.
 ELSEWHERE = {
-    "m3i_scale.data.commands": {
+    "m3i_scale.shards.commands": {
         "glyphs": "draw a small data set from matplotlib's own fonts",
         "shards": "build, index, check and show tar shards of samples",
     },
-    "m3i_scale.engine.plan_command": {
+    "m3i_scale.planner.commands": {
         "plan": "memory, communication, time and data of a run, before it starts",
     },
     "m3i_scale.sweep.commands": {
@@ -199,7 +199,7 @@ def evaluate_run(options: argparse.Namespace) -> int:
     import torch
     from m3i_kernels import set_backend
 
-    from m3i_scale.engine.launch import choose_device
+    from m3i_scale.cluster.launch import choose_device
     from m3i_scale.transfer import evaluation, loading
 
     config, reader = _open_run(options.folder, options.step)
@@ -309,7 +309,7 @@ def _open_run(folder: Path, step: int | None) -> tuple[Config, Reader]:
         ConfigError: there is no such run or its configuration cannot be read.
         CheckpointError: there is no such checkpoint, or it is damaged.
     """
-    from m3i_scale.config_file import load_config
+    from m3i_scale.config import load_config
     from m3i_scale.engine import checkpoint
 
     config = load_config(folder / "config.yaml")

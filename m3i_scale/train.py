@@ -17,9 +17,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from m3i_scale import config as tree
-from m3i_scale.config import Config, ConfigError
-from m3i_scale.config_file import load_config
+from m3i_scale.config import Config, ConfigError, load_config
+from m3i_scale.config import schema as tree
 
 if TYPE_CHECKING:
     from m3i_scale.data import Storage, Stream
@@ -111,7 +110,9 @@ def run(options: argparse.Namespace, config: Config) -> int:
     """Build, train, and say how it ended."""
     from m3i_kernels import set_backend
 
-    from m3i_scale.engine import launch, metrics, report, session, stop
+    from m3i_scale.cluster import launch
+    from m3i_scale.engine import metrics, session, stop
+    from m3i_scale.planner import dry_run
 
     world = launch.start(
         config.engine.device, config.engine.precision, config.seed, config.engine.timeout_minutes
@@ -125,7 +126,7 @@ def run(options: argparse.Namespace, config: Config) -> int:
     )
     if options.dry_run:
         if world.leads:
-            print(report.describe(ready, stream.describe()), end="", flush=True)
+            print(dry_run.describe(ready, stream.describe()), end="", flush=True)
         launch.finish()
         return 0
     record = metrics.MetricLog(

@@ -80,7 +80,7 @@ preflight() {
     [[ $M3I_PREFLIGHT == yes ]] || return 0
     local bad=$logs/bad-nodes
     srun "${srun_options[@]}" --wait=600 --output="$logs/preflight.log" \
-        "${python[@]}" -m m3i_scale.engine.preflight --folder "$run_folder" --device "$M3I_DEVICE" \
+        "${python[@]}" -m m3i_scale.cluster.node_check --folder "$run_folder" --device "$M3I_DEVICE" \
         --nodes "$(IFS=,; echo "${nodes[*]}")" --bad-nodes "$bad"
     local code=$?
     (( code == 0 )) && return

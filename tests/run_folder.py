@@ -16,12 +16,11 @@ from PIL import Image
 from small import SMALL
 from torch import Tensor
 
-from m3i_scale.config import Config
-from m3i_scale.config_file import dump_config
-from m3i_scale.data.indexing import index_shards
+from m3i_scale.config import Config, dump_config
 from m3i_scale.engine import checkpoint
 from m3i_scale.models.tokenizer import train_wordpiece
 from m3i_scale.objective.m3i import M3I
+from m3i_scale.shards.indexing import index_shards
 
 THINGS, CATEGORIES = 6, 5
 

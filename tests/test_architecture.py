@@ -1,4 +1,4 @@
-"""The walls of the house: which room may import which, and how modules may be called."""
+"""The order of the packages: which may import which, without cycles; and how they may be named."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import ast
 import importlib.metadata
 import sys
 from collections.abc import Iterator
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -13,30 +14,31 @@ import pytest
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "m3i_scale"
 
-# Room -> what of the project it may import. `config` is a leaf whose plain data every room but
-# models and data may read.
-BELOW_ENGINE = {"objective", "models", "m3i_kernels", "config", "config_file"}
-ALLOWED = {
-    "config_node": set(),
-    "config_objective": {"config_node"},
-    "config": {"config_node", "config_objective"},
-    "config_file": {"config"},
-    "data": {"data"},
-    "models": {"models", "m3i_kernels"},
-    "objective": {"objective", "models", "m3i_kernels", "config"},
-    "engine": {"engine"} | BELOW_ENGINE,
-    "transfer": {"transfer", "data"} | BELOW_ENGINE,
-    "train": {"engine", "data"} | BELOW_ENGINE,
-    "cli": {"engine", "transfer", "data"} | BELOW_ENGINE,
-    # Starts training and evaluation as processes; of the engine it asks how
-    # many FLOPs, which checkpoints are complete and what an exit code means.
-    "sweep": {"sweep", "config", "config_file", "engine"},
-    "m3i_kernels": {"m3i_kernels"},
+# From the bottom to the top: a package imports those named with it, and nothing else of ours.
+ALLOWED: dict[str, set[str]] = {
+    "m3i_kernels": set(),
+    "config": set(),
+    "models": {"m3i_kernels"},
+    "objective": {"config", "models", "m3i_kernels"},
+    "data": set(),
+    "shards": {"data"},
+    "cluster": {"config"},
+    "profiling": {"config", "objective", "m3i_kernels"},
+    "engine": {"config", "objective", "models", "cluster", "profiling", "m3i_kernels"},
+    "planner": {"config", "objective", "profiling", "cluster", "engine", "m3i_kernels"},
+    "transfer": {"config", "objective", "models", "data", "m3i_kernels"},
+    # Starts training and evaluation as processes; of the engine it asks which checkpoints are
+    # complete and what an exit code means.
+    "sweep": {"config", "profiling", "engine"},
 }
+ENTRY_POINTS = {"train", "cli"}  # import everything, and nobody imports them
+ALLOWED |= {entry: set(ALLOWED) for entry in ENTRY_POINTS}
+# Only these know DeepSpeed.
+DEEPSPEED = {"engine", "cluster"}
 
 
 def modules() -> Iterator[tuple[str, Path]]:
-    """(room, file) of every module of the project."""
+    """(package, file) of every module of the project."""
     for path in PACKAGE.rglob("*.py"):
         first = path.relative_to(PACKAGE).parts[0]
         if first != "__init__.py":
@@ -55,8 +57,8 @@ def imported(path: Path) -> Iterator[tuple[str, int]]:
             yield from ((f"{node.module}.{alias.name}", node.lineno) for alias in node.names)
 
 
-def room_of(name: str) -> str | None:
-    """The room a full module name lies in; None outside the project."""
+def package_of(name: str) -> str | None:
+    """The package that a full module name lies in; None outside the project."""
     parts = name.split(".")
     if parts[0] == "m3i_kernels":
         return "m3i_kernels"
@@ -64,28 +66,51 @@ def room_of(name: str) -> str | None:
 
 
 @pytest.mark.parametrize(
-    ("room", "path"), list(modules()), ids=lambda v: str(v).replace(str(ROOT), "")
+    ("package", "path"), list(modules()), ids=lambda v: str(v).replace(str(ROOT), "")
 )
-def test_imports_go_one_way(room: str, path: Path):
+def test_imports_go_one_way(package: str, path: Path):
     for name, line in imported(path):
-        target = room_of(name)
-        assert target is None or target in ALLOWED[room], f"{path}:{line}: {room} imports {name}"
+        target = package_of(name)
+        allowed = target in {None, package} | ALLOWED[package]
+        assert allowed, f"{path}:{line}: {package} imports {name}"
 
 
-def test_every_room_is_known():
-    assert {room for room, _ in modules()} == set(ALLOWED)
+def test_every_package_has_its_place():
+    assert {package for package, _ in modules()} == set(ALLOWED)
 
 
-def test_only_the_engine_knows_deepspeed():
-    for room, path in modules():
+def test_the_order_of_packages_has_no_cycle():
+    list(TopologicalSorter(ALLOWED).static_order())  # raises CycleError
+
+
+def module_name(path: Path) -> str:
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    parts = parts[1:] if parts[0] == "kernels" else parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def test_modules_have_no_cycle():
+    # Imports inside functions and under TYPE_CHECKING count, too.
+    paths = {module_name(path): path for _, path in modules()}
+    graph = {}
+    for name, path in paths.items():
+        found = {full if full in paths else full.rpartition(".")[0] for full, _ in imported(path)}
+        graph[name] = (found & set(paths)) - {name}
+    list(TopologicalSorter(graph).static_order())
+
+
+def test_only_engine_and_cluster_know_deepspeed():
+    for package, path in modules():
         for name, line in imported(path):
             if name.split(".")[0] == "deepspeed":
-                assert room == "engine", f"{path}:{line} imports deepspeed"
+                assert package in DEEPSPEED, f"{path}:{line} imports deepspeed"
 
 
-def test_nobody_imports_the_entry_point():
+def test_nobody_imports_the_entry_points():
     for _, path in modules():
-        assert not any(name.startswith("m3i_scale.train") for name, _ in imported(path)), path
+        for name, line in imported(path):
+            entry = name.startswith("m3i_scale.") and name.split(".")[1] in ENTRY_POINTS
+            assert not entry, f"{path}:{line} imports {name}"
 
 
 def test_no_module_shadows_another_package():

@@ -7,8 +7,7 @@ import pytest
 import yaml
 from small import SMALL
 
-from m3i_scale.config import Config, ConfigError, Duration
-from m3i_scale.config_file import dump_config, load_config
+from m3i_scale.config import Config, ConfigError, Duration, dump_config, load_config
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 

@@ -38,7 +38,7 @@ step dcnv3_compiled "${run[@]}" --op dcnv3 --problems "H 192" --out "$out/compil
 # The training step of InternImage-H at the largest of these micro-batches that fits the memory.
 for images in 256 128 64 32; do
     echo "== training step, $images images"
-    timeout 420 "$python" kernels/bench/step.py --config configs/pretrain_internimage_h.yaml \
+    timeout 420 "$python" benchmarks/step.py --config configs/pretrain_internimage_h.yaml \
         --micro-batch "$images" --steps 10 --profile 1 --out "$out" 2>&1 |
         tee "$out/training_step_$images.log" | tail -n 40
     code=${PIPESTATUS[0]}

@@ -5,8 +5,9 @@ Start reading at `stream.py`; the guarantees of the order are in `order.py`.
 
 from m3i_scale.data.batch import Batch
 from m3i_scale.data.sequential import Labelled, load_labelled
+from m3i_scale.data.source import Source
 from m3i_scale.data.storage import Storage
-from m3i_scale.data.stream import Loader, Source, Stream, TooManyBadSamples
+from m3i_scale.data.stream import Loader, Stream, TooManyBadSamples
 from m3i_scale.data.views import NO_PHOTOMETRIC, Augmentation, Photometric
 
 __all__ = [

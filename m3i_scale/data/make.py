@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,9 +17,7 @@ from m3i_scale.data.decode import BadSample
 from m3i_scale.data.index import Index
 from m3i_scale.data.order import Order
 from m3i_scale.data.reader import Raw, Reader
-
-if TYPE_CHECKING:
-    from m3i_scale.data.stream import Source
+from m3i_scale.data.source import Source
 
 _MOST_SUBSTITUTES = 32
 

@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import pairwise
+from tarfile import BLOCKSIZE as BLOCK
 from typing import Any
 
 import numpy as np
@@ -25,7 +26,6 @@ from webdataset.tariterators import base_plus_ext
 from m3i_scale.data.decode import BadSample
 from m3i_scale.data.index import Index
 from m3i_scale.data.order import Located
-from m3i_scale.data.scan import BLOCK
 from m3i_scale.data.storage import PERMANENT, Storage
 
 _GAP = 64 << 10  # bytes that are cheaper read through than asked for separately

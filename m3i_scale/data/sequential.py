@@ -14,8 +14,9 @@ from m3i_scale.data.decode import MAX_PIXELS, BadSample
 from m3i_scale.data.make import Fault, Sample, decode_sample
 from m3i_scale.data.order import Located
 from m3i_scale.data.reader import Raw, Reader
+from m3i_scale.data.source import Source
 from m3i_scale.data.storage import Storage
-from m3i_scale.data.stream import MIB, Source, open_index
+from m3i_scale.data.stream import MIB, open_index
 
 _BLOCK = 64
 

@@ -13,9 +13,9 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from m3i_scale.cluster.launch import World
 from m3i_scale.config import Config
 from m3i_scale.engine.checkpoint import CheckpointError
-from m3i_scale.engine.launch import World
 from m3i_scale.engine.metrics import Figures, MetricLog, Speed, machine_values, memory
 from m3i_scale.engine.pictures import save_mixes
 from m3i_scale.engine.saver import Saver, any_rank

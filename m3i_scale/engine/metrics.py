@@ -21,11 +21,10 @@ import torch.distributed as dist
 from torch import Tensor
 from tqdm import tqdm
 
-from m3i_scale.config import Config
-from m3i_scale.config_file import dump_config
-from m3i_scale.engine.flops import step_flops
-from m3i_scale.engine.launch import World
-from m3i_scale.engine.peaks import dense_bf16_peak
+from m3i_scale.cluster.launch import World
+from m3i_scale.config import Config, dump_config
+from m3i_scale.profiling.flops import step_flops
+from m3i_scale.profiling.peaks import dense_bf16_peak
 
 log = logging.getLogger("m3i")
 

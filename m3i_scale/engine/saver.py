@@ -11,10 +11,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from m3i_scale.cluster.launch import World
 from m3i_scale.config import ConfigError
 from m3i_scale.engine import checkpoint
 from m3i_scale.engine.checkpoint import CheckpointError, Reader, Write
-from m3i_scale.engine.launch import World
 
 log = logging.getLogger("m3i")
 

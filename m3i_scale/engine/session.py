@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import logging
 
+from m3i_scale.cluster.launch import World
 from m3i_scale.config import Config
 from m3i_scale.engine.checkpoint import Reader
-from m3i_scale.engine.launch import World
 from m3i_scale.engine.loop import Run, Stream, UnstableError, pretrain
 from m3i_scale.engine.metrics import MetricLog, measure_speed, write_provenance
 from m3i_scale.engine.saver import Saver, newest_good

@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from m3i_scale.cluster.launch import World, seed_rank
 from m3i_scale.engine import shards
 from m3i_scale.engine.checkpoint import CheckpointError, Extent, Reader, extent
-from m3i_scale.engine.launch import World, seed_rank
 from m3i_scale.engine.zero import Sharded
 from m3i_scale.objective.balance import LossBalance
 

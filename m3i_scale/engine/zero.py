@@ -8,9 +8,9 @@ import deepspeed
 import torch
 from torch import nn
 
+from m3i_scale.cluster.launch import World
 from m3i_scale.config import Config, ConfigError, Zero
 from m3i_scale.engine import shards
-from m3i_scale.engine.launch import World
 from m3i_scale.engine.momentum import ShardedMomentum, start_equal
 from m3i_scale.engine.schedules import BatchPlan
 from m3i_scale.objective.m3i import M3I

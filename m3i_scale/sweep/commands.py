@@ -9,7 +9,7 @@ from typing import Any
 
 from m3i_scale.config import ConfigError
 from m3i_scale.engine.stop import STOPPED
-from m3i_scale.sweep import execute, preflight, progress, slurm
+from m3i_scale.sweep import checks, execute, progress, slurm
 from m3i_scale.sweep.grid import Cell, cells
 from m3i_scale.sweep.spec import Sweep, load_sweep
 
@@ -32,7 +32,7 @@ def register(subparsers: Any) -> None:
         description=DESCRIPTION,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("file", metavar="FILE", help="YAML file; see configs/sweeps/")
+    parser.add_argument("file", metavar="FILE", help="YAML file; see experiments/m3i_small/sweeps/")
     parser.add_argument(
         "overrides", nargs="*", metavar="a.b=value", help="changes to the sweep file"
     )
@@ -58,7 +58,7 @@ def run(options: argparse.Namespace) -> int:
         progress.require_unchanged(cell)
     if options.report:
         return _report(sweep, grid)
-    preflight.require_possible(sweep, grid)
+    checks.require_possible(sweep, grid)
     chosen = _chosen(grid, options.only)
     if options.dry_run:
         return _list(sweep, chosen)
@@ -116,7 +116,7 @@ def _run(sweep: Sweep, chosen: Sequence[Cell]) -> int:
 
 
 def _report(sweep: Sweep, grid: Sequence[Cell]) -> int:
-    from m3i_scale.engine.flops import step_flops
+    from m3i_scale.profiling.flops import step_flops
     from m3i_scale.sweep import plot, results, tables
 
     found = results.collect(sweep, grid, lambda cell: step_flops(cell.config).model)

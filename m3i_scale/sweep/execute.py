@@ -16,7 +16,7 @@ from typing import IO, NamedTuple
 from tqdm import tqdm
 
 import m3i_scale
-from m3i_scale.config_file import dump_config
+from m3i_scale.config import dump_config
 from m3i_scale.engine.stop import STOPPED
 from m3i_scale.sweep import progress
 from m3i_scale.sweep.grid import Cell

@@ -6,8 +6,7 @@ import itertools
 from pathlib import Path
 from typing import NamedTuple
 
-from m3i_scale.config import Config, ConfigError
-from m3i_scale.config_file import load_config
+from m3i_scale.config import Config, ConfigError, load_config
 from m3i_scale.sweep.spec import Sweep, Variant
 
 

@@ -5,8 +5,7 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from m3i_scale.config import Config, ConfigError
-from m3i_scale.config_file import load_config
+from m3i_scale.config import Config, ConfigError, load_config
 from m3i_scale.sweep.grid import Cell
 from m3i_scale.sweep.spec import Evaluation
 

@@ -24,7 +24,7 @@ from typing import Annotated, Literal
 from pydantic import BeforeValidator, Field, ValidationError, model_validator
 
 from m3i_scale.config import ConfigError, Count, Node
-from m3i_scale.config_file import apply_override, read_tree, sentence
+from m3i_scale.config.load import apply_override, read_tree, sentence
 
 # What a sweep decides itself, so that runs have folders of their own and equal compute.
 RESERVED = ("run", "folder", "seed", "optimizer.length")

@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 from m3i_scale.data import Augmentation, Source, Stream
-from m3i_scale.data.indexing import index_shards
+from m3i_scale.shards.indexing import index_shards
 
 
 def jpeg(seed: int = 0, size: tuple[int, int] = (40, 32), **options) -> bytes:

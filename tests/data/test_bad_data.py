@@ -16,7 +16,7 @@ from test_stream import by_position, flat
 
 from m3i_scale.data import Source, TooManyBadSamples
 from m3i_scale.data.index import Index
-from m3i_scale.data.indexing import index_shards
+from m3i_scale.shards.indexing import index_shards
 
 
 def epoch(source: Source, **options):
@@ -288,7 +288,7 @@ def test_compressed_archives_and_empty_lists_are_refused(tmp_path):
 
 
 def test_an_interrupted_index_goes_on(tmp_path, monkeypatch):
-    from m3i_scale.data import indexing
+    from m3i_scale.shards import indexing
 
     paths = [str(write_tar(tmp_path / f"{n}.tar", text_members(n * 3, 3))) for n in range(4)]
     scanned = []

@@ -16,10 +16,10 @@ from PIL import Image
 
 from m3i_scale.cli import main
 from m3i_scale.data import Source, TooManyBadSamples
-from m3i_scale.data.build import build_shards
 from m3i_scale.data.decode import BadSample, decode_category, decode_image, decode_text
 from m3i_scale.data.index import Index
-from m3i_scale.data.indexing import index_shards
+from m3i_scale.shards.build import build_shards
+from m3i_scale.shards.indexing import index_shards
 
 
 def indexed(tmp_path: Path, paths: list[Path], kind: str) -> Index:

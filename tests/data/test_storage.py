@@ -17,8 +17,8 @@ from test_stream import assert_same, by_position
 
 from m3i_scale.data import Source, Storage
 from m3i_scale.data.cache import DiskCache
-from m3i_scale.data.indexing import index_shards
 from m3i_scale.data.storage import StorageError
+from m3i_scale.shards.indexing import index_shards
 
 FAULTS = ("refuse", "500", "short", "ignore range", "reset", "stall")
 

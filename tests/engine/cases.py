@@ -10,10 +10,10 @@ import torch
 import yaml
 from small import SMALL, random_batch
 
+from m3i_scale.cluster.launch import World
 from m3i_scale.config import Config
 from m3i_scale.data.batch import Batch
 from m3i_scale.engine import loop, metrics, session
-from m3i_scale.engine.launch import World
 from m3i_scale.engine.stop import StopFlag
 
 

@@ -138,7 +138,7 @@ def _run(
         os.dup2(file.fileno(), 2)
     os.environ.update(variables)
     torch.set_num_threads(1)
-    from m3i_scale.engine import launch
+    from m3i_scale.cluster import launch
 
     world = launch.start("cpu", "fp32", 0, 2.0)
     launch.speak(world.rank)

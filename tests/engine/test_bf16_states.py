@@ -10,8 +10,8 @@ import torch
 from cases import full_weights, open_small
 from ranks import run_ranks
 
+from m3i_scale.cluster.launch import World
 from m3i_scale.engine import loop
-from m3i_scale.engine.launch import World
 from m3i_scale.engine.memory import held_memory
 from m3i_scale.engine.state import snapshot
 

@@ -19,9 +19,9 @@ from cases import open_small, small_config, train_small
 from ranks import run_ranks, start_ranks, wait_all
 from safetensors.torch import load_file
 
+from m3i_scale.cluster.launch import World
 from m3i_scale.engine import checkpoint, loop, metrics
 from m3i_scale.engine.checkpoint import CheckpointError, complete_checkpoints, rank_file
-from m3i_scale.engine.launch import World
 from m3i_scale.engine.stop import StopFlag
 
 pytestmark = pytest.mark.distributed

@@ -12,8 +12,8 @@ import torch
 from cases import RandomStream, full_weights, open_small, small_config, train_small
 from ranks import run_ranks
 
+from m3i_scale.cluster.launch import World
 from m3i_scale.engine import loop, metrics, session
-from m3i_scale.engine.launch import World
 from m3i_scale.engine.stop import StopFlag
 from m3i_scale.objective.m3i import M3I
 from m3i_scale.objective.momentum import ema_coefficient

@@ -8,8 +8,8 @@ import torch
 
 from m3i_scale.config import Config
 from m3i_scale.engine import metrics
-from m3i_scale.engine.flops import step_flops
 from m3i_scale.engine.metrics import MetricLog, Speed, machine_values, measure_speed
+from m3i_scale.profiling.flops import step_flops
 
 CPU = torch.device("cpu")
 

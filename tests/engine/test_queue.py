@@ -13,8 +13,8 @@ import torch
 from cases import full_weights, open_small
 from ranks import run_ranks
 
+from m3i_scale.cluster.launch import World
 from m3i_scale.engine import loop, metrics
-from m3i_scale.engine.launch import World
 from m3i_scale.engine.stop import StopFlag
 
 pytestmark = pytest.mark.distributed

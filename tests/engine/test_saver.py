@@ -9,9 +9,9 @@ import pytest
 import torch
 from test_checkpoint import write
 
+from m3i_scale.cluster.launch import World
 from m3i_scale.config import ConfigError
 from m3i_scale.engine import checkpoint
-from m3i_scale.engine.launch import World
 from m3i_scale.engine.saver import Saver, newest_good
 
 ALONE = World(0, 0, 1, torch.device("cpu"))

@@ -9,8 +9,8 @@ import pytest
 from cases import open_small
 from ranks import start_ranks, wait_all
 
+from m3i_scale.cluster.launch import World
 from m3i_scale.engine import loop, metrics
-from m3i_scale.engine.launch import World
 from m3i_scale.engine.stop import StopFlag
 from m3i_scale.engine.watchdog import STALLED, Watchdog
 

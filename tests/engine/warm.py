@@ -9,7 +9,7 @@ from pathlib import Path
 from cases import small_config
 
 import m3i_scale.engine.session  # noqa: F401  with PyTorch, DeepSpeed and transformers
-from m3i_scale.engine.survey import survey
+from m3i_scale.profiling.trace import survey
 
 # Imported by every start of an engine; its decorators bring all of torch.compile with them.
 with contextlib.suppress(ImportError):  # not in every version of DeepSpeed

@@ -9,7 +9,7 @@ import torch
 from ranks import run_ranks
 from torch import nn
 
-from m3i_scale.engine.launch import World
+from m3i_scale.cluster.launch import World
 from m3i_scale.models.backbone import build_backbone
 from m3i_scale.models.category_head import CategoryHead
 from m3i_scale.models.image_decoder import ImageDecoder

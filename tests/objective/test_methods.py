@@ -23,8 +23,8 @@ from m3i_scale.config import (
     Input,
     Objective,
     Target,
+    load_config,
 )
-from m3i_scale.config_file import load_config
 from m3i_scale.objective.inputs import scene
 from m3i_scale.objective.m3i import M3I
 from m3i_scale.objective.masks import PatchMask

@@ -11,8 +11,8 @@ import numpy as np
 import yaml
 from PIL import Image
 
-from m3i_scale.data.indexing import index_shards
 from m3i_scale.models.tokenizer import train_wordpiece
+from m3i_scale.shards.indexing import index_shards
 
 STEPS = 24
 CONFIGURATION = """

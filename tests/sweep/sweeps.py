@@ -10,7 +10,7 @@ from typing import Any
 import yaml
 from small import SMALL
 
-from m3i_scale.config_file import dump_config
+from m3i_scale.config import dump_config
 from m3i_scale.sweep import progress
 from m3i_scale.sweep.grid import Cell, cells
 from m3i_scale.sweep.spec import Sweep, load_sweep

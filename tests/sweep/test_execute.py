@@ -18,7 +18,7 @@ from run_folder import small_config, write_images
 from sweeps import GRID, finish, make, write_sweep
 
 from m3i_scale.cli import main
-from m3i_scale.config_file import dump_config, load_config
+from m3i_scale.config import dump_config, load_config
 from m3i_scale.sweep import execute, progress
 from m3i_scale.sweep.grid import Cell
 from m3i_scale.sweep.spec import Evaluation, Sweep

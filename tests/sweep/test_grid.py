@@ -5,12 +5,11 @@ from pathlib import Path
 import pytest
 from sweeps import GRID, make
 
-from m3i_scale.config import ConfigError
-from m3i_scale.config_file import dump_config, load_config
+from m3i_scale.config import ConfigError, dump_config, load_config
 from m3i_scale.sweep.grid import cells
 from m3i_scale.sweep.spec import load_sweep
 
-SWEEPS = Path(__file__).parents[2] / "configs" / "sweeps"
+SWEEPS = Path(__file__).parents[2] / "experiments" / "m3i_small" / "sweeps"
 SWEEP_NAMES = {path.stem for path in SWEEPS.glob("table*.yaml")}
 
 

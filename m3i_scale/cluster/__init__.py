@@ -1,0 +1,1 @@
+"""Ranks, process groups and nodes: how a run starts on one machine or many."""

@@ -1,0 +1,318 @@
+"""The objective as configuration: input, target groups, likelihoods, balance.
+
+What can be combined is decided here; docs/methods.md explains the keys to those who write methods.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Annotated, Literal
+
+from pydantic import Field, model_validator
+
+from m3i_scale.config.types import Count, Fraction, Node, Positive
+
+
+class Gaussian(Node):
+    """`||z - z_hat||^2 / (2 sigma^2)`, averaged or summed over the feature dimensions."""
+
+    form: Literal["gaussian"] = "gaussian"
+    sigma: Positive = 0.5**0.5
+    over_dimensions: Literal["mean", "sum"] = "mean"
+
+
+class Boltzmann(Node):
+    """`-log softmax(z_hat . z / tau)` over the other targets.
+
+    These are the targets of the micro-batch on all ranks (`candidates: global`) or on this one
+    (`local`), and the last `queue` keys of batches before; with `own`, the queue alone.
+    """
+
+    form: Literal["boltzmann"] = "boltzmann"
+    temperature: Positive = 0.07
+    learnable: bool = False
+    symmetric: bool = False
+    label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    candidates: Literal["global", "local", "own"] = "global"
+    queue: Annotated[int, Field(ge=0)] = 0
+
+
+Normalisation = Literal["none", "layer_norm", "instance_norm", "l2", "norm_pix"]
+
+
+class Target(Node):
+    """One target group of the objective: what is predicted, from whose tokens, under which law.
+
+    The columns are those of the method's Table 1: target data (`image`, `view`), target
+    representation, regularisation (`guard`) and form of the distribution (`likelihood`).
+    docs/methods.md explains every key.
+    """
+
+    name: Annotated[str, Field(pattern=r"^[\w-]+$")]
+    image: Literal["i", "j"] = "i"
+    view: Literal["same", "other"] = "same"
+    representation: Literal["pixels", "features", "global", "text", "category"]
+    guard: Literal["none", "stop_gradient", "negatives", "decorrelation"] = "none"
+    encoder: Literal["momentum", "online"] = "momentum"
+    decoder: Literal["transformer", "linear", "projector"] = "transformer"
+    match: Literal["position", "similarity"] = "position"
+    likelihood: Annotated[Gaussian | Boltzmann, Field(discriminator="form")]
+    positions: Literal["auto", "masked", "all"] = "auto"
+    normalise: Normalisation = "none"
+    normalise_prediction: Normalisation | None = None  # None: l2 where the target is, else none
+    weight: Positive = 1.0
+    decorrelation: Literal["barlow_twins", "unigrad"] = "barlow_twins"
+    decorrelation_weight: Positive = 0.005
+
+    @property
+    def dense(self) -> bool:
+        """Whether there is one target per patch."""
+        return self.representation in ("pixels", "features")
+
+    @property
+    def supervised(self) -> bool:
+        """Whether the group belongs to L_SP (text, category) rather than to L_SSP."""
+        return self.representation in ("text", "category")
+
+    @property
+    def encoded(self) -> bool:
+        """Whether an image encoder makes the target."""
+        return self.representation in ("features", "global")
+
+    @property
+    def tokenwise(self) -> bool:
+        """Whether each token of the input predicts one target patch, without mask tokens."""
+        return self.dense and self.decoder != "transformer"
+
+    @property
+    def prediction_normalisation(self) -> Normalisation:
+        """How predictions are normalised."""
+        if self.normalise_prediction is not None:
+            return self.normalise_prediction
+        return "l2" if self.normalise == "l2" else "none"
+
+    @model_validator(mode="after")
+    def _possible(self) -> Target:
+        rules = (self._guards(), self._columns(), self._decoders(), self._queues())
+        problem = next((why for rule in rules for bad, why in rule if bad), None)
+        if problem:
+            raise ValueError(f"target {self.name!r}: {problem}")
+        return self
+
+    def _guards(self) -> Iterable[tuple[bool, str]]:
+        gaussian = self.likelihood.form == "gaussian"
+        guard, what = self.guard, self.representation
+        yield (
+            guard == "negatives" and gaussian,
+            "negatives enter through a softmax; set likelihood.form: boltzmann",
+        )
+        yield (
+            self.supervised and (gaussian or guard != "negatives"),
+            f"a {what} target is told from the other {what} targets; set guard: negatives and "
+            "likelihood.form: boltzmann",
+        )
+        yield (
+            what == "pixels" and (guard != "none" or not gaussian),
+            "pixels cannot collapse; set guard: none and likelihood.form: gaussian",
+        )
+        yield (
+            self.encoded and guard == "none",
+            "a learned target without a guard collapses; set guard: stop_gradient, negatives or "
+            "decorrelation",
+        )
+        yield (
+            guard == "decorrelation" and not gaussian,
+            "decorrelation is a guard of the Gaussian form; set likelihood.form: gaussian",
+        )
+        yield (
+            guard == "decorrelation"
+            and self.decorrelation == "barlow_twins"
+            and (what != "global" or self.normalise != "none"),
+            "the decorrelation of Barlow Twins standardises global features itself; set "
+            "representation: global and normalise: none, or decorrelation: unigrad",
+        )
+
+    def _columns(self) -> Iterable[tuple[bool, str]]:
+        yield (
+            self.supervised and (self.view != "same" or self.normalise != "none"),
+            f"a {self.representation} has no view and its embedding no other normalisation; leave "
+            "view and normalise out",
+        )
+        yield (
+            self.positions == "masked" and (not self.dense or self.view != "same"),
+            "only dense targets in the input view (view: same) have masked positions; set "
+            "positions: all",
+        )
+        yield (
+            self.normalise == "norm_pix" and self.representation != "pixels",
+            "norm_pix standardises the pixels of a patch; set normalise: layer_norm",
+        )
+        yield (
+            self.normalise == "instance_norm" and not self.dense,
+            f"instance_norm is over the patches of an image, and a {self.representation} target "
+            "has none; set normalise: layer_norm or l2",
+        )
+        yield (
+            self.normalise_prediction == "instance_norm",
+            "instance_norm needs all patches of an image, and predictions are of some; leave "
+            "normalise_prediction out",
+        )
+
+    def _decoders(self) -> Iterable[tuple[bool, str]]:
+        yield (
+            not self.dense and self.decoder != "transformer",
+            f"a {self.representation} target has no positions that a decoder could predict; leave "
+            "decoder out (for global targets see model.global_head)",
+        )
+        yield (
+            self.decoder == "projector" and self.representation == "pixels",
+            "the projector maps both sides, and pixels are no features; set decoder: linear or "
+            "transformer",
+        )
+        yield (
+            self.match == "similarity" and not (self.tokenwise and self.view == "other"),
+            "matching by similarity pairs tokens of two views; set view: other and decoder: "
+            "projector or linear, or match: position",
+        )
+        yield (
+            self.match == "similarity" and self.representation != "features",
+            "similarity is that of features; set representation: features or match: position",
+        )
+
+    def _queues(self) -> Iterable[tuple[bool, str]]:
+        law = self.likelihood
+        if isinstance(law, Gaussian):
+            return
+        yield (
+            law.candidates == "own" and not law.queue,
+            "its own target is the only candidate, so that nothing is told apart; set "
+            "likelihood.queue, or candidates: global",
+        )
+        yield (
+            law.queue > 0 and not (self.encoded and self.encoder == "momentum"),
+            "a queue needs targets that change slowly; set encoder: momentum and representation: "
+            "global or features, or queue: 0",
+        )
+        yield (
+            law.queue > 0 and self.normalise == "instance_norm",
+            "the queue of a dense group holds means over patches, which instance_norm makes zero; "
+            "set normalise: l2 or queue: 0",
+        )
+        yield (
+            law.queue > 0 and law.symmetric,
+            "the queue holds targets and no predictions, so that the other direction has no "
+            "negatives; set likelihood.symmetric: false or queue: 0",
+        )
+
+
+class Input(Node):
+    """What the online encoder sees: the clean input view, a masked one, or a mix of two images.
+
+    `pairing` says which image a mix takes for image j: its neighbour in the stream, a shuffled one
+    of the micro-batch, or the other view of image i itself. With `both_views` each view is once
+    the input and once the target, and the loss is the mean of both.
+    """
+
+    corruption: Literal["none", "mask", "mix"] = "mix"
+    mask: Literal["block", "random"] = "block"
+    patch: Count = 16
+    ratio: Annotated[float, Field(gt=0, lt=1)] = 0.5
+    pairing: Literal["neighbours", "shuffled", "self"] = "neighbours"
+    both_views: bool = False
+
+
+class Balance(Node):
+    """`lambda = gamma g_ssp / g_sp`, `g` moving averages of gradient norms at the features."""
+
+    gamma: Positive = 1.0
+    decay: Fraction = 0.99
+
+
+class Objective(Node):
+    """Input and list of target groups; `L = sum_k -log P_k(z_k | z_hat_k)`.
+
+    `without_source` says what becomes of text and category targets for which no data source has
+    supervision: one file of M3I then serves captions alone, categories alone and both.
+    """
+
+    input: Input = Input()
+    targets: list[Target] = Field(min_length=1)
+    without_source: Literal["refuse", "drop"] = "refuse"
+    balance: Balance | None = Balance()
+
+    @property
+    def representations(self) -> set[str]:
+        """What the targets are: "pixels", "features", "global", "text", "category"."""
+        return {target.representation for target in self.targets}
+
+    @property
+    def pooled(self) -> bool:
+        """Whether some target is predicted from the pooled vector; else nothing trains the pool."""
+        return any(not target.dense for target in self.targets)
+
+    @property
+    def two_views(self) -> bool:
+        """Whether anything uses another view of image i or j than the input's."""
+        mixed_with_itself = self.input.corruption == "mix" and self.input.pairing == "self"
+        other = any(target.view == "other" for target in self.targets)
+        return other or mixed_with_itself or self.input.both_views
+
+    def masked_positions(self, target: Target) -> bool:
+        """Whether a dense loss covers the masked patches only.
+
+        `positions: auto` does in the view that the input shows, and covers all in another.
+        """
+        auto = target.positions == "auto" and target.dense and target.view == "same"
+        return target.positions == "masked" or (auto and self.input.corruption != "none")
+
+    def without(self, representations: set[str]) -> Objective:
+        """The same without targets of these representations.
+
+        Raises:
+            ValueError: what is left is impossible.
+        """
+        kept = [t for t in self.targets if t.representation not in representations]
+        return self.model_copy(update={"targets": kept})._checked()
+
+    @model_validator(mode="after")
+    def _possible(self) -> Objective:
+        return self._checked()
+
+    def _checked(self) -> Objective:
+        problem = next((why for bad, why in self._impossible() if bad), None)
+        if problem:
+            raise ValueError(problem)
+        return self
+
+    def _impossible(self) -> Iterable[tuple[bool, str]]:
+        yield (
+            not self.targets,
+            "no target is left, for no data source has what they ask for; add one to data.sources "
+            "or train by another objective",
+        )
+        names = [target.name for target in self.targets]
+        yield len(set(names)) < len(names), f"target names must differ, got {names}"
+        for target in self.targets:
+            yield (
+                target.image == "j" and self.input.corruption != "mix",
+                f"target {target.name!r} is of image j, which only a mix contains; "
+                "set input.corruption: mix or image: i",
+            )
+            yield (
+                target.positions == "masked" and self.input.corruption == "none",
+                f"target {target.name!r} asks for masked positions of an unmasked input; "
+                "set input.corruption: mask or mix, or positions: all",
+            )
+        for what in self.representations:
+            laws = [t.likelihood for t in self.targets if t.representation == what]
+            scales = {(w.temperature, w.learnable) for w in laws if isinstance(w, Boltzmann)}
+            yield (
+                len(scales) > 1,
+                f"all {what} targets with a softmax share one likelihood.temperature (and whether "
+                f"it is learnable), got {sorted(scales)}",
+            )
+        yield (
+            self.balance is not None and len({target.supervised for target in self.targets}) < 2,
+            "balance weighs self-supervised against supervised targets and only one kind is "
+            "present; set objective.balance: null",
+        )

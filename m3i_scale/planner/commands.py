@@ -1,0 +1,141 @@
+"""`m3i plan`: what a run needs, before it starts."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from m3i_scale.config import Config, ConfigError, load_config
+from m3i_scale.planner.gpus import GPUS, gpu
+
+DESCRIPTION = """Plan a run: memory, communication, FLOPs, time and data of a configuration on GPUs.
+
+Needs no GPU. Memory and communication follow from how the engine works; times rest on the
+assumptions printed with them. With --sweep also a table (and with --out a plot) over GPU counts."""
+
+
+def register(commands: Any) -> None:
+    """Add the command to an `ArgumentParser.add_subparsers()`."""
+    from m3i_scale.planner.estimate import Assumptions
+
+    default = Assumptions()
+    parser = commands.add_parser(
+        "plan",
+        help="memory, communication, time and data of a run, before it starts",
+        description=DESCRIPTION,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--config", required=True, metavar="FILE", help="YAML file; see configs/")
+    parser.add_argument("--gpu", default="h100", help=f"{', '.join(GPUS)} (%(default)s)")
+    parser.add_argument("--nodes", type=_positive, default=1, help="(%(default)s)")
+    parser.add_argument("--gpus-per-node", type=_positive, default=8, help="(%(default)s)")
+    parser.add_argument(
+        "--samples", type=float, metavar="N", help="in one epoch, where the length is in epochs"
+    )
+    parser.add_argument(
+        "--sweep", metavar="N,N,...", help="numbers of GPUs, multiples of --gpus-per-node"
+    )
+    parser.add_argument("--out", type=Path, metavar="FOLDER", help="for plan.txt and sweep.png")
+    parser.add_argument(
+        "--utilisation", type=float, default=default.utilisation, metavar="SHARE",
+        help="of the peak, reached while computing (%(default)s)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--network", type=float, metavar="GBYTE_S", help="between nodes, per GPU (by GPU kind)"
+    )
+    parser.add_argument(
+        "--sample-bytes", type=float, default=default.sample_bytes, metavar="N",
+        help="of a stored image with its caption (%(default)s)",
+    )  # fmt: skip
+    parser.add_argument("overrides", nargs="*", metavar="a.b=value", help="changes to the file")
+    parser.set_defaults(run=run)
+
+
+def run(options: argparse.Namespace) -> int:
+    """`m3i plan`."""
+    from m3i_scale.planner.estimate import Assumptions, Cluster, make_plan
+    from m3i_scale.planner.report import describe, run_length, sweep_plot, sweep_table
+    from m3i_scale.profiling.trace import survey
+
+    config = load_config(options.config, options.overrides)
+    unit = gpu(options.gpu)
+    if options.network:
+        unit = unit._replace(across=options.network * 1e9)
+    length = run_length(config, options.samples and round(options.samples))
+    assumed = Assumptions(utilisation=options.utilisation, sample_bytes=options.sample_bytes)
+    seen = survey(config, kernels=config.engine.kernels != "reference")
+    cluster = Cluster(unit, options.nodes, options.gpus_per_node)
+    plan = make_plan(config, seen, cluster, assumed)
+    text = describe(plan, seen, length, [] if plan.fits else list(remedies(config, seen, plan)))
+    if options.sweep:
+        counts = _node_counts(options.sweep, options.gpus_per_node)
+        plans = [make_plan(config, seen, cluster._replace(nodes=n), assumed) for n in counts]
+        text += "\n" + sweep_table(plans, length)
+    print(text, end="")
+    if options.out:
+        options.out.mkdir(parents=True, exist_ok=True)
+        (options.out / "plan.txt").write_text(text)
+        if options.sweep:
+            sweep_plot(plans, length, options.out / "sweep.png")
+    return 0
+
+
+def remedies(config: Config, seen: Any, plan: Any) -> Iterator[str]:
+    """Changes, smallest first, each of which alone or together makes the plan fit."""
+    from m3i_scale.planner.estimate import make_plan
+
+    def fits(changed: Config, checkpointed: bool | None, cluster: Any = plan.cluster) -> bool:
+        return make_plan(changed, seen, cluster, plan.assumed, checkpointed=checkpointed).fits
+
+    all_recomputed = all(block.recomputed for block in seen.blocks)
+    options = [(None, "")] if all_recomputed else [(None, ""), (True, "checkpoint_blocks: true, ")]
+    offloaded = _changed(config, zero={"offload_optimizer": True})
+    for checkpointed, words in options:
+        if words and fits(config, checkpointed):
+            yield f"{words.rstrip(', ')} for all networks"
+        for changed, offload in ((config, ""), (offloaded, "engine.zero.offload_optimizer=true, ")):
+            micro = _largest_micro_batch(plan, lambda c, k=checkpointed: fits(c, k), changed)
+            if micro:
+                yield f"{words}{offload}optimizer.max_micro_batch={micro}"
+                break
+    for factor in (2, 4, 8, 16):
+        cluster = plan.cluster._replace(nodes=plan.cluster.nodes * factor)
+        try:
+            if fits(config, None, cluster):
+                yield f"{cluster.nodes} nodes"
+                return
+        except ConfigError:
+            continue
+
+
+def _largest_micro_batch(plan: Any, fits: Any, config: Config) -> int | None:
+    share = config.optimizer.batch // plan.cluster.ranks
+    sizes = (m for m in range(plan.batch.micro, 0, -2) if m % 2 == 0 and share % m == 0)
+    return next((m for m in sizes if fits(_changed(config, max_micro_batch=m))), None)
+
+
+def _changed(config: Config, *, zero: dict[str, Any] | None = None, **optimizer: Any) -> Config:
+    engine = config.engine
+    changed = engine.model_copy(update={"zero": engine.zero.model_copy(update=zero or {})})
+    optimiser = config.optimizer.model_copy(update=optimizer)
+    return config.model_copy(update={"engine": changed, "optimizer": optimiser})
+
+
+def _node_counts(text: str, per_node: int) -> list[int]:
+    try:
+        gpus = [int(word) for word in text.split(",")]
+    except ValueError:
+        raise ValueError(f"--sweep {text}: write numbers of GPUs, for instance 8,16,32") from None
+    odd = [n for n in gpus if n < 1 or n % per_node]
+    if odd:
+        raise ValueError(f"--sweep: {odd[0]} GPUs are no whole nodes of {per_node} GPUs")
+    return [n // per_node for n in gpus]
+
+
+def _positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not positive")
+    return value

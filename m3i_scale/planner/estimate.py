@@ -1,0 +1,366 @@
+"""What a run needs, before it starts: memory, communication, time, data. `m3i plan` prints it.
+
+Nothing is run but one pass on fake tensors (`survey`) and a replay of what ZeRO-3 gathers
+(`gathers`); state and traffic follow from how the engine shards (`zero`, `shards`, `momentum`).
+Memory and traffic are compared with real ranks in tests/planner/test_estimate.py; times rest on the
+`Assumptions`, which are printed with them.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from m3i_scale.config import Boltzmann, Config, Target
+from m3i_scale.engine import memory
+from m3i_scale.engine.schedules import BatchPlan, plan_batch
+from m3i_scale.engine.zero import deepspeed_config
+from m3i_scale.planner.gpus import Gpu
+from m3i_scale.planner.zero3_replay import Replay, Settings, uses
+from m3i_scale.profiling.flops import Flops, flops_of
+from m3i_scale.profiling.trace import DTYPES, Survey, Weight
+
+USABLE = 0.95  # of a GPU's memory; the driver and fragments have the rest
+HPZ = "node's copies (hpZ)"
+
+
+class Cluster(NamedTuple):
+    """GPUs and how they are connected."""
+
+    gpu: Gpu
+    nodes: int
+    per_node: int
+
+    @property
+    def ranks(self) -> int:
+        """One process per GPU."""
+        return self.nodes * self.per_node
+
+
+class Assumptions(NamedTuple):
+    """What is not derived; printed with every plan."""
+
+    utilisation: float = 0.30  # of the peak, by what is really computed, while computing
+    links: float = 0.75  # of a link's bandwidth, by large collectives
+    overlap: float = 0.70  # of the computing time that can hide communication
+    latency: float = 20e-6  # seconds per collective, times 1 + log2(nodes)
+    workspace: float = 2.5e9  # bytes: device context, NCCL, cuBLAS, cuDNN
+    sample_bytes: float = 30e3  # of one stored image with its caption
+
+
+class Traffic(NamedTuple):
+    """One kind of collective in one optimiser step."""
+
+    name: str
+    size: float  # bytes of the full tensors
+    sent: float  # bytes that each GPU sends, by ring algorithms
+    local: bool  # inside nodes only
+
+
+class Flow(NamedTuple):
+    """What one optimiser step moves between ranks, and what of it lives at once."""
+
+    traffic: list[Traffic]
+    collectives: int = 0
+    live: int = 0  # most gathered elements at once
+    waiting: int = 0  # gathered elements between forward and backward
+
+
+class Activations(NamedTuple):
+    """Bytes per sample between forward and backward."""
+
+    kept: float
+    inside: float  # of the one block that is being recomputed
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Everything about one configuration on one cluster."""
+
+    config: Config
+    cluster: Cluster
+    assumed: Assumptions
+    batch: BatchPlan
+    checkpointed: bool | None
+    state: dict[str, float]  # bytes per GPU, as `memory.held_memory` measures them
+    host: dict[str, float]  # bytes per GPU in the host's memory (offload)
+    passing: dict[str, float]  # bytes per GPU that live during a step
+    update: float  # bytes per GPU of temporaries in the optimiser's update
+    waiting_parameters: float  # bytes per GPU, gathered, between forward and backward
+    flow: Flow
+    flops: Flops
+    checkpoint: float  # bytes on disk
+
+    @property
+    def peak_memory(self) -> float:
+        """Bytes per GPU at the worst moment of a step."""
+        worst = max(sum(self.passing.values()), self.update)
+        return sum(self.state.values()) + worst + self.assumed.workspace
+
+    @property
+    def fits(self) -> bool:
+        """Whether the GPU's memory holds it."""
+        return self.peak_memory <= USABLE * self.cluster.gpu.memory
+
+    @property
+    def computing(self) -> float:
+        """Seconds of a step in which the GPUs compute."""
+        share = self.batch.batch / self.cluster.ranks
+        return self.flops.hardware * share / (self.cluster.gpu.peak * self.assumed.utilisation)
+
+    @property
+    def communicating(self) -> float:
+        """Seconds of a step in which collectives run."""
+        cluster, assumed = self.cluster, self.assumed
+        latency = assumed.latency * (1 + math.log2(cluster.nodes))
+        moving = sum(_seconds(t, cluster, assumed) for t in self.flow.traffic)
+        return self.flow.collectives * latency + moving
+
+    @property
+    def step(self) -> float:
+        """Seconds of a step."""
+        hidden = self.assumed.overlap * self.computing
+        return self.computing + max(0.0, self.communicating - hidden)
+
+    @property
+    def utilisation(self) -> float:
+        """Model FLOPs utilisation: what the method needs, over what the peak would allow."""
+        needed = self.flops.model * self.batch.batch / self.cluster.ranks
+        return needed / (self.cluster.gpu.peak * self.step)
+
+
+def make_plan(
+    config: Config,
+    seen: Survey,
+    cluster: Cluster,
+    assumed: Assumptions = Assumptions(),  # noqa: B008  immutable
+    *,
+    checkpointed: bool | None = None,
+) -> Plan:
+    """Plan a configuration on a cluster.
+
+    Args:
+        config: the whole of it.
+        seen: what `survey` found out about its networks.
+        cluster: where it is to run.
+        assumed: figures that are not derived.
+        checkpointed: all blocks or none; None as configured.
+
+    Raises:
+        ConfigError: the batch cannot be spread over that many GPUs.
+    """
+    batch = plan_batch(config.optimizer.batch, config.optimizer.max_micro_batch, cluster.ranks)
+    deepspeed = deepspeed_config(config, batch)
+    widths = Widths.of(config, deepspeed)
+    state = state_memory(seen.weights, cluster.ranks, widths, deepspeed)
+    offloaded = (memory.MASTER, memory.MOMENTS, memory.GRADIENTS)
+    host = {k: state.pop(k) for k in offloaded if config.engine.zero.offload_optimizer}
+    flow = step_flow(config, seen, cluster.ranks, batch, deepspeed, checkpointed=checkpointed)
+    acts = activations(seen, checkpointed)
+    trained = sum(w.elements for w in seen.weights if w.trained)
+    bucket = min(int(deepspeed["zero_optimization"]["reduce_bucket_size"]), trained)
+    group = int(deepspeed["zero_optimization"].get("sub_group_size", 1e9))
+    owned = sum(shard(w.elements, cluster.ranks) for w in seen.weights if w.trained)
+    averaged = sum(w.elements for w in averaged_weights(seen.weights))
+    passing = {
+        "activations": acts.kept * batch.micro,
+        "block being recomputed": acts.inside * batch.micro,
+        memory.GATHERED: flow.live * widths.compute,
+        "gradients being reduced": bucket * widths.reduced,
+    }
+    return Plan(
+        config=config,
+        cluster=cluster,
+        assumed=assumed,
+        batch=batch,
+        checkpointed=checkpointed,
+        state=state,
+        host=host,
+        passing=passing,
+        update=0 if host else min(group, owned) * widths.master,
+        flow=flow,
+        waiting_parameters=flow.waiting * widths.compute,
+        flops=flops_of(seen),
+        checkpoint=3 * trained * widths.master + 4 * averaged,
+    )
+
+
+# ------------------------------------------------------------------------------------------- memory
+
+
+class Widths(NamedTuple):
+    """Bytes per element."""
+
+    compute: int
+    master: int  # weights that the optimiser updates, and Adam's moments
+    accumulated: int  # gradient shards
+    reduced: int  # gradients on the wire
+
+    @classmethod
+    def of(cls, config: Config, deepspeed: dict[str, Any]) -> Widths:
+        """Of a configuration and DeepSpeed's own."""
+        bf16 = deepspeed.get("bf16", {}).get("bf16_master_weights_and_grads", False)
+        return cls(
+            DTYPES[config.engine.precision].itemsize,
+            2 if bf16 else 4,
+            DTYPES[deepspeed["data_types"]["grad_accum_dtype"]].itemsize,
+            DTYPES[deepspeed["communication_data_type"]].itemsize,
+        )
+
+
+def shard(elements: int, ranks: int) -> int:
+    """Elements of a parameter that one rank holds, padding included."""
+    return -(-elements // ranks)
+
+
+def averaged_weights(weights: list[Weight]) -> list[Weight]:
+    """Parameters of the momentum encoder that follow a trained one."""
+    trained = {w.name for w in weights if w.trained}
+    return [
+        w
+        for w in weights
+        if w.name.startswith("momentum.")
+        and f"online.{w.name.removeprefix('momentum.')}" in trained
+    ]
+
+
+def state_memory(
+    weights: list[Weight], ranks: int, widths: Widths, deepspeed: dict[str, Any]
+) -> dict[str, float]:
+    """Bytes per rank of what lives as long as the run, by the kinds of `memory.held_memory`."""
+    zero = deepspeed["zero_optimization"]
+    owned = sum(shard(w.elements, ranks) for w in weights if w.trained)
+    frozen = sum(shard(w.elements, ranks) for w in weights if not w.trained)
+    averaged = sum(shard(w.elements, ranks) for w in averaged_weights(weights))
+    threshold, hpz = zero["stage3_param_persistence_threshold"], zero["zero_hpz_partition_size"]
+    # The momentum encoder's small parameters are partitioned again whenever they are written.
+    kept = sum(
+        ranks * shard(w.elements, ranks)
+        for w in weights
+        if w.elements <= threshold and not w.name.startswith("momentum.")
+    )
+    state: dict[str, float] = {
+        memory.PARAMETERS: owned * widths.compute,
+        memory.MASTER: owned * widths.master if widths.master != widths.compute else 0,
+        memory.MOMENTS: 2 * owned * widths.master,
+        memory.GRADIENTS: owned * widths.accumulated,
+        memory.ENCODER: frozen * widths.compute,
+        memory.AVERAGES: 4 * averaged,
+        memory.BUFFERS: zero["reduce_bucket_size"] * widths.reduced,
+        memory.GATHERED: kept * widths.compute if ranks > 1 else 0,
+    }
+    if hpz > 1:
+        large = (w.elements for w in weights if w.elements > threshold)
+        state[HPZ] = sum(shard(elements, hpz) for elements in large) * widths.compute
+    return state
+
+
+def activations(seen: Survey, checkpointed: bool | None = None) -> Activations:
+    """Bytes per sample that wait for the backward pass; None: as configured."""
+    kept, inside = seen.outside, 0.0
+    for block in seen.blocks:
+        if block.recomputed if checkpointed is None else checkpointed:
+            kept += block.input
+            inside = max(inside, block.inside)
+        else:
+            kept += block.inside
+    return Activations(kept, inside)
+
+
+# -------------------------------------------------------------------------------------------- links
+
+
+def step_flow(
+    config: Config,
+    seen: Survey,
+    ranks: int,
+    batch: BatchPlan,
+    deepspeed: dict[str, Any],
+    *,
+    checkpointed: bool | None = None,
+) -> Flow:
+    """Collectives of one optimiser step.
+
+    Flags, norms and figures, some hundred bytes a step, are left out.
+    """
+    if ranks == 1:
+        return Flow([])
+    settings, widths = Settings.of(deepspeed), Widths.of(config, deepspeed)
+    hpz = deepspeed["zero_optimization"]["zero_hpz_partition_size"]
+    replay = Replay(seen.weights, uses(seen, checkpointed=checkpointed), settings, hpz=hpz > 1)
+    small = {w.name for w in seen.weights if w.elements <= settings.persistence_threshold}
+    first = replay.micro_step({name for name in small if not name.startswith("momentum.")})
+    later = replay.micro_step(small)
+    times = batch.accumulation - 1
+    found: list[Traffic] = []
+
+    def gather(name: str, sizes: Counter[int], group: int, local: bool) -> None:
+        size = sum(n * group * shard(e, group) for e, n in sizes.items()) * widths.compute
+        found.append(Traffic(f"all-gather, {name}", size, size * (group - 1) / group, local))
+
+    for phase in ("momentum encoder", "forward", "backward"):
+        sizes, inside = (
+            Counter({e: one[e] + times * more[e] for e in one | more})
+            for one, more in (
+                (first.elements[phase], later.elements[phase]),
+                (first.local[phase], later.local[phase]),
+            )
+        )
+        gather(phase, sizes, ranks, local=False)
+        gather(f"{phase}, inside nodes", inside, hpz, local=True)
+    sizes = Counter(w.elements for w in seen.weights if w.name in small)
+    gather("small parameters after the update", sizes, ranks, local=False)
+
+    reduced = sum(ranks * shard(w.elements, ranks) for w in seen.weights if w.trained)
+    size = batch.accumulation * reduced * widths.reduced
+    found.append(
+        Traffic("reduce-scatter, gradients", size, size * (ranks - 1) / ranks, local=False)
+    )
+    found += _contrast(config, seen, ranks, batch)
+    bucket = int(deepspeed["zero_optimization"]["reduce_bucket_size"])
+    buckets = batch.accumulation * math.ceil(reduced / bucket)
+    collectives = first.collectives + times * later.collectives + buckets + 1
+    return Flow(
+        [t for t in found if t.size],
+        collectives,
+        max(first.live, later.live),
+        max(first.at_turn, later.at_turn),
+    )
+
+
+def _contrast(config: Config, seen: Survey, ranks: int, batch: BatchPlan) -> Iterator[Traffic]:
+    """Targets that are gathered from all ranks for a softmax, and their gradients."""
+    gathered = reduced = 0.0
+    for target in config.objective.targets:
+        law = target.likelihood
+        if not isinstance(law, Boltzmann) or law.candidates != "global":
+            continue
+        if target.representation == "category":
+            continue
+        rows = ranks * batch.micro * batch.accumulation * (seen.tokens if target.dense else 1)
+        size = 4 * rows * _target_width(config, seen, target)
+        carries = target.representation == "text"  # image targets carry no gradient
+        gathered += size * (1 + law.symmetric) + rows
+        reduced += size * (carries + law.symmetric)
+    share = (ranks - 1) / ranks
+    yield Traffic("all-gather, targets of the softmax", gathered, gathered * share, local=False)
+    yield Traffic("all-reduce, their gradients", reduced, 2 * reduced * share, local=False)
+
+
+def _target_width(config: Config, seen: Survey, target: Target) -> int:
+    if target.representation == "text":
+        assert config.model.text is not None
+        return config.model.text.embed_dim
+    return seen.width if target.dense else config.model.global_head.width
+
+
+def _seconds(traffic: Traffic, cluster: Cluster, assumed: Assumptions) -> float:
+    """All GPUs of a node send through their own port: a node's ports work side by side."""
+    inside = traffic.sent / cluster.gpu.inside
+    if traffic.local or cluster.nodes == 1:
+        return inside / assumed.links
+    across = traffic.sent / (cluster.gpu.across * cluster.per_node)
+    return max(inside, across) / assumed.links

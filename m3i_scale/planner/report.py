@@ -1,0 +1,191 @@
+"""A plan as text, and a sweep over numbers of GPUs as a table and a plot."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from m3i_scale.config import Config
+from m3i_scale.planner.estimate import USABLE, Plan, activations
+from m3i_scale.profiling.trace import Survey
+
+GIB = 2**30
+
+
+class Length(NamedTuple):
+    """How long the run is."""
+
+    steps: int
+    batch: int
+
+
+def run_length(config: Config, epoch_samples: int | None) -> Length:
+    """Optimiser steps of the configuration.
+
+    Raises:
+        ValueError: the length is stated in epochs and nobody said how many samples one has.
+    """
+    span = config.optimizer.length
+    if span.unit == "epochs" and epoch_samples is None:
+        raise ValueError(
+            f"optimizer.length is {span}; say how many samples an epoch has, with --samples"
+        )
+    batch = config.optimizer.batch
+    return Length(span.steps(batch=batch, epoch_samples=epoch_samples or 0), batch)
+
+
+def describe(plan: Plan, seen: Survey, length: Length, remedies: Sequence[str]) -> str:
+    """The whole plan."""
+    parts = (
+        _head(plan, seen), _memory(plan, seen), _verdict(plan, remedies), _compute(plan),
+        _traffic(plan), _time(plan, length), _assumptions(plan),
+    )  # fmt: skip
+    return "\n".join("\n".join(part) + "\n" for part in parts)
+
+
+def _head(plan: Plan, seen: Survey) -> Iterator[str]:
+    cluster, batch = plan.cluster, plan.batch
+    trained = sum(w.elements for w in seen.weights if w.trained)
+    frozen = sum(w.elements for w in seen.weights if not w.trained)
+    yield (
+        f"{plan.config.run}: {plan.config.model.backbone.name}, {plan.config.data.image_size} "
+        f"pixels, {trained / 1e6:,.1f} M parameters trained, {frozen / 1e6:,.1f} M averaged"
+    )
+    yield (
+        f"{cluster.nodes} nodes x {cluster.per_node} {cluster.gpu.name}; batch {batch.batch:,} = "
+        f"{batch.micro} x {batch.accumulation} accumulated x {cluster.ranks} GPUs"
+    )
+
+
+def _memory(plan: Plan, seen: Survey) -> Iterator[str]:
+    yield f"{f'memory per GPU, {plan.config.engine.precision}':42s}{'GiB':>8s}"
+    for kind, size in plan.state.items():
+        yield _row(kind, size / GIB)
+    for kind, size in plan.passing.items():
+        yield _row(f"{kind} (in a step)", size / GIB)
+    yield _row("device context, libraries", plan.assumed.workspace / GIB)
+    yield _row("at most", plan.peak_memory / GIB)
+    for kind, size in plan.host.items():
+        yield _row(f"on the host: {kind}", size / GIB)
+    for name, checkpointed in (("with", True), ("without", False)):
+        acts = activations(seen, checkpointed)
+        size = (acts.kept + acts.inside) * plan.batch.micro / GIB
+        yield _row(f"activations {name} checkpointing", size)
+
+
+def _verdict(plan: Plan, remedies: Sequence[str]) -> Iterator[str]:
+    usable = USABLE * plan.cluster.gpu.memory / GIB
+    if plan.fits:
+        yield f"It fits: {plan.peak_memory / GIB:.1f} of {usable:.1f} GiB that can be used."
+        return
+    yield (
+        f"It does NOT fit: {plan.peak_memory / GIB:.1f} GiB are needed, {usable:.1f} can be used."
+    )
+    if remedies:
+        yield f"What would fit: {'; or '.join(remedies)}."
+    else:
+        yield "No setting of this program would make it fit; take more GPUs, or larger ones."
+
+
+def _compute(plan: Plan) -> Iterator[str]:
+    yield "FLOPs per sample            forward    backward  recomputed   (1e9)"
+    for name, part in plan.flops.parts.items():
+        yield f"  {name:22s}" + "".join(f"{value / 1e9:12,.1f}" for value in part)
+    yield f"  model {plan.flops.model / 1e9:,.0f}, hardware {plan.flops.hardware / 1e9:,.0f}"
+
+
+def _traffic(plan: Plan) -> Iterator[str]:
+    yield "communication per step          full tensors, GB   sent by each GPU, GB"
+    for traffic in plan.flow.traffic:
+        yield f"  {traffic.name:42s}{traffic.size / 1e9:8.2f}{traffic.sent / 1e9:12.2f}"
+    total = sum(traffic.sent for traffic in plan.flow.traffic)
+    yield f"  {'in all':42s}{'':8s}{total / 1e9:12.2f}   ({plan.flow.collectives:,} collectives)"
+
+
+def _time(plan: Plan, length: Length) -> Iterator[str]:
+    rate = plan.batch.batch / plan.step
+    yield (
+        f"step {plan.step:.2f} s: {plan.computing:.2f} s computing, {plan.communicating:.2f} s "
+        f"communicating in the background; model FLOPs utilisation {100 * plan.utilisation:.0f} %"
+    )
+    yield (
+        f"stream {rate:,.0f} samples/s, {rate * plan.assumed.sample_bytes / 1e6:,.0f} MB/s in all, "
+        f"{rate / plan.cluster.nodes:,.0f} samples/s and node"
+    )
+    yield f"{length.steps:,} steps: {days(plan, length):.1f} days"
+    yield f"checkpoint {plan.checkpoint / 1e9:.1f} GB"
+
+
+def _assumptions(plan: Plan) -> Iterator[str]:
+    assumed, unit = plan.assumed, plan.cluster.gpu
+    yield "assumed"
+    yield (
+        f"  GPUs reach {100 * assumed.utilisation:.0f} % of {unit.peak / 1e12:,.0f} TFLOP/s while "
+        "computing, recomputation included"
+    )
+    yield (
+        f"  links: {unit.inside / 1e9:.0f} GB/s inside a node, {unit.across / 1e9:.0f} GB/s per "
+        f"GPU between nodes, of which {100 * assumed.links:.0f} % are reached; "
+        f"{assumed.latency * 1e6:.0f} us per collective x (1 + log2 nodes)"
+    )
+    yield (
+        f"  communication hides behind {100 * assumed.overlap:.0f} % of computing; "
+        "the rest is added"
+    )
+    yield f"  {assumed.sample_bytes / 1e3:.0f} kB per sample; no waiting for data, no restarts"
+
+
+def _row(name: str, value: float) -> str:
+    return f"  {name:40s}{value:8.2f}"
+
+
+def days(plan: Plan, length: Length) -> float:
+    """Days to the end of the run."""
+    return length.steps * plan.step / 86400
+
+
+def sweep_table(plans: Sequence[Plan], length: Length) -> str:
+    """One line per number of GPUs."""
+    lines = ["  GPUs   micro x accumulated   GiB/GPU  fits   s/step   samples/s   MFU %    days"]
+    for plan in plans:
+        rate = plan.batch.batch / plan.step
+        lines.append(
+            f"{plan.cluster.ranks:6d}{plan.batch.micro:8d} x {plan.batch.accumulation:<11d}"
+            f"{plan.peak_memory / GIB:9.1f}{'yes' if plan.fits else 'NO':>6s}{plan.step:9.2f}"
+            f"{rate:12,.0f}{100 * plan.utilisation:8.1f}{days(plan, length):8.1f}"
+        )
+    return "\n".join(lines) + "\n"
+
+
+def sweep_plot(plans: Sequence[Plan], length: Length, path: Path) -> None:
+    """Days and memory over the number of GPUs, as a PNG file."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9, 3.6), layout="constrained")
+    time, space = figure.subplots(1, 2)
+    gpus = [plan.cluster.ranks for plan in plans]
+    time.plot(gpus, [days(plan, length) for plan in plans], "o-", label="planned")
+    ideal = days(plans[0], length) * gpus[0]
+    time.plot(gpus, [ideal / n for n in gpus], ":", color="grey", label="in proportion to GPUs")
+    time.set(xscale="log", yscale="log", ylabel="days to the end")
+    kinds = {
+        "state": [sum(plan.state.values()) for plan in plans],
+        "in a step": [max(sum(p.passing.values()), p.update) for p in plans],
+        "context, libraries": [plan.assumed.workspace for plan in plans],
+    }
+    positions = range(len(plans))
+    below = [0.0] * len(plans)
+    for name, sizes in kinds.items():
+        space.bar(positions, [s / GIB for s in sizes], bottom=below, label=name)
+        below = [b + s / GIB for b, s in zip(below, sizes, strict=True)]
+    usable = USABLE * plans[0].cluster.gpu.memory / GIB
+    space.axhline(usable, color="black", linestyle="--", label="can be used")
+    space.set_xticks(list(positions), [str(n) for n in gpus])
+    space.set(ylabel="GiB per GPU", ylim=(0, 1.4 * max(usable, max(below))))  # room for the legend
+    time.set_xticks(gpus, [str(n) for n in gpus], rotation=60)
+    time.minorticks_off()
+    for axes in (time, space):
+        axes.set_xlabel(f"GPUs ({plans[0].cluster.gpu.name})")
+        axes.legend(frameon=False, fontsize=8)
+    figure.savefig(path, dpi=120)

@@ -1,0 +1,1 @@
+"""What a training step computes and keeps, traced without data or a device."""

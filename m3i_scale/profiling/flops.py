@@ -1,0 +1,74 @@
+"""Floating-point operations of training, counted by running the networks without data.
+
+Convention: one multiply-add is 2 FLOPs; a backward pass is twice its forward pass. Counted are
+matrix products, attention, convolutions and DCNv3; element-wise work, norms, softmax and optimiser
+are left out, and so is the product of predictions with the targets of other ranks. Texts count at
+their full length. DCNv3 counts as its authors count it: 5 multiply-adds per position, sampling
+point and channel (four for the bilinear reading, one for the weight).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from m3i_scale.config import Config
+from m3i_scale.profiling.trace import Survey, survey
+
+
+class PartFlops(NamedTuple):
+    """FLOPs per sample of one part of a training step."""
+
+    forward: float
+    backward: float  # 0 where nothing is trained
+    recomputed: float  # forward passes repeated by activation checkpointing
+
+
+@dataclass(frozen=True)
+class Flops:
+    """FLOPs per sample of one optimiser step, by part.
+
+    Parts: "backbone" (the online encoder on the input, and on clean views where those are its
+    targets), "momentum encoder" (on all clean views), "decoder" (once per dense target), "text
+    tower", "heads" (pooling, projections, classifier). Only those that the objective has.
+    """
+
+    parts: dict[str, PartFlops]
+
+    @property
+    def forward(self) -> float:
+        """One forward pass of everything."""
+        return sum(part.forward for part in self.parts.values())
+
+    @property
+    def model(self) -> float:
+        """What the method needs, without recomputation; what model FLOPs utilisation counts."""
+        return self.forward + sum(part.backward for part in self.parts.values())
+
+    @property
+    def hardware(self) -> float:
+        """What is computed, with the recomputation of activation checkpointing."""
+        return self.model + sum(part.recomputed for part in self.parts.values())
+
+
+def step_flops(config: Config) -> Flops:
+    """Count the FLOPs that one sample costs in one optimiser step.
+
+    May be called anywhere, also beside a running training: it uses no process group, and neither
+    memory nor random generators of a device.
+
+    Raises:
+        ValueError: the networks cannot be built.
+    """
+    return flops_of(survey(config, kernels=False))
+
+
+def flops_of(seen: Survey) -> Flops:
+    """The FLOPs that a survey has counted."""
+    return Flops(
+        {
+            part: PartFlops(forward, seen.backward[part], seen.recomputed[part])
+            for part, forward in seen.forward.items()
+            if forward
+        }
+    )

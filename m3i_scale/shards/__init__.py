@@ -1,0 +1,1 @@
+"""Offline tools for WebDataset shards: build, index, check, show."""

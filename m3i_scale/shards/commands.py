@@ -1,0 +1,194 @@
+"""The data commands of `m3i`: `m3i shards build|index|check|show` and `m3i glyphs`."""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from m3i_scale.data.storage import Storage
+
+Subparsers = Any  # argparse's own type for this is private
+
+
+def register(subparsers: Subparsers) -> None:
+    """Add the commands to an `ArgumentParser.add_subparsers()`; each sets `run(args) -> int`."""
+    shards = subparsers.add_parser("shards", help="build, index, check and show tar shards")
+    actions = shards.add_subparsers(required=True, metavar="build|index|check|show")
+    _add_build(actions)
+    _add_index(actions)
+    _add_check(actions)
+    _add_show(actions)
+    _add_glyphs(subparsers)
+
+
+def _add_build(actions: Subparsers) -> None:
+    parser = actions.add_parser(
+        "build", help="write shards from an image folder, a table or archives"
+    )
+    parser.add_argument("source", help="folder, .csv, .tsv or .parquet file, or glob of archives")
+    parser.add_argument("folder", help="where the shards go; the index is <folder>.parquet")
+    parser.add_argument("--shard-samples", type=int, default=10_000, help="at most (%(default)s)")
+    parser.add_argument("--shard-mib", type=int, default=1024, help="about at most (%(default)s)")
+    parser.add_argument("--resize", type=int, default=0, help="shorter side in pixels, 0: keep")
+    parser.add_argument("--reencode", action="store_true", help="write every image as RGB JPEG")
+    parser.add_argument("--quality", type=int, default=90, help="of new JPEGs (%(default)s)")
+    parser.add_argument("--caption-column", help="column of a table that holds captions")
+    parser.add_argument("--category-column", help="column of a table that holds categories")
+    parser.add_argument("--seed", type=int, default=0, help="of the shuffle (%(default)s)")
+    _add_common(parser)
+    parser.set_defaults(run=_build)
+
+
+def _build(args: argparse.Namespace) -> int:
+    from m3i_scale.shards.build import Recipe, build_shards
+
+    summary = build_shards(
+        args.source,
+        args.folder,
+        shard_samples=args.shard_samples,
+        shard_bytes=args.shard_mib << 20,
+        recipe=Recipe(args.resize, args.reencode, args.quality),
+        seed=args.seed,
+        processes=args.processes,
+        text_column=args.caption_column,
+        category_column=args.category_column,
+    )
+    print(summary)
+    return 0
+
+
+def _add_index(actions: Subparsers) -> None:
+    parser = actions.add_parser("index", help="index shards that exist already, local or remote")
+    parser.add_argument("shards", nargs="+", help="paths, URLs or globs of .tar files")
+    parser.add_argument("--output", "-o", required=True, help="the Parquet file to write")
+    parser.add_argument("--kind", required=True, choices=("text", "category", "both"))
+    parser.add_argument("--caption", help="member with the caption: txt, json:caption, ...")
+    parser.add_argument("--category", help="member with the category: cls, json:label, ...")
+    _add_common(parser)
+    _add_storage(parser)
+    parser.set_defaults(run=_index)
+
+
+def _index(args: argparse.Namespace) -> int:
+    from m3i_scale.shards.indexing import index_shards
+
+    summary = index_shards(
+        args.shards,
+        args.output,
+        kind=args.kind,
+        text_member=args.caption,
+        category_member=args.category,
+        processes=args.processes,
+        storage=_storage(args),
+    )
+    print(summary)
+    return 0
+
+
+def _add_check(actions: Subparsers) -> None:
+    parser = actions.add_parser("check", help="read and decode every sample; list the bad ones")
+    parser.add_argument("index", help="the Parquet index")
+    parser.add_argument("--output", "-o", help="write cause, shard and key of bad samples as CSV")
+    _add_storage(parser)
+    parser.set_defaults(run=_check)
+
+
+def _check(args: argparse.Namespace) -> int:
+    from m3i_scale.shards.inspect import check
+
+    report = check(args.index, storage=_storage(args))
+    print(report)
+    if args.output:
+        with open(args.output, "w", newline="", encoding="utf-8") as file:
+            csv.writer(file).writerows([("cause", "shard", "key"), *report.bad])
+    else:
+        for cause, shard, key in report.bad[:20]:
+            print(f"{cause}\t{shard}\t{key}")
+        if len(report.bad) > 20:
+            print(f"... and {len(report.bad) - 20:,} more: --output FILE lists all")
+    return 1 if report.bad else 0
+
+
+def _add_show(actions: Subparsers) -> None:
+    parser = actions.add_parser("show", help="draw a contact sheet with captions and histograms")
+    parser.add_argument("index", help="the Parquet index")
+    parser.add_argument("--output", "-o", default="shards.png", help="PNG to write (%(default)s)")
+    parser.add_argument("--count", type=int, default=48, help="samples to draw (%(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="which ones (%(default)s)")
+    parser.add_argument("--classes", help="JSON list of category names (build's classes.json)")
+    _add_storage(parser)
+    parser.set_defaults(run=_show)
+
+
+def _show(args: argparse.Namespace) -> int:
+    from m3i_scale.shards.inspect import show
+
+    classes = json.loads(Path(args.classes).read_text("utf-8")) if args.classes else None
+    show(
+        args.index,
+        args.output,
+        count=args.count,
+        seed=args.seed,
+        classes=classes,
+        storage=_storage(args),
+    )
+    print(args.output)
+    return 0
+
+
+def _add_glyphs(subparsers: Subparsers) -> None:
+    parser = subparsers.add_parser("glyphs", help="draw the small data set of the demo")
+    parser.add_argument("--out", default="data_demo/glyphs", help="folder (%(default)s)")
+    parser.add_argument("--image-size", type=int, default=80, help="pixels (%(default)s)")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--all", action="store_true", help="all named glyphs, about 46,000")
+    parser.add_argument("--plain", action="store_true", help="black on white, no colours")
+    parser.add_argument(
+        "--category-share",
+        type=float,
+        default=0.35,
+        help="share of the training glyphs that have a category and no caption (%(default)s)",
+    )
+    parser.set_defaults(run=_glyphs)
+
+
+def _glyphs(args: argparse.Namespace) -> int:
+    from m3i_scale.data.index import Index
+    from m3i_scale.shards.glyphs import DEMO_BLOCKS, build
+
+    blocks = None if args.all else DEMO_BLOCKS
+    data = build(
+        args.out,
+        image_size=args.image_size,
+        seed=args.seed,
+        blocks=blocks,
+        category_share=args.category_share,
+        plain=args.plain,
+    )
+    for source in (data.text, data.category, data.heldout):
+        print(f"{source.index}: {Index(source.index).samples:,} glyphs")
+    return 0
+
+
+def _add_common(parser: argparse.ArgumentParser) -> None:
+    cores = os.cpu_count() or 1
+    parser.add_argument("--processes", "-j", type=int, default=cores, help="(%(default)s)")
+
+
+def _add_storage(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--storage-options",
+        type=json.loads,
+        default={},
+        metavar="JSON",
+        help='per protocol, e.g. \'{"s3": {"endpoint_url": "https://..."}}\'',
+    )
+    parser.add_argument("--allow-pipe", action="store_true", help="run shards named pipe:<command>")
+
+
+def _storage(args: argparse.Namespace) -> Storage:
+    return Storage(options=args.storage_options, allow_pipe=args.allow_pipe)

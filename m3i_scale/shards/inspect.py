@@ -1,0 +1,142 @@
+"""Looking at indexed shards: which samples are bad, and what the good ones look like."""
+
+from __future__ import annotations
+
+import io
+import textwrap
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tqdm import tqdm
+
+from m3i_scale.data.decode import BadSample
+from m3i_scale.data.index import Index
+from m3i_scale.data.make import Fault, Sample
+from m3i_scale.data.sequential import central_square, walk
+from m3i_scale.data.source import Source
+from m3i_scale.data.storage import Storage
+
+
+def source_of(index: str, storage: Storage | None = None) -> Source:
+    """The source behind an index file, with the kind that its members allow."""
+    opened = Index(index, storage)
+    used = np.flatnonzero(opened.counts)
+    text = len(used) and all(opened.text_member[i] for i in used)
+    category = len(used) and all(opened.category_member[i] for i in used)
+    if not (text or category):
+        raise ValueError(f"{index} holds no usable sample")
+    kind = "both" if text and category else "text" if text else "category"
+    return Source(Path(index).stem, index, kind)
+
+
+@dataclass
+class CheckReport:
+    """Findings about the samples of one index; `bad` holds lines `cause, shard, key`."""
+
+    samples: int = 0
+    causes: Counter[str] = field(default_factory=Counter)
+    bad: list[tuple[str, str, str]] = field(default_factory=list)
+
+    def __str__(self) -> str:
+        lines = [f"{self.samples:,} samples, {len(self.bad):,} bad"]
+        lines += [f"  {count:,} {cause}" for cause, count in self.causes.most_common()]
+        return "\n".join(lines)
+
+    def add(self, cause: str, shard: str, key: str) -> None:
+        """Note one bad sample."""
+        self.causes[cause] += 1
+        self.bad.append((cause, shard, key))
+
+
+def check(index: str, *, storage: Storage | None = None, progress: bool = True) -> CheckReport:
+    """Read and decode every sample of an index; list what the index left out as well."""
+    source, report, repairs = source_of(index, storage), CheckReport(), list[Fault]()
+    for shard, key, cause in Index(index, storage).problems():
+        report.add(cause, shard, key)
+    total = Index(index, storage).samples
+    found = walk(source, storage=storage, faults=repairs)
+    for raw, sample in tqdm(found, total=total, unit="sample", disable=not progress):
+        report.samples += 1
+        if isinstance(sample, BadSample):
+            report.add(sample.cause, raw.shard_name, raw.key)
+    report.causes.update(f"{fault.cause} (repaired)" for fault in repairs)
+    return report
+
+
+def show(
+    index: str,
+    output: str,
+    *,
+    count: int = 48,
+    seed: int = 0,
+    classes: list[str] | None = None,
+    storage: Storage | None = None,
+) -> None:
+    """Draw a contact sheet of `count` samples with their targets, and histograms, to a PNG.
+
+    The samples are consecutive runs from all over the source, so that a sorted one shows as such.
+    """
+    from matplotlib.figure import Figure
+
+    source = source_of(index, storage)
+    samples = [s for s in _spread(source, count, seed, storage) if isinstance(s, Sample)]
+    columns = 8
+    rows = -(-max(1, len(samples)) // columns)
+    figure = Figure(figsize=(2 * columns, 2.4 * rows + 3.5), layout="constrained")
+    parts: Any = figure.subfigures(2, 1, height_ratios=[2.4 * rows, 3.5])
+    sheet, charts = parts
+    pictures = sheet.subplots(rows, columns, squeeze=False).flat
+    for axes, sample in zip(pictures, samples, strict=False):
+        axes.imshow(central_square(sample.image, 160).numpy())
+        axes.set_title(_title(sample, classes), fontsize=7)
+    for axes in sheet.axes:
+        axes.axis("off")
+    _histograms(charts.subplots(1, 3), Index(index, storage), samples, classes)
+    figure.suptitle(f"{index}: {Index(index, storage).samples:,} samples ({source.kind})")
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=80)
+    Path(output).write_bytes(buffer.getvalue())
+
+
+def _spread(
+    source: Source, count: int, seed: int, storage: Storage | None
+) -> Iterator[Sample | BadSample]:
+    total = Index(source.index, storage).samples
+    runs = max(1, count // 4)
+    starts = np.sort(np.random.default_rng(seed).integers(0, max(1, total - 4), runs))
+    for start in starts.tolist():
+        for _, sample in walk(source, start=start, limit=-(-count // runs), storage=storage):
+            yield sample
+
+
+def _title(sample: Sample, classes: list[str] | None) -> str:
+    words = []
+    if sample.category >= 0:
+        named = classes and sample.category < len(classes)
+        words.append(classes[sample.category] if classes and named else f"{sample.category}")
+    words.append(sample.text or "")
+    lines = textwrap.wrap(": ".join(word for word in words if word), 28)[:3]
+    return "\n".join(lines).replace("$", r"\$")
+
+
+def _histograms(  # type: ignore[no-untyped-def]
+    axes, index: Index, samples: list[Sample], classes: list[str] | None
+) -> None:
+    sizes = [max(sample.image.shape[:2]) for sample in samples]
+    axes[0].hist(sizes, bins=20)
+    axes[0].set_title("longer side of the images shown, pixels")
+    axes[1].hist(index.counts, bins=20)
+    axes[1].set_title("samples per shard")
+    categories = Counter(sample.category for sample in samples if sample.category >= 0)
+    if categories:
+        names = [classes[c] if classes and c < len(classes) else str(c) for c in categories]
+        axes[2].bar(names, list(categories.values()))
+        axes[2].tick_params(axis="x", rotation=60, labelsize=6)
+        axes[2].set_title("categories of the samples shown")
+    else:
+        axes[2].hist([len((sample.text or "").split()) for sample in samples], bins=20)
+        axes[2].set_title("words per caption of the samples shown")

@@ -1,0 +1,197 @@
+"""The check of the nodes before training: who is blamed for what."""
+
+from __future__ import annotations
+
+import math
+import os
+import subprocess
+import sys
+import threading
+from collections import Counter
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from ranks import free_port
+
+from m3i_scale.cluster import node_check
+from m3i_scale.cluster.node_check import Check, Limits, Report, judge, nodes_to_exclude, rounds
+
+NODES = ["a", "b", "c", "d"]
+
+
+def healthy(ranks: int = 8) -> dict[int, Report]:
+    """Reports of two ranks on each of four nodes."""
+    seconds = {"pairs 0": 0.010, "pairs 1": 0.011, "all": 0.020}
+    return {rank: Report([], 1e9 + 0.01 * rank, dict(seconds)) for rank in range(ranks)}
+
+
+def verdict(reports: dict[int, Report]) -> dict[str, list[str]]:
+    return judge(reports, NODES, 2, Limits())
+
+
+def test_healthy_nodes_are_not_blamed():
+    assert verdict(healthy()) == {}
+
+
+def test_own_problems_and_silence_are_laid_at_the_nodes_door():
+    reports = healthy()
+    reports[2].problems = ["no GPU for local rank 0, PyTorch sees 0"]
+    del reports[7]
+    assert verdict(reports) == {
+        "b": ["rank 2: no GPU for local rank 0, PyTorch sees 0"],
+        "d": ["rank 7 did not report"],
+    }
+
+
+def test_clock_that_is_off_is_told_by_how_much():
+    reports = healthy()
+    reports[5].clock -= 60
+    (reason,) = verdict(reports)["c"]
+    assert "rank 5: the clock is off by -60.0 s" in reason
+
+
+def test_one_failing_pair_is_nobodys_fault_two_are():
+    reports = healthy()
+    for rank in (0, 1, 2, 3):  # the pair (a, b)
+        reports[rank].seconds["pairs 0"] = math.inf
+    assert verdict(reports) == {}
+    for rank in (2, 3, 4, 5):  # the pair (b, c)
+        reports[rank].seconds["pairs 1"] = math.inf
+    assert list(verdict(reports)) == ["b"]
+
+
+def test_slow_node_is_told_by_its_better_pair():
+    reports = healthy()
+    for rank in (4, 5):
+        reports[rank].seconds |= {"pairs 0": 0.1, "pairs 1": 0.09}
+    reports[0].seconds["pairs 0"] = 0.5
+    (reason,) = verdict(reports)["c"]
+    assert "0.090 s, usual here are 0.010 s" in reason
+
+
+def test_unfinished_rounds_do_not_blame_the_partner_of_a_dead_rank():
+    reports = healthy()
+    for rank in (0, 1, 2):  # rank 3, of the pair (a, b), died
+        reports[rank].seconds = {"pairs 0": math.inf}
+    del reports[3]
+    assert list(verdict(reports)) == ["b"]
+
+
+def test_failure_of_all_together_names_no_node():
+    reports = healthy()
+    reports[1].seconds["all"] = math.inf
+    blame = verdict(reports)
+    assert list(blame) == [""]
+    assert nodes_to_exclude(blame, NODES) == []
+
+
+def test_nodes_are_left_out_unless_all_are_bad():
+    assert nodes_to_exclude({"b": ["x"], "d": ["y"]}, NODES) == ["b", "d"]
+    assert nodes_to_exclude({node: ["disk full"] for node in NODES}, NODES) == []
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 4, 7, 64])
+def test_rounds_pair_every_node_with_two_others(count):
+    found = rounds(count)
+    assert found.pop("all") == [tuple(range(count))]
+    assert len(found) <= 3
+    for groups in found.values():
+        members = [node for group in groups for node in group]
+        assert len(members) == len(set(members)), "a node is in two groups at once"
+    pairs = {frozenset(group) for groups in found.values() for group in groups}
+    times = Counter(node for pair in pairs for node in pair)
+    assert times == (dict.fromkeys(range(count), 2) if count > 2 else {})
+
+
+def test_disk_that_cannot_be_written_is_told(tmp_path):
+    assert node_check.disk_problem(tmp_path / "run", "a") is None
+    assert list((tmp_path / "run").iterdir()) == []
+    (tmp_path / "file").touch()
+    assert "Not a directory" in (node_check.disk_problem(tmp_path / "file" / "run", "a") or "")
+
+
+def test_missing_gpu_is_told(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert node_check.gpu_problem(2, 0.9) == "no GPU for local rank 2, PyTorch sees 2"
+
+
+def test_node_whose_network_fails_is_found(tmp_path, monkeypatch):
+    """Four nodes as threads on one store; every all-reduce with node c fails."""
+
+    def all_reduce_seconds(store, rank, size, device, timeout):
+        if "2" in store.prefix or size == 8:
+            raise RuntimeError("connection reset")
+        return 0.01
+
+    class Prefix:
+        def __init__(self, prefix, store):
+            self.prefix = prefix.split("(")[1]
+
+    monkeypatch.setattr(node_check, "all_reduce_seconds", all_reduce_seconds)
+    monkeypatch.setattr(dist, "PrefixStore", Prefix)
+    store, results = dist.HashStore(), {}
+
+    def work(rank):
+        cpu, limits = torch.device("cpu"), Limits()
+        check = Check(rank, rank % 2, NODES, 2, cpu, tmp_path, 20, limits)
+        results[rank] = check.run(store)
+
+    threads = [threading.Thread(target=work, args=(rank,)) for rank in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    blame = verdict(results[0])
+    assert nodes_to_exclude(blame, NODES) == ["c"]
+    assert blame["c"] == ["no all-reduce with either neighbour succeeds"]
+
+
+def start(folders: list[Path], bad: Path, present: int) -> list[subprocess.CompletedProcess[str]]:
+    """Run the program, one rank on each of as many nodes as there are folders."""
+    variables = {
+        "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "LOCAL_RANK": "0",
+        "WORLD_SIZE": str(len(folders)), "OMP_NUM_THREADS": "1",
+    }  # fmt: skip
+    running = []
+    for rank, folder in enumerate(folders[:present]):
+        command = [
+            sys.executable, "-m", "m3i_scale.cluster.node_check", "--folder", str(folder),
+            "--nodes", ",".join(NODES[: len(folders)]), "--bad-nodes", str(bad), "--device", "cpu",
+            "--timeout", "60" if present == len(folders) else "15", "--slow-factor", "1000",
+        ]  # fmt: skip
+        environment = os.environ | variables | {"RANK": str(rank)}
+        environment.pop("SLURMD_NODENAME", None)
+        running.append(
+            subprocess.Popen(
+                command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+            )
+        )
+    done = []
+    for process in running:
+        try:
+            out, err = process.communicate(timeout=150)
+        finally:
+            process.kill()
+        done.append(subprocess.CompletedProcess(process.args, process.returncode, out, err))
+    return done
+
+
+@pytest.mark.distributed
+def test_three_good_nodes(tmp_path):
+    done = start([tmp_path] * 3, tmp_path / "bad", present=3)
+    assert [process.returncode for process in done] == [0, 0, 0], done
+    assert "3 nodes, 3 ranks: all is well" in done[0].stdout
+    assert (tmp_path / "bad").read_text() == ""
+
+
+@pytest.mark.distributed
+def test_unwritable_folder_and_absent_rank_name_their_nodes(tmp_path):
+    (tmp_path / "file").touch()
+    folders = [tmp_path, tmp_path / "file" / "run", tmp_path]
+    done = start(folders, tmp_path / "bad", present=2)
+    assert done[0].returncode == 1
+    assert (tmp_path / "bad").read_text() == "b\nc\n"
+    assert "Not a directory" in done[0].stdout
+    assert "c: rank 2 did not report" in done[0].stdout

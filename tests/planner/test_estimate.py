@@ -1,0 +1,184 @@
+"""The plan against real ranks: bytes held, bytes on the wire, bytes that wait for the backward."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from cases import open_small, small_config
+from ranks import run_ranks
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from m3i_scale.cluster.launch import World
+from m3i_scale.engine import loop
+from m3i_scale.engine.memory import held_memory
+from m3i_scale.planner.estimate import Cluster, Plan, make_plan
+from m3i_scale.planner.gpus import gpu
+from m3i_scale.profiling.trace import survey
+
+RANKS = 2
+
+MEDIUM = {
+    "model.backbone.options": {
+        "channels": 32, "depths": [1, 1, 3, 1], "groups": [2, 4, 8, 16], "dw_kernel_size": 5,
+        "center_feature_scale": True, "res_post_norm": True, "clip_projector_width": 128,
+        "clip_heads": 4, "clip_embed_dim": 96,
+    },
+    "model.decoder": {"depth": 2, "width": 96, "heads": 4, "ffn": 200},
+    "model.text": {
+        "tokenizer": "none", "vocab_size": 501, "depth": 2, "width": 64, "heads": 4, "ffn": 128,
+        "max_length": 8, "embed_dim": 256,
+    },
+    "optimizer.batch": 16,
+}  # fmt: skip
+
+CASES: dict[str, dict[str, Any]] = {
+    # Two micro-steps, checkpointing; sizes that two ranks cannot share evenly; little prefetching.
+    "bf16": {
+        "engine.precision": "bf16",
+        "engine.zero.persistence_threshold": 3_001,
+        "engine.zero.prefetch_bucket": 40_000,
+        "engine.zero.reduce_bucket": 150_000,
+        "engine.zero.max_live_parameters": 250_000,
+        "engine.zero.extra": {"zero_optimization": {"stage3_max_reuse_distance": 200_000}},
+        "optimizer.max_micro_batch": 4,
+        "model.backbone.options.checkpoint_blocks": True,
+        "model.text.checkpoint_blocks": True,
+    },
+    # One micro-step, no persistent parameters, everything prefetched and kept.
+    "fp32": {"engine.zero.persistence_threshold": 0, "optimizer.max_micro_batch": 8},
+}
+
+
+KINDS = {"allgather": "all-gather", "reduce_scatter": "reduce-scatter", "allreduce": "all-reduce"}
+
+
+class Wire(TorchDispatchMode):
+    """Bytes of the full tensors of all collectives, by kind."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.sizes: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, function, types, arguments=(), named=None):  # type: ignore[no-untyped-def]
+        if function.namespace == "c10d":
+            kind = next((k for word, k in KINDS.items() if word in function.name()), "other")
+            # outputs first, inputs second; the larger one is the full tensor
+            self.sizes[kind] += max(_bytes(argument) for argument in arguments[:2])
+        return function(*arguments, **(named or {}))
+
+
+def _bytes(argument: Any) -> int:
+    if isinstance(argument, torch.Tensor):
+        return argument.nbytes
+    return sum(map(_bytes, argument)) if isinstance(argument, list | tuple) else 0
+
+
+class Allocations(TorchDispatchMode):
+    """The storages that operators have made in its context, and which of them are still alive."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._made: dict[int, tuple[StorageWeakRef, int]] = {}
+
+    def __torch_dispatch__(self, function, types, arguments=(), named=None):  # type: ignore[no-untyped-def]
+        known = {t.untyped_storage()._cdata for t in _tensors((arguments, named))}
+        result = function(*arguments, **(named or {}))
+        for tensor in _tensors(result):
+            storage = tensor.untyped_storage()
+            if storage._cdata not in known:
+                self._made[storage._cdata] = (StorageWeakRef(storage), storage.nbytes())
+        return result
+
+    def alive(self, seconds: float = 1.0) -> int:
+        """Bytes of those that still have an owner.
+
+        gloo's threads let go of the buffers of finished collectives a little later: the smallest
+        figure within some seconds is what the training holds.
+        """
+        found, end = [], time.monotonic() + seconds
+        while time.monotonic() < end:
+            found.append(sum(size for ref, size in self._made.values() if not ref.expired()))
+            time.sleep(0.02)
+        return min(found)
+
+
+def _tensors(values: Any) -> list[torch.Tensor]:
+    return [leaf for leaf in tree_leaves(values) if isinstance(leaf, torch.Tensor)]
+
+
+def measure(world: World, folder: Path, cases: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """Of each case's fifth step: bytes held, on the wire, and at its turns to the backward pass."""
+    found = {}
+    for name, overrides in cases.items():
+        run = open_small(world, folder / name, overrides)
+        batches = loop.open_batches(run)
+        for _ in range(3):  # ZeRO-3 knows the order of modules from the third on
+            loop.train_step(run, batches)
+        held = held_memory(run.sharded)
+        with Wire() as wire:
+            loop.train_step(run, batches)
+        forward, turns = run.sharded.engine.forward, []
+
+        def watched(*arguments: Any, forward: Any = forward, turns: Any = turns) -> Any:
+            with Allocations() as allocations:
+                outputs = forward(*arguments)
+            turns.append(allocations.alive())
+            return outputs
+
+        run.sharded.engine.forward = watched
+        loop.train_step(run, batches)
+        found[name] = {"held": held, "wire": dict(wire.sizes), "turns": turns}
+    return found
+
+
+@pytest.fixture(scope="module")
+def measured(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    folder = tmp_path_factory.mktemp("plan")
+    cases = {name: MEDIUM | case for name, case in CASES.items()}
+    return run_ranks(RANKS, measure, folder, cases=cases)[0]
+
+
+def plan_of(name: str, folder: Path) -> Plan:
+    config = small_config(folder, MEDIUM | CASES[name])
+    return make_plan(config, survey(config, kernels=False), Cluster(gpu("h100"), 1, RANKS))
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("case", CASES)
+def test_memory_is_what_ranks_hold(case: str, measured: dict[str, Any], tmp_path: Path):
+    plan, held = plan_of(case, tmp_path), measured[case]["held"]
+    assert {kind for kind, size in plan.state.items() if size} == {k for k, v in held.items() if v}
+    for kind, size in held.items():
+        assert plan.state[kind] == pytest.approx(size, rel=0.02), kind
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("case", CASES)
+def test_traffic_is_what_ranks_send(case: str, measured: dict[str, Any], tmp_path: Path):
+    plan = plan_of(case, tmp_path)
+    planned: Counter[str] = Counter()
+    for traffic in plan.flow.traffic:
+        planned[traffic.name.split(",")[0]] += traffic.size  # type: ignore[assignment]
+        assert traffic.sent == pytest.approx(
+            traffic.size * (0.5 if "all-reduce" not in traffic.name else 1.0)
+        )
+    for kind, size in measured[case]["wire"].items():
+        assert planned[kind] == pytest.approx(size, rel=0.1), kind
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("case", CASES)
+def test_what_waits_for_the_backward_pass_is_what_a_forward_pass_allocates(
+    case: str, measured: dict[str, Any], tmp_path: Path
+):
+    plan = plan_of(case, tmp_path)
+    waiting = plan.passing["activations"] + plan.waiting_parameters
+    for turn in measured[case]["turns"]:
+        assert waiting == pytest.approx(turn, rel=0.1)
