@@ -1,6 +1,6 @@
 # make demo     set everything up, pre-train a small InternImage on two ranks, show what it learned
 # make test     set everything up and run the tests
-.PHONY: setup demo test test-gpu bench lint clean
+.PHONY: setup lock demo test test-gpu bench lint clean
 
 PYTHON ?= python3
 VENV := .venv
@@ -12,13 +12,21 @@ DEMO_OVERRIDES ?=
 
 setup: $(VENV)/.ready
 
-$(VENV)/.ready: setup.py pyproject.toml
+$(VENV)/.ready: setup.py pyproject.toml requirements/lock.txt
 	@$(PYTHON) -c 'import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 12))' \
 	  || { echo "Python 3.10, 3.11 or 3.12 is needed: make setup PYTHON=python3.11"; exit 2; }
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/python -m pip install --quiet --editable '.[dev]'
+	$(BIN)/python -m pip install --quiet --requirement requirements/lock.txt
+	$(BIN)/python -m pip install --quiet --no-deps --editable .
 	@touch $@
+
+# Renews the lock file within requirements/constraints.txt; afterwards: make clean test.
+lock: setup
+	$(BIN)/python -m pip install --quiet uv
+	$(BIN)/uv pip compile --quiet --universal --python-version 3.10 --upgrade --extra dev pyproject.toml \
+	  --constraint requirements/constraints.txt --no-emit-index-url \
+	  --custom-compile-command "make lock" --output-file requirements/lock.txt
 
 demo: setup
 	$(BIN)/m3i glyphs --out data_demo/glyphs

@@ -4,7 +4,7 @@
 
 Two processes, one after the other, train `--steps` steps each with `configs/h_on_cpu.yaml`: the
 first from the start to a checkpoint, the second from there on. Then `m3i export` writes the
-momentum averages of the backbone, and a table shows what the second process held in memory beside
+teacher averages of the backbone, and a table shows what the second process held in memory beside
 what `m3i plan` predicts. Needs the data that `make demo` draws (`make h-on-cpu` draws it too).
 """
 
@@ -49,7 +49,7 @@ def main() -> int:
         subprocess.run([sys.executable, __file__, "--train", *same], check=True, env=environment)
     exported = folder / "backbone.safetensors"
     started = time.perf_counter()
-    export = ["export", "--run", str(folder), "--which", "momentum", "--dtype", "bf16"]
+    export = ["export", "--run", str(folder), "--which", "teacher", "--dtype", "bf16"]
     subprocess.run(
         [sys.executable, "-m", "m3i_scale.cli", *export, "--out", str(exported)], check=True
     )
@@ -70,7 +70,7 @@ def train(options: argparse.Namespace) -> int:
 
     config = load_config(options.config, options.overrides)
     world = launch.start("cpu", config.engine.precision, config.seed, 60)
-    launch.speak(world.rank)
+    launch.setup_logging(world.rank)
     stream = entry.build_stream(config)
     before = peak_memory()
     started = time.perf_counter()
@@ -91,7 +91,7 @@ def train(options: argparse.Namespace) -> int:
             flush=True,
         )
         run.progress.step += 1
-        run.progress.position += run.plan.batch
+        run.progress.position += run.split.batch
     figures = {
         "step": run.progress.step,
         "losses": losses,
@@ -113,13 +113,13 @@ def compare(options: argparse.Namespace, folder: Path) -> None:
     from m3i_scale.config import load_config
     from m3i_scale.planner.estimate import Cluster, make_plan
     from m3i_scale.planner.gpus import gpu
-    from m3i_scale.profiling.trace import survey
+    from m3i_scale.profiling.trace import trace
 
     config = load_config(options.config, options.overrides)
     # Of the first process and of the one that went on.
     first, second = (json.loads(path.read_text()) for path in sorted(folder.glob("memory-*.json")))
     # One rank; of the GPU only the time would depend.
-    plan = make_plan(config, survey(config, kernels=False), Cluster(gpu("h100"), 1, 1))
+    plan = make_plan(config, trace(config, kernels=False), Cluster(gpu("h100"), 1, 1))
     held, planned = second["held"], plan.state
     passing = max(sum(plan.passing.values()), plan.update)
     rows = [(kind, held[kind], planned[kind]) for kind in held]

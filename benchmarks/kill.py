@@ -9,7 +9,7 @@ it starts, between steps, and most of all while a checkpoint is written, publish
 each kill everything is started again, from what lies on the disk.
 
 On a constant number of ranks the two must be equal to the last bit: all losses and norms of all
-steps, and in the last checkpoint weights, Adam moments, momentum averages, generators' states and
+steps, and in the last checkpoint weights, Adam moments, teacher averages, generators' states and
 counters. With `--elastic` the batch is kept by accumulation and the curves must agree within
 rounding (`--tolerance`); drop-path and the softmax over texts are left out then, because what they
 draw and compare belongs to a rank's part of the batch.
@@ -47,14 +47,14 @@ model:
   categories: 2
 objective:
   targets:
-    - {name: image_i, image: i, view: same, representation: features, guard: stop_gradient,
+    - {name: image_i, image: i, view: same, representation: features, regularisation: stop_gradient,
        likelihood: {form: gaussian}, positions: masked, normalise: layer_norm}
-    - {name: text_i, image: i, representation: text, guard: negatives,
+    - {name: text_i, image: i, representation: text, regularisation: negatives,
        likelihood: {form: boltzmann, learnable: true}}
-    - {name: category_j, image: j, representation: category, guard: negatives,
+    - {name: category_j, image: j, representation: category, regularisation: negatives,
        likelihood: {form: boltzmann, temperature: 1.0, label_smoothing: 0.1}}
 data: {image_size: 64, workers: 0}
-optimizer: {batch: 12, max_micro_batch: 4, warmup: 2 steps}
+optimizer: {global_batch_size: 12, max_micro_batch: 4, warmup: 2 steps}
 engine: {precision: fp32, device: cpu, timeout_minutes: 2, stall_minutes: 5}
 checkpoint: {every: 1 step, keep_last: 2}
 logging: {tensorboard: false, pictures: false}
@@ -87,7 +87,7 @@ def prepare(folder: Path, steps: int, elastic: bool) -> Path:
         tokenizer = ["--vocab-size", "400", "--out", f"{data}/tokenizer.json"]
         subprocess.run([*cli, "tokenizer", f"{data}/text.parquet", *tokenizer], check=True)
     tree = yaml.safe_load(CONFIGURATION)
-    tree["optimizer"]["length"] = f"{steps} steps"
+    tree["optimizer"]["duration"] = f"{steps} steps"
     tree["data"]["sources"] = [
         {"name": kind, "index": f"{data}/{kind}.parquet", "kind": kind}
         for kind in ("text", "category")

@@ -1,4 +1,4 @@
-"""The momentum encoder under ZeRO-3: updated on the local shards, or gathered to rank 0.
+"""The teacher under ZeRO-3: updated on the local shards, or gathered to rank 0.
 
     python benchmarks/momentum.py [--backbone intern_image_t] [--ranks 1 2 3 4]
 
@@ -49,23 +49,23 @@ SETTINGS = {
 class GatheredMomentum:
     """The average as one full copy on rank 0."""
 
-    def __init__(self, online: Any, leads: bool) -> None:
-        self.online, self.leads = online, leads
+    def __init__(self, student: Any, is_main: bool) -> None:
+        self.student, self.is_main = student, is_main
         self.averages: dict[str, Any] = {}
         with self._gathered():
-            if leads:
-                self.averages = {n: p.detach().clone() for n, p in online.named_parameters()}
+            if is_main:
+                self.averages = {n: p.detach().clone() for n, p in student.named_parameters()}
 
     def update(self, coefficient: float) -> None:
         """Apply the rule (a collective)."""
         with self._gathered():
             for name, average in self.averages.items():
-                average.lerp_(self.online.get_parameter(name).detach(), 1 - coefficient)
+                average.lerp_(self.student.get_parameter(name).detach(), 1 - coefficient)
 
     def _gathered(self) -> Any:
         import deepspeed
 
-        return deepspeed.zero.GatheredParameters(list(self.online.parameters()))
+        return deepspeed.zero.GatheredParameters(list(self.student.parameters()))
 
 
 def loopback_bytes() -> int:
@@ -102,22 +102,22 @@ def measure(backbone: str, updates: int, out: Path) -> int:
     import deepspeed  # after `launch.start`, which chooses its accelerator
     import torch
 
-    from m3i_scale.engine.momentum import ShardedMomentum, start_equal
+    from m3i_scale.engine.momentum import ShardedTeacher, start_equal
     from m3i_scale.models.backbone import build_backbone
 
     with deepspeed.zero.Init(config_dict_or_path=SETTINGS):
         pair = torch.nn.ModuleList([build_backbone(backbone), build_backbone(backbone)])
-    online, momentum = pair
+    student, momentum = pair
     momentum.requires_grad_(False)
-    start_equal(online, momentum)
-    trained = torch.optim.SGD(online.parameters(), lr=0.0)
+    start_equal(student, momentum)
+    trained = torch.optim.SGD(student.parameters(), lr=0.0)
     engine, *_ = deepspeed.initialize(model=pair, optimizer=trained, config=SETTINGS)
     makers: dict[str, Callable[[], Any]] = {
-        "shards": lambda: ShardedMomentum(online, momentum),
-        "gather": lambda: GatheredMomentum(online, world.leads),
+        "shards": lambda: ShardedTeacher(student, momentum),
+        "gather": lambda: GatheredMomentum(student, world.is_main),
     }
     require_equal(engine, momentum, makers)
-    ways, found = {}, {"parameters": sum(p.ds_numel for p in online.parameters())}
+    ways, found = {}, {"parameters": sum(p.ds_numel for p in student.parameters())}
     for name, make in makers.items():
         give_back_memory()
         before = memory("VmRSS")
@@ -137,7 +137,7 @@ def measure(backbone: str, updates: int, out: Path) -> int:
         found[f"{name} seconds"] = statistics.median(row[name][0] for row in rows)
         sent = statistics.median(row[name][1] for row in rows)
         found[f"{name} bytes"] = max(0, sent - statistics.median(one[1] for one in idle))
-    if world.leads:
+    if world.is_main:
         out.write_text(json.dumps(found))
     launch.finish()
     return 0

@@ -3,7 +3,7 @@
     deepspeed benchmarks/step.py --config configs/pretrain_internimage_h.yaml
     deepspeed benchmarks/step.py --config ... --micro-batch 64 model.backbone.name=intern_image_b
 
-The step is that of `m3i_scale/engine/loop.py`: augmentation and mixing, momentum targets, forward,
+The step is that of `m3i_scale/engine/loop.py`: augmentation and mixing, teacher targets, forward,
 backward, ZeRO-3, AdamW, momentum update; only the data are drawn instead of read. Prints and writes
 images per second, TFLOP/s, the share of the dense bf16 peak (MFU), peak memory, and a table of
 where the time goes. Also starts by torchrun, srun or plain python, and on CPUs.
@@ -41,7 +41,7 @@ RESULTS = pathlib.Path(__file__).parent / "results"
 OUT_OF_MEMORY = 3
 
 
-class Row(NamedTuple):
+class StepTiming(NamedTuple):
     """One measurement. FLOPs are those the method needs; "hardware" adds recomputed blocks."""
 
     run: str
@@ -89,7 +89,7 @@ def run(options: argparse.Namespace) -> int:
     config = load_config(options.config, options.overrides)
     spec = config.engine
     world = launch.start(spec.device, spec.precision, config.seed, spec.timeout_minutes)
-    launch.speak(world.rank)
+    launch.setup_logging(world.rank)
     config = _for_measurement(config, options, world)
     set_backend(config.engine.kernels)
     step, ready = build(config, world)
@@ -99,11 +99,11 @@ def run(options: argparse.Namespace) -> int:
         torch.cuda.reset_peak_memory_stats()
     seconds = [timed(step, world.device) for _ in range(options.steps)]
     row = summarise(config, options, world, ready.plan.accumulation, seconds)
-    if world.leads:
+    if world.is_main:
         options.out.mkdir(parents=True, exist_ok=True)
     stem = options.out / f"step_{config.run}"
     table = profiled(step, ready, options.profile, stem) if options.profile else None
-    if world.leads:
+    if world.is_main:
         text = describe(row, table)
         with stem.with_suffix(".csv").open("w", newline="") as file:
             csv.writer(file).writerows([row._fields, row])
@@ -149,11 +149,11 @@ def profiled(
         activities.append(ProfilerActivity.CUDA)
     with contextlib.ExitStack() as stack:
         stack.enter_context(annotated(ready))
-        if world.leads:
+        if world.is_main:
             recorder = stack.enter_context(profile(activities=activities))
         for _ in range(steps):
             step()
-    if not world.leads:
+    if not world.is_main:
         return None
     trace = stem.with_suffix(".trace.json.gz")
     recorder.export_chrome_trace(str(trace))
@@ -163,15 +163,15 @@ def profiled(
 @contextlib.contextmanager
 def annotated(ready: Any) -> Iterator[None]:
     """Mark the phases of a step in the profiler's trace; what is in none of them is the input."""
-    engine, model, momentum = ready.sharded
+    engine, model, teacher = ready.sharded
     marks = [
         (model, "target_outputs", timeline.TARGETS),
         (engine, "forward", timeline.FORWARD),
         (engine, "backward", timeline.BACKWARD),
         (engine, "step", timeline.OPTIMISER),
     ]
-    if momentum is not None:
-        marks.append((momentum, "update", timeline.MOMENTUM))
+    if teacher is not None:
+        marks.append((teacher, "update", timeline.TEACHER))
     for owner, name, phase in marks:
         setattr(owner, name, _within(getattr(owner, name), timeline.PHASE + phase))
     try:
@@ -196,7 +196,7 @@ def summarise(
     world: World,
     accumulation: int,
     seconds: list[float],
-) -> Row:
+) -> StepTiming:
     """The row of the slowest rank's memory and of this rank's times (steps end together)."""
     import deepspeed
     import triton
@@ -204,13 +204,13 @@ def summarise(
     from m3i_scale.engine.metrics import git_commit
 
     name = torch.cuda.get_device_name() if world.device.type == "cuda" else "cpu"
-    images = config.optimizer.batch * len(seconds) / sum(seconds)
+    images = config.optimizer.global_batch_size * len(seconds) / sum(seconds)
     flops = step_flops(config)
     rate = images * flops.model / world.size
     # The peak is that of half-precision products; nothing else can be a share of it.
     peak = dense_bf16_peak(name) if config.engine.precision != "fp32" else None
     p10, p50, p90 = _quantiles([1e3 * s for s in seconds])
-    return Row(
+    return StepTiming(
         run=config.run,
         device=name,
         ranks=world.size,
@@ -237,7 +237,7 @@ def summarise(
     )
 
 
-def describe(row: Row, table: timeline.Table | None) -> str:
+def describe(row: StepTiming, table: timeline.Table | None) -> str:
     """The measurement in Markdown."""
     mfu = f"{row.mfu:.1%} of the dense bf16 peak" if row.mfu else "no share of a known bf16 peak"
     memory = "of the process" if row.device == "cpu" else "allocated, GPU"
@@ -273,7 +273,7 @@ def _for_measurement(config: Config, options: argparse.Namespace, world: World) 
     micro = options.micro_batch or config.optimizer.max_micro_batch
     changes = [
         f"optimizer.max_micro_batch={micro}",
-        f"optimizer.batch={micro * options.accumulation * world.size}",
+        f"optimizer.global_batch_size={micro * options.accumulation * world.size}",
         f"folder={options.out / 'runs'}",
         "logging.pictures=false",
     ]

@@ -25,12 +25,12 @@ from typing import Any, NamedTuple
 STEP = "m3i step"  # the annotation around one whole step
 PHASE = "m3i phase: "  # prefix of the annotations inside it
 INPUT, TARGETS, FORWARD, BACKWARD = "input", "targets", "forward", "backward"
-OPTIMISER, MOMENTUM = "optimiser", "EMA"
-PHASES = (INPUT, TARGETS, FORWARD, BACKWARD, OPTIMISER, MOMENTUM)
+OPTIMISER, TEACHER = "optimiser", "EMA"
+PHASES = (INPUT, TARGETS, FORWARD, BACKWARD, OPTIMISER, TEACHER)
 COMMUNICATION, IDLE = "communication", "idle"
 
 # What runs in these phases is called after them, whatever kernel it is; communication apart.
-_BY_PHASE = {INPUT: "augmentation, mixing", OPTIMISER: "optimiser", MOMENTUM: "EMA"}
+_BY_PHASE = {INPUT: "augmentation, mixing", OPTIMISER: "optimiser", TEACHER: "EMA"}
 _COMMUNICATION = r"nccl|rccl|c10d::|gloo:"
 _BY_NAME = (
     ("dcnv3", r"dcnv3|grid_sampler"),

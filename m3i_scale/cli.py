@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from m3i_scale.config import Config
     from m3i_scale.data import Source
-    from m3i_scale.engine.checkpoint import Reader
+    from m3i_scale.engine.checkpoint import CheckpointReader
 
 # Heavy imports happen inside the commands, so that `m3i --help` answers at once.
 
@@ -26,7 +26,7 @@ EXAMPLES = """examples:
   m3i tokenizer data_demo/glyphs/text.parquet --vocab-size 1000 --out data_demo/tokenizer.json
   m3i eval --run runs/demo --gallery data_demo/glyphs/text.parquet \\
       --queries data_demo/glyphs/heldout.parquet
-  m3i export --run runs/demo --which momentum --out backbone.safetensors
+  m3i export --run runs/demo --which teacher --out backbone.safetensors
 """
 
 # Modules whose `register(commands)` adds parsers with a default `run(options) -> int`, and the
@@ -152,9 +152,9 @@ def _add_run(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--step", type=int, help="of the checkpoint (default: the newest)")
     parser.add_argument(
         "--which",
-        choices=("student", "momentum"),
+        choices=("student", "teacher"),
         default="student",
-        help="the trained weights or, for the image encoder, their momentum averages "
+        help="the trained weights or, for the image encoder, their teacher averages "
         "(default: student)",
     )
 
@@ -234,7 +234,7 @@ def evaluate_run(options: argparse.Namespace) -> int:
     return 0
 
 
-def _write_evaluation(options: argparse.Namespace, reader: Reader, result: Any) -> None:
+def _write_evaluation(options: argparse.Namespace, reader: CheckpointReader, result: Any) -> None:
     """Write eval.json: the table and all that is needed to repeat it."""
     content = {
         "checkpoint": str(reader.path),
@@ -302,7 +302,7 @@ def export_run(options: argparse.Namespace) -> int:
     return 0
 
 
-def _open_run(folder: Path, step: int | None) -> tuple[Config, Reader]:
+def _open_run(folder: Path, step: int | None) -> tuple[Config, CheckpointReader]:
     """Configuration and undamaged checkpoint of a run: the newest, or the one of a step.
 
     Raises:
@@ -328,7 +328,7 @@ def _open_run(folder: Path, step: int | None) -> tuple[Config, Reader]:
         raise checkpoint.CheckpointError(
             f"damaged checkpoint: {problem}; choose another one with --step, there are {others}"
         )
-    return config, checkpoint.Reader(path)
+    return config, checkpoint.CheckpointReader(path)
 
 
 def _require_folder_of(path: str | os.PathLike[str]) -> None:

@@ -81,7 +81,7 @@ def build_stream(config: Config) -> Stream:
                 else no_tokens
             ),
             mask_sampler=PatchMask(side, side, masking.ratio, masking.mask),
-            lanes=spec.lanes or config.optimizer.batch,
+            lanes=spec.lanes or config.optimizer.global_batch_size,
             chunk_bytes=round(spec.chunk_megabytes * 2**20),
             max_bad_rate=spec.max_bad_rate,
             storage=_storage(spec.storage),
@@ -117,7 +117,7 @@ def run(options: argparse.Namespace, config: Config) -> int:
     world = launch.start(
         config.engine.device, config.engine.precision, config.seed, config.engine.timeout_minutes
     )
-    launch.speak(world.rank)
+    launch.setup_logging(world.rank)
     flag = stop.StopFlag()
     set_backend(config.engine.kernels)
     stream = build_stream(config)
@@ -125,13 +125,13 @@ def run(options: argparse.Namespace, config: Config) -> int:
         config, world, stream, epoch_samples=stream.samples, resume=options.resume
     )
     if options.dry_run:
-        if world.leads:
+        if world.is_main:
             print(dry_run.describe(ready, stream.describe()), end="", flush=True)
         launch.finish()
         return 0
     record = metrics.MetricLog(
         ready.folder,
-        leads=world.leads,
+        is_main=world.is_main,
         total=ready.schedule.total,
         first=ready.progress.step,
         tensorboard=config.logging.tensorboard,

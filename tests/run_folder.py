@@ -62,9 +62,9 @@ def write_checkpoint(folder: Path, made: M3I, step: int, ranks: int) -> Path:
     """The weights of networks as a complete checkpoint of `ranks` ranks."""
     trained = {n: p.detach() for n, p in made.named_parameters() if p.requires_grad}
     tensors = {f"weight/{name}": value for name, value in trained.items()}
-    if hasattr(made, "momentum"):
-        averages = made.momentum.named_parameters()
-        tensors |= {f"momentum/online.{name}": p.detach() for name, p in averages}
+    if hasattr(made, "teacher"):
+        averages = made.teacher.named_parameters()
+        tensors |= {f"teacher/student.{name}": p.detach() for name, p in averages}
     state = {
         "step": step,
         "ranks": ranks,

@@ -24,23 +24,25 @@ model:
   categories: 5
 objective:
   targets:
-    - {name: image_i, image: i, view: same, representation: features, guard: stop_gradient,
-       likelihood: {form: gaussian}, positions: masked, normalise: layer_norm}
-    - {name: image_j, image: j, view: other, representation: features, guard: stop_gradient,
-       likelihood: {form: gaussian}, positions: all, normalise: layer_norm}
-    - {name: text_i, image: i, representation: text, guard: negatives,
+    - {name: image_i, image: i, view: same, representation: features,
+       regularisation: stop_gradient, likelihood: {form: gaussian}, positions: masked,
+       normalise: layer_norm}
+    - {name: image_j, image: j, view: other, representation: features,
+       regularisation: stop_gradient, likelihood: {form: gaussian}, positions: all,
+       normalise: layer_norm}
+    - {name: text_i, image: i, representation: text, regularisation: negatives,
        likelihood: {form: boltzmann, learnable: true}}
-    - {name: text_j, image: j, representation: text, guard: negatives,
+    - {name: text_j, image: j, representation: text, regularisation: negatives,
        likelihood: {form: boltzmann, learnable: true}}
-    - {name: category_i, image: i, representation: category, guard: negatives,
+    - {name: category_i, image: i, representation: category, regularisation: negatives,
        likelihood: {form: boltzmann, temperature: 1.0, label_smoothing: 0.1}}
-    - {name: category_j, image: j, representation: category, guard: negatives,
+    - {name: category_j, image: j, representation: category, regularisation: negatives,
        likelihood: {form: boltzmann, temperature: 1.0, label_smoothing: 0.1}}
 data:
   image_size: 64
   workers: 0
   sources: [{name: texts, index: none, kind: text}, {name: classes, index: none, kind: category}]
-optimizer: {batch: 8, max_micro_batch: 8, length: 6 steps, warmup: 2 steps}
+optimizer: {global_batch_size: 8, max_micro_batch: 8, duration: 6 steps, warmup: 2 steps}
 engine: {precision: fp32, device: cpu}
 logging: {tensorboard: false, pictures: false}
 """

@@ -92,7 +92,7 @@ def test_eval(run, indexes, capsys):
 def test_export(run, made, folder, capsys):
     out = folder / "student.safetensors"
     assert main(["export", "--run", str(run), "--step", "4", "--out", str(out)]) == 0
-    name, tensor = next(iter(made.online.backbone.state_dict().items()))
+    name, tensor = next(iter(made.student.backbone.state_dict().items()))
     assert torch.equal(load_file(out)[name], tensor)
     assert "student, backbone, fp32" in capsys.readouterr().out
 

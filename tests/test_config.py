@@ -37,17 +37,17 @@ def test_every_number_of_table_7():
                 for c in (v.model, h.model)]  # fmt: skip
     assert decoders == [(4, 768, 3072, 16), (4, 1024, 4096, 16)]
     assert (v.data.image_size, h.data.image_size) == (224, 192)
-    assert [str(c.optimizer.length) for c in (v, y, h)] == [
+    assert [str(c.optimizer.duration) for c in (v, y, h)] == [
         "1600 epochs",
         "138 epochs",
         "30 epochs",
     ]
     assert [c.optimizer.warmup.amount for c in (v, y, h)] == [40, 3.5, 1]
-    assert [c.optimizer.batch for c in (v, y, h)] == [4096, 4096, 40000]
+    assert [c.optimizer.global_batch_size for c in (v, y, h)] == [4096, 4096, 40000]
     for config in (v, y, h):
         spec = config.optimizer
         assert (spec.betas, spec.learning_rate, spec.weight_decay) == ((0.9, 0.95), 1e-3, 0.1)
-        assert (spec.ema, spec.ema_final) == (0.995, 1.0)
+        assert (spec.teacher_momentum, spec.teacher_momentum_final) == (0.995, 1.0)
         given = config.objective.input
         assert (given.corruption, given.mask, given.ratio, given.patch) == ("mix", "block", 0.5, 16)
         views = {t.image: t.view for t in config.objective.targets if not t.supervised}
@@ -64,9 +64,13 @@ def test_every_number_of_table_7():
 def test_overrides_are_yaml(file: Path):
     config = load_config(
         file,
-        ["optimizer.length=2e3 samples", "objective.targets.0.weight=2", "engine.zero.extra.a=[1]"],
+        [
+            "optimizer.duration=2e3 samples",
+            "objective.targets.0.weight=2",
+            "engine.zero.extra.a=[1]",
+        ],
     )
-    assert config.optimizer.length == Duration(2000, "samples")
+    assert config.optimizer.duration == Duration(2000, "samples")
     assert config.objective.targets[0].weight == 2
     assert config.engine.zero.extra == {"a": [1]}
 
@@ -77,15 +81,20 @@ def test_overrides_are_yaml(file: Path):
         ("model.decoder.widht=3", "unknown key 'model.decoder.widht'; did you mean 'width'?"),
         ("optimiser.batch=3", "unknown key 'optimiser'; did you mean 'optimizer'?"),
         ("objective.targets.0.likelihood.sigm=2", "did you mean 'sigma'?"),
-        ("optimizer.length=soon", "'soon' is not a duration"),
-        ("optimizer.batch=many", "optimizer.batch"),
+        ("optimizer.batch=8", "since version 0.2: 'global_batch_size'"),
+        ("optimizer.length=8 steps", "since version 0.2: 'duration'"),
+        ("optimizer.ema=0.9", "since version 0.2: 'teacher_momentum'"),
+        ("objective.targets.0.guard=none", "since version 0.2: 'regularisation'"),
+        ("objective.targets.0.encoder=momentum", "'teacher'"),
+        ("optimizer.duration=soon", "'soon' is not a duration"),
+        ("optimizer.global_batch_size=many", "optimizer.global_batch_size"),
         ("optimizer.max_micro_batch=3", "multiple of 2"),
         ("data.augmentation.views=1", "set data.augmentation.views: 2"),
         ("data.image_size=70", "70 is not a multiple of objective.input.patch 16"),
         ("engine.precision=fp8", "engine.precision"),
-        ("objective.targets.0.guard=none", "without a guard collapses"),
-        ("objective.targets.0.guard=negatives", "negatives enter through a softmax"),
-        ("objective.targets.2.guard=none", "set guard: negatives"),
+        ("objective.targets.0.regularisation=none", "without regularisation collapses"),
+        ("objective.targets.0.regularisation=negatives", "negatives enter through a softmax"),
+        ("objective.targets.2.regularisation=none", "set regularisation: negatives"),
         ("objective.targets.1.positions=masked", "masked positions"),
         ("objective.targets.1.name=image_i", "names must differ"),
         ("objective.input.corruption=mask", "of image j, which only a mix contains"),
@@ -120,14 +129,15 @@ def test_targets_without_a_source_are_dropped_on_request(file: Path):
 
 def test_what_is_left_without_a_source_must_be_possible(file: Path):
     text = (
-        "{name: t, representation: text, guard: negatives, "
+        "{name: t, representation: text, regularisation: negatives, "
         "likelihood: {form: boltzmann, temperature: 0.07}}"
     )
     changes = ["objective.without_source=drop", "data.sources.0.kind=category"]
     with pytest.raises(ConfigError, match="no target is left"):
         load_config(file, [*changes, "objective.balance=null", f"objective.targets=[{text}]"])
     features = (
-        "{name: f, representation: features, guard: stop_gradient, likelihood: {form: gaussian}}"
+        "{name: f, representation: features, regularisation: stop_gradient, "
+        "likelihood: {form: gaussian}}"
     )
     with pytest.raises(ConfigError, match=r"set objective\.balance: null") as caught:
         load_config(file, [*changes, f"objective.targets=[{features}, {text}]"])
@@ -149,10 +159,10 @@ def test_missing_and_broken_files(tmp_path: Path):
 
 def test_bases_are_merged_in_order_and_circles_are_named(file: Path):
     folder = file.parent
-    (folder / "other.yaml").write_text("optimizer: {batch: 16}\nseed: 5")
+    (folder / "other.yaml").write_text("optimizer: {global_batch_size: 16}\nseed: 5")
     (folder / "top.yaml").write_text("base: [small.yaml, other.yaml]\nrun: top")
     config = load_config(folder / "top.yaml")
-    assert (config.run, config.seed, config.optimizer.batch) == ("top", 5, 16)
+    assert (config.run, config.seed, config.optimizer.global_batch_size) == ("top", 5, 16)
     assert config.optimizer.max_micro_batch == 8
     (folder / "other.yaml").write_text("base: top.yaml")
     with pytest.raises(ConfigError, match="circle"):

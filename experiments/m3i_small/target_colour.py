@@ -5,7 +5,7 @@
 Targets are the encoder's features, each vector normalised as targets are, about the mean of its
 position. A linear map from the colour of the border, the mean colour and their squares is fitted to
 half of the pictures; printed is the share of the variance that it predicts in the other half, for
-the untrained encoder, the momentum encoder and the student.
+the untrained encoder, the teacher and the student.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from torch import Tensor
 from m3i_scale.config import load_config
 from m3i_scale.data.make import Sample
 from m3i_scale.data.sequential import central_square, walk
-from m3i_scale.engine.checkpoint import Reader, complete_checkpoints
+from m3i_scale.engine.checkpoint import CheckpointReader, complete_checkpoints
 from m3i_scale.objective.likelihoods import normalise
 from m3i_scale.objective.m3i import M3I
 from m3i_scale.transfer import loading
@@ -39,7 +39,7 @@ def colours(images: Tensor) -> Tensor:
 @torch.no_grad()
 def targets(networks: M3I, images: Tensor) -> Tensor:
     """Normalised features about the mean of each position: (N, positions * width)."""
-    parts = [networks.online.backbone.features(part) for part in images.split(100)]
+    parts = [networks.student.backbone.features(part) for part in images.split(100)]
     features = normalise(torch.cat(parts), "layer_norm")
     return (features - features.mean(0)).flatten(1)
 
@@ -55,19 +55,19 @@ def explained(known: Tensor, wanted: Tensor) -> float:
 def main() -> None:
     """Read the run, print the three shares."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("run", type=Path, help="folder of a run with a momentum encoder")
+    parser.add_argument("run", type=Path, help="folder of a run with a teacher")
     parser.add_argument("index", help="index of the pictures")
     parser.add_argument("--limit", type=int, default=800, help="pictures (%(default)s)")
     options = parser.parse_args()
     config = load_config(options.run / "config.yaml")
-    reader = Reader(complete_checkpoints(options.run / "checkpoints")[-1])
+    reader = CheckpointReader(complete_checkpoints(options.run / "checkpoints")[-1])
     samples = (sample for _, sample in walk(open_source(options.index), limit=options.limit))
     size = config.data.image_size
     pixels = torch.stack([central_square(s.image, size) for s in samples if isinstance(s, Sample)])
     images = Pixels.of(config.data).prepare(pixels, torch.device("cpu"))
     encoders = {
         "untrained": loading.build_untrained(config),
-        "momentum": loading.build_trained(config, reader, "momentum"),
+        "teacher": loading.build_trained(config, reader, "teacher"),
         "student": loading.build_trained(config, reader, "student"),
     }
     for name, networks in encoders.items():

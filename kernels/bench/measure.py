@@ -14,7 +14,7 @@ from torch import Tensor
 _QUANTILES = (0.1, 0.5, 0.9)
 
 
-class Row(NamedTuple):
+class Timing(NamedTuple):
     """One measurement; times in milliseconds, rates in 1e9 bytes per second."""
 
     operator: str
@@ -118,7 +118,7 @@ def measure(
     device: str,
     bandwidth: float,
     only: tuple[str, ...] = (),
-) -> list[Row]:
+) -> list[Timing]:
     """Check and time all implementations of one problem in all directions."""
     rows = []
     source = provenance(device)
@@ -137,7 +137,7 @@ def measure(
             nbytes = operator.minimal_bytes(inputs, written, direction)
             rate = nbytes / (p50 * 1e-3)
             rows.append(
-                Row(
+                Timing(
                     operator=operator.name,
                     problem=problem.name,
                     batch=batch,

@@ -24,7 +24,7 @@ import torch
 
 RESULTS = pathlib.Path(__file__).parent / "results"
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-STATIC_COLUMNS = static.Row._fields
+STATIC_COLUMNS = static.StaticCount._fields
 COLUMNS = ("problem", "direction", "implementation", "ms_p50", "gb_per_s", "fraction_of_copy")
 
 
@@ -75,7 +75,7 @@ def run_operator(operator: operators.Operator, options: argparse.Namespace) -> i
     device, dtype = "cuda", DTYPES[options.dtype]
     bandwidth = measure.copy_bandwidth(device)
     print(f"{operator.name}: a copy moves {bandwidth * 1e-9:.0f} GB/s")
-    rows: list[measure.Row] = []
+    rows: list[measure.Timing] = []
     failed = 0
     for problem in operator.problems(options.batch, dtype):
         if not _wanted(problem.name, options):

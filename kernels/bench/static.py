@@ -21,7 +21,7 @@ block_mix_op = importlib.import_module("m3i_kernels.block_mix.op")
 photometric_op = importlib.import_module("m3i_kernels.photometric.op")
 
 
-class Row(NamedTuple):
+class StaticCount(NamedTuple):
     """One kernel on one target; bytes are per element of the result."""
 
     operator: str
@@ -58,7 +58,7 @@ def configurations() -> list[Configuration]:
 
 def report(
     chosen: Sequence[Configuration], targets: Sequence[str], processes: int = 2
-) -> Iterator[Row]:
+) -> Iterator[StaticCount]:
     """Compile `chosen` for `targets` in parallel processes and yield rows in order."""
     jobs = [(c.operator, c.name, t) for c in chosen for t in targets]
     with concurrent.futures.ProcessPoolExecutor(processes) as pool:
@@ -66,7 +66,7 @@ def report(
             yield from rows
 
 
-def problems(rows: Sequence[Row]) -> list[str]:
+def problems(rows: Sequence[StaticCount]) -> list[str]:
     """Say which rows spill registers or do not fit the target's shared memory."""
     found = []
     for row in rows:
@@ -78,14 +78,14 @@ def problems(rows: Sequence[Row]) -> list[str]:
     return found
 
 
-def _compile(job: tuple[str, str, str]) -> list[Row]:
+def _compile(job: tuple[str, str, str]) -> list[StaticCount]:
     operator, name, target = job
     chosen = next(c for c in configurations() if (c.operator, c.name) == (operator, name))
     rows = []
     for launch in chosen.launches():
         resources = compile_only.compile_launch(launch, target)
         rows.append(
-            Row(
+            StaticCount(
                 operator,
                 name,
                 launch.kernel.__name__,

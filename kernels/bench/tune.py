@@ -27,7 +27,7 @@ from m3i_kernels.dcnv3.geometry import make_geometry
 dcnv3_op = importlib.import_module("m3i_kernels.dcnv3.op")
 
 
-class Row(NamedTuple):
+class TileTiming(NamedTuple):
     """One candidate; time in milliseconds."""
 
     problem: str
@@ -51,7 +51,7 @@ def candidates(channels: int, backward: bool) -> Iterator[Any]:
             yield dcnv3_op.Tiles(rows // block_g, block_g, width // split, split, unroll, warps)
 
 
-def tune(problem: operators.Problem, batch: int, bandwidth: float) -> list[Row]:
+def tune(problem: operators.Problem, batch: int, bandwidth: float) -> list[TileTiming]:
     """Time all candidates of one problem in both directions, best first."""
     operator = operators.OPERATORS["dcnv3"]
     inputs = {k: v.detach() for k, v in operator.inputs(problem, batch, "cuda").items()}
@@ -80,7 +80,9 @@ def tune(problem: operators.Problem, batch: int, bandwidth: float) -> list[Row]:
             share = nbytes / (ms * 1e-3) / bandwidth
             text = " ".join(f"{k}={v}" for k, v in tiles._asdict().items())
             where = (source["device"], source["commit"])
-            rows.append(Row(problem.name, direction, text, tiles == shipped, ms, share, *where))
+            rows.append(
+                TileTiming(problem.name, direction, text, tiles == shipped, ms, share, *where)
+            )
     return sorted(rows, key=lambda r: (r.direction, r.ms))
 
 
@@ -101,14 +103,14 @@ def main() -> int:
         print("There is no GPU here, so nothing can be tuned.", file=sys.stderr)
         return 2
     bandwidth = measure.copy_bandwidth("cuda")
-    rows: list[Row] = []
+    rows: list[TileTiming] = []
     for problem in operators.OPERATORS["dcnv3"].problems(options.batch, torch.bfloat16):
         if options.problems in problem.name:
             new = tune(problem, options.batch, bandwidth)
             for direction in ("backward", "forward"):
                 best = [r for r in new if r.direction == direction][:3]
                 chosen = [r for r in new if r.direction == direction and r.shipped]
-                print(report.markdown([*best, *chosen], Row._fields[:6]), flush=True)
+                print(report.markdown([*best, *chosen], TileTiming._fields[:6]), flush=True)
             rows += new
             report.write_csv(rows, options.out / "tune_dcnv3.csv")
     return 0

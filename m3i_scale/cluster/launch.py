@@ -29,7 +29,7 @@ class World(NamedTuple):
     device: torch.device
 
     @property
-    def leads(self) -> bool:
+    def is_main(self) -> bool:
         """Whether this is rank 0, which speaks and writes for all."""
         return self.rank == 0
 
@@ -136,7 +136,7 @@ def finish() -> None:
         dist.destroy_process_group()
 
 
-def speak(world_rank: int, level: int = logging.INFO) -> None:
+def setup_logging(world_rank: int, level: int = logging.INFO) -> None:
     """Log to standard error: rank 0 from `level`, the others warnings only."""
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(logging.Formatter(f"[rank {world_rank}] %(message)s"))

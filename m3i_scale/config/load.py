@@ -19,6 +19,15 @@ from pydantic import ValidationError
 from m3i_scale.config.schema import Config
 from m3i_scale.config.types import ConfigError, Node
 
+# Keys of version 0.1, and what they are called now.
+RENAMED = {
+    "batch": "global_batch_size",
+    "length": "duration",
+    "ema": "teacher_momentum",
+    "ema_final": "teacher_momentum_final",
+    "guard": "regularisation",
+}
+
 
 def load_config(
     path: str | Path, overrides: Sequence[str] = (), *, over: Sequence[str | Path] = ()
@@ -114,6 +123,8 @@ def sentence(error: ValidationError, root: type[Node] = Config) -> str:
     first = error.errors()[0]
     location = [part for part in first["loc"] if part not in ("gaussian", "boltzmann")]
     where = ".".join(str(part) for part in location)
+    if first["type"] == "extra_forbidden" and str(location[-1]) in RENAMED:
+        return f"{where!r} has another name since version 0.2: {RENAMED[str(location[-1])]!r}"
     if first["type"] == "extra_forbidden":
         return f"unknown key {where!r}{_did_you_mean(first['loc'], root)}"
     if first["type"] == "missing":

@@ -41,10 +41,10 @@ Normalisation = Literal["none", "layer_norm", "instance_norm", "l2", "norm_pix"]
 
 
 class Target(Node):
-    """One target group of the objective: what is predicted, from whose tokens, under which law.
+    """One target group: what is predicted, from whose tokens, under which likelihood.
 
     The columns are those of the method's Table 1: target data (`image`, `view`), target
-    representation, regularisation (`guard`) and form of the distribution (`likelihood`).
+    representation, `regularisation` and form of the distribution (`likelihood`).
     docs/methods.md explains every key.
     """
 
@@ -52,8 +52,8 @@ class Target(Node):
     image: Literal["i", "j"] = "i"
     view: Literal["same", "other"] = "same"
     representation: Literal["pixels", "features", "global", "text", "category"]
-    guard: Literal["none", "stop_gradient", "negatives", "decorrelation"] = "none"
-    encoder: Literal["momentum", "online"] = "momentum"
+    regularisation: Literal["none", "stop_gradient", "negatives", "decorrelation"] = "none"
+    encoder: Literal["teacher", "student"] = "teacher"
     decoder: Literal["transformer", "linear", "projector"] = "transformer"
     match: Literal["position", "similarity"] = "position"
     likelihood: Annotated[Gaussian | Boltzmann, Field(discriminator="form")]
@@ -93,39 +93,39 @@ class Target(Node):
 
     @model_validator(mode="after")
     def _possible(self) -> Target:
-        rules = (self._guards(), self._columns(), self._decoders(), self._queues())
+        rules = (self._regularisations(), self._columns(), self._decoders(), self._queues())
         problem = next((why for rule in rules for bad, why in rule if bad), None)
         if problem:
             raise ValueError(f"target {self.name!r}: {problem}")
         return self
 
-    def _guards(self) -> Iterable[tuple[bool, str]]:
+    def _regularisations(self) -> Iterable[tuple[bool, str]]:
         gaussian = self.likelihood.form == "gaussian"
-        guard, what = self.guard, self.representation
+        regularisation, what = self.regularisation, self.representation
         yield (
-            guard == "negatives" and gaussian,
+            regularisation == "negatives" and gaussian,
             "negatives enter through a softmax; set likelihood.form: boltzmann",
         )
         yield (
-            self.supervised and (gaussian or guard != "negatives"),
-            f"a {what} target is told from the other {what} targets; set guard: negatives and "
-            "likelihood.form: boltzmann",
+            self.supervised and (gaussian or regularisation != "negatives"),
+            f"a {what} target is told from the other {what} targets; set "
+            "regularisation: negatives and likelihood.form: boltzmann",
         )
         yield (
-            what == "pixels" and (guard != "none" or not gaussian),
-            "pixels cannot collapse; set guard: none and likelihood.form: gaussian",
+            what == "pixels" and (regularisation != "none" or not gaussian),
+            "pixels cannot collapse; set regularisation: none and likelihood.form: gaussian",
         )
         yield (
-            self.encoded and guard == "none",
-            "a learned target without a guard collapses; set guard: stop_gradient, negatives or "
-            "decorrelation",
+            self.encoded and regularisation == "none",
+            "a learned target without regularisation collapses; set regularisation: "
+            "stop_gradient, negatives or decorrelation",
         )
         yield (
-            guard == "decorrelation" and not gaussian,
-            "decorrelation is a guard of the Gaussian form; set likelihood.form: gaussian",
+            regularisation == "decorrelation" and not gaussian,
+            "decorrelation is a regularisation of the Gaussian form; set likelihood.form: gaussian",
         )
         yield (
-            guard == "decorrelation"
+            regularisation == "decorrelation"
             and self.decorrelation == "barlow_twins"
             and (what != "global" or self.normalise != "none"),
             "the decorrelation of Barlow Twins standardises global features itself; set "
@@ -180,33 +180,33 @@ class Target(Node):
         )
 
     def _queues(self) -> Iterable[tuple[bool, str]]:
-        law = self.likelihood
-        if isinstance(law, Gaussian):
+        likelihood = self.likelihood
+        if isinstance(likelihood, Gaussian):
             return
         yield (
-            law.candidates == "own" and not law.queue,
+            likelihood.candidates == "own" and not likelihood.queue,
             "its own target is the only candidate, so that nothing is told apart; set "
             "likelihood.queue, or candidates: global",
         )
         yield (
-            law.queue > 0 and not (self.encoded and self.encoder == "momentum"),
-            "a queue needs targets that change slowly; set encoder: momentum and representation: "
+            likelihood.queue > 0 and not (self.encoded and self.encoder == "teacher"),
+            "a queue needs targets that change slowly; set encoder: teacher and representation: "
             "global or features, or queue: 0",
         )
         yield (
-            law.queue > 0 and self.normalise == "instance_norm",
+            likelihood.queue > 0 and self.normalise == "instance_norm",
             "the queue of a dense group holds means over patches, which instance_norm makes zero; "
             "set normalise: l2 or queue: 0",
         )
         yield (
-            law.queue > 0 and law.symmetric,
+            likelihood.queue > 0 and likelihood.symmetric,
             "the queue holds targets and no predictions, so that the other direction has no "
             "negatives; set likelihood.symmetric: false or queue: 0",
         )
 
 
 class Input(Node):
-    """What the online encoder sees: the clean input view, a masked one, or a mix of two images.
+    """What the student sees: the clean input view, a masked one, or a mix of two images.
 
     `pairing` says which image a mix takes for image j: its neighbour in the stream, a shuffled one
     of the micro-batch, or the other view of image i itself. With `both_views` each view is once
@@ -304,8 +304,8 @@ class Objective(Node):
                 "set input.corruption: mask or mix, or positions: all",
             )
         for what in self.representations:
-            laws = [t.likelihood for t in self.targets if t.representation == what]
-            scales = {(w.temperature, w.learnable) for w in laws if isinstance(w, Boltzmann)}
+            likelihoods = [t.likelihood for t in self.targets if t.representation == what]
+            scales = {(w.temperature, w.learnable) for w in likelihoods if isinstance(w, Boltzmann)}
             yield (
                 len(scales) > 1,
                 f"all {what} targets with a softmax share one likelihood.temperature (and whether "

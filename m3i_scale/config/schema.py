@@ -133,7 +133,8 @@ class Data(Node):
     augmentation: Augmentation = Augmentation()
     workers: Annotated[int, Field(ge=0)] = 8
     max_bad_rate: Fraction = 0.01
-    lanes: Count | None = None  # of the order; part of its identity. None: optimizer.batch
+    # Lanes of the order, part of its identity. None: optimizer.global_batch_size.
+    lanes: Count | None = None
     chunk_megabytes: Positive = 4.0  # read in one piece; part of the order's identity too
     storage: Storage = Storage()
 
@@ -142,16 +143,16 @@ class Data(Node):
 
 
 class Optimizer(Node):
-    """AdamW, its schedule, and the momentum encoder's.
+    """AdamW, its schedule, and the teacher's.
 
-    `batch` is global and stays what it is on any number of ranks: what `max_micro_batch` does not
-    take at once is accumulated. A softmax over other samples (`guard: negatives`) sees those of one
-    micro-step on all ranks, so its negatives become fewer with accumulation.
+    `global_batch_size` stays what it is on any number of ranks: what `max_micro_batch` does not
+    take at once is accumulated. A softmax over other samples (`regularisation: negatives`) sees
+    those of one micro-step on all ranks, so its negatives become fewer with accumulation.
     """
 
-    batch: Count
+    global_batch_size: Count
     max_micro_batch: Annotated[int, Field(gt=0, multiple_of=2)]
-    length: Span
+    duration: Span
     warmup: Span
     learning_rate: Positive = 1e-3
     final_learning_rate: Annotated[float, Field(ge=0)] = 0.0
@@ -159,8 +160,8 @@ class Optimizer(Node):
     epsilon: Positive = 1e-8
     weight_decay: Annotated[float, Field(ge=0)] = 0.1
     clip_norm: Positive | None = 1.0
-    ema: Fraction = 0.995
-    ema_final: Fraction = 1.0
+    teacher_momentum: Fraction = 0.995
+    teacher_momentum_final: Fraction = 1.0
 
 
 class Zero(Node):

@@ -16,7 +16,7 @@ from m3i_scale.data.batch import PHOTOMETRIC_FIELDS, Batch
 from m3i_scale.data.decode import BadSample
 from m3i_scale.data.index import Index
 from m3i_scale.data.order import Order
-from m3i_scale.data.reader import Raw, Reader
+from m3i_scale.data.reader import Raw, ShardReader
 from m3i_scale.data.source import Source
 
 _MOST_SUBSTITUTES = 32
@@ -142,7 +142,7 @@ def decode_sample(
     return Sample(image, text, category, f"{shard}/{raw.key}")
 
 
-class Maker:
+class SampleBuilder:
     """Makes parts from positions: reads, decodes, replaces what is bad, cuts views, tokenises."""
 
     def __init__(
@@ -150,7 +150,7 @@ class Maker:
         sources: Sequence[Source],
         indexes: Sequence[Index],
         order: Order,
-        reader: Reader,
+        reader: ShardReader,
         *,
         seed: int,
         image_size: int,

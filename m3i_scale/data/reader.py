@@ -69,7 +69,7 @@ class Plan:
     reads: list[tuple[int, int, int, int]]  # (source, shard, first byte, end)
 
 
-class Reader:
+class ShardReader:
     """Fetches raw samples for one worker.
 
     Args:

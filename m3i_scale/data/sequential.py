@@ -13,7 +13,7 @@ from m3i_scale.data import views
 from m3i_scale.data.decode import MAX_PIXELS, BadSample
 from m3i_scale.data.make import Fault, Sample, decode_sample
 from m3i_scale.data.order import Located
-from m3i_scale.data.reader import Raw, Reader
+from m3i_scale.data.reader import Raw, ShardReader
 from m3i_scale.data.source import Source
 from m3i_scale.data.storage import Storage
 from m3i_scale.data.stream import MIB, open_index
@@ -75,7 +75,7 @@ def walk(
     storage = storage or Storage()
     index = open_index(source, storage)
     stop = index.samples if limit is None else min(index.samples, start + limit)
-    reader = Reader([index], storage, window_bytes=16 * MIB, threads=2)
+    reader = ShardReader([index], storage, window_bytes=16 * MIB, threads=2)
     found = faults if faults is not None else []
     ends = np.cumsum(index.counts)
 

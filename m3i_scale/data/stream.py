@@ -1,8 +1,8 @@
 """The stream of micro-batches: sources in, `Batch` out, at any position of the one order.
 
     sources --Index--> Order: position -> sample                     (index.py, order.py)
-    positions of this rank and worker --Reader--> raw bytes          (reader.py, storage.py)
-    raw bytes --Maker--> pixels, caption, category, two views        (decode.py, views.py)
+    positions of this rank and worker --ShardReader--> raw bytes          (reader.py, storage.py)
+    raw bytes --SampleBuilder--> pixels, caption, category, two views        (decode.py, views.py)
     parts of all workers --Loader--> Batch                           (here)
 
 The state of a run is one integer, the position: `loader(start=n)` continues there at once.
@@ -25,9 +25,9 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from m3i_scale.data.batch import Batch
 from m3i_scale.data.decode import MAX_PIXELS
 from m3i_scale.data.index import Index
-from m3i_scale.data.make import Fault, Maker, Part, TooManyBadSamples, collate
+from m3i_scale.data.make import Fault, Part, SampleBuilder, TooManyBadSamples, collate
 from m3i_scale.data.order import Mixture, Order, SourceOrder, chunk_samples, integer_weights
-from m3i_scale.data.reader import Reader
+from m3i_scale.data.reader import ShardReader
 from m3i_scale.data.source import Source
 from m3i_scale.data.storage import Storage
 from m3i_scale.data.views import Augmentation
@@ -154,15 +154,15 @@ class Stream:
         slices = Slices(start, micro_batch, rank, world_size, end)
         return Loader(self, slices, workers, pin_memory)
 
-    def maker(self) -> Maker:
-        """A new Maker with its own Reader, for one worker."""
-        reader = Reader(
+    def maker(self) -> SampleBuilder:
+        """A new SampleBuilder with its own ShardReader, for one worker."""
+        reader = ShardReader(
             self.indexes,
             self.storage,
             window_bytes=self._window_bytes,
             threads=self._read_threads,
         )
-        return Maker(self.sources, self.indexes, self.order, reader, **self._maker_options)
+        return SampleBuilder(self.sources, self.indexes, self.order, reader, **self._maker_options)
 
 
 def open_index(source: Source, storage: Storage) -> Index:

@@ -1,4 +1,4 @@
-"""How it is run: ranks, ZeRO-3, the loop, schedules, momentum shards, checkpoints, metrics.
+"""How it is run: ranks, ZeRO-3, the loop, schedules, teacher shards, checkpoints, metrics.
 
-The only room that knows DeepSpeed. Read `loop.py` first.
+DeepSpeed is used here and in `cluster/launch.py`. Read `loop.py` first.
 """

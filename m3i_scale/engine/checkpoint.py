@@ -10,7 +10,7 @@
         complete.json                     the list of files, written last
 
 Tensors are named `weight/<parameter>` (fp32 master), `exp_avg/<parameter>`,
-`exp_avg_sq/<parameter>`, `momentum/<parameter>` (fp32 average), `buffer/<buffer>` and
+`exp_avg_sq/<parameter>`, `teacher/<parameter>` (fp32 average), `buffer/<buffer>` and
 `rng/<device>`. Slice r of W holds the elements `[r * k, (r + 1) * k)`, `k = ceil(N / W)`; a reader
 with another number of ranks takes the byte ranges it needs.
 """
@@ -34,7 +34,7 @@ from torch import Tensor
 
 from m3i_scale.config import ConfigError
 
-FORMAT = 1
+FORMAT = 2  # 1: before the names student and teacher
 
 
 class CheckpointError(RuntimeError):
@@ -208,11 +208,11 @@ def verify(path: Path, share: int = 0, shares: int = 1) -> str | None:
     return None
 
 
-class Reader:
+class CheckpointReader:
     """Reads slices of a complete checkpoint, whatever number of ranks wrote it.
 
     Raises:
-        CheckpointError: it cannot be read, or is of a newer format.
+        CheckpointError: it cannot be read, or is of another format.
     """
 
     def __init__(self, path: Path) -> None:
@@ -223,7 +223,8 @@ class Reader:
             raise CheckpointError(f"{path}: no readable checkpoint ({error})") from None
         if self.state["format"] != FORMAT:
             raise CheckpointError(
-                f"{path}: format {self.state['format']}, this version reads {FORMAT}"
+                f"{path}: checkpoint format {self.state['format']}, this version reads {FORMAT}; "
+                "train on with the version that wrote it, or start another run"
             )
         self.ranks: int = self.state["ranks"]
         self.shapes: dict[str, list[int]] = self.state["shapes"]

@@ -19,13 +19,13 @@ from m3i_scale.engine.checkpoint import CheckpointError
 from m3i_scale.engine.metrics import Figures, MetricLog, Speed, machine_values, memory
 from m3i_scale.engine.pictures import save_mixes
 from m3i_scale.engine.saver import Saver, any_rank
-from m3i_scale.engine.schedules import BatchPlan, Schedule
+from m3i_scale.engine.schedules import BatchSplit, Schedule
 from m3i_scale.engine.state import Progress, snapshot
 from m3i_scale.engine.stop import StopFlag
 from m3i_scale.engine.watchdog import Watchdog
 from m3i_scale.engine.zero import DTYPES, Sharded, set_learning_rate
 from m3i_scale.objective.balance import LossBalance
-from m3i_scale.objective.inputs import Scene, scene
+from m3i_scale.objective.inputs import MixedBatch, build_input
 from m3i_scale.objective.momentum import ema_coefficient
 
 log = logging.getLogger("m3i")
@@ -56,7 +56,7 @@ class Run:
     world: World
     stream: Stream
     sharded: Sharded
-    plan: BatchPlan
+    split: BatchSplit
     schedule: Schedule
     balance: LossBalance
     saver: Saver
@@ -84,7 +84,7 @@ def pretrain(run: Run, stop: StopFlag, metrics: MetricLog) -> bool:
             the loss rose above `engine.spike_factor` times its average.
         CheckpointError: the last checkpoint could not be written.
     """
-    run.saver.sweep()
+    run.saver.remove_leftovers()
     watchdog = Watchdog(run.folder, run.world.rank, 60 * run.config.engine.stall_minutes)
     try:
         return _train(run, stop, metrics, watchdog)
@@ -105,7 +105,7 @@ def _train(run: Run, stop: StopFlag, metrics: MetricLog, watchdog: Watchdog) -> 
         watchdog.beat()
         _require_stable(run, skipped_in_a_row, average_loss.ratio(values["loss/total"]))
         progress.step += 1
-        progress.position += run.plan.batch
+        progress.position += run.split.batch
 
         run.saver.poll()
         stopping = any_rank(stop.raised_by is not None, run.world)
@@ -120,7 +120,7 @@ def _train(run: Run, stop: StopFlag, metrics: MetricLog, watchdog: Watchdog) -> 
 
 
 def train_step(run: Run, batches: Timed) -> tuple[dict[str, float], bool]:
-    """One optimiser step on the next micro-batches: batch, forward, backward, step, momentum.
+    """One optimiser step on the next micro-batches: batch, forward, backward, step, teacher update.
 
     Returns:
         The step's figures, and whether the weights were updated (not when a gradient was not
@@ -132,7 +132,7 @@ def train_step(run: Run, batches: Timed) -> tuple[dict[str, float], bool]:
     set_learning_rate(engine, rate)
     weight = run.balance.supervised_weight  # lambda
     skipped_before, alone = engine.skipped_steps, 0.0
-    for _ in range(run.plan.accumulation):
+    for _ in range(run.split.accumulation):
         begun = time.perf_counter()
         view = _prepare(run, next(batches))
         alone += time.perf_counter() - begun  # from here on ranks wait for each other
@@ -146,11 +146,11 @@ def train_step(run: Run, batches: Timed) -> tuple[dict[str, float], bool]:
     values |= machine_values(own, device) | _step_values(run, values, rate, weight)
 
     if updated:
-        coefficient = _momentum_coefficient(run)
-        if run.sharded.momentum is not None:
-            run.sharded.momentum.update(coefficient)
+        coefficient = _teacher_momentum(run)
+        if run.sharded.teacher is not None:
+            run.sharded.teacher.update(coefficient)
         run.balance.update(values["gradient/ssp"], values["gradient/sp"])
-        values["momentum"] = coefficient
+        values["teacher_momentum"] = coefficient
     return values | _speed(run, started), updated
 
 
@@ -167,23 +167,23 @@ def open_batches(run: Run) -> Timed:
 
 
 def _batches(run: Run) -> Iterable[Any]:
-    progress, plan = run.progress, run.plan
+    progress, split = run.progress, run.split
     steps_left = run.schedule.total - progress.step
     return run.stream.loader(
         start=progress.position,
-        micro_batch=plan.micro,
+        micro_batch=split.micro,
         rank=run.world.rank,
         world_size=run.world.size,
         workers=run.config.data.workers,
-        end=progress.position + steps_left * plan.batch,
+        end=progress.position + steps_left * split.batch,
         pin_memory=run.world.device.type == "cuda",
     )
 
 
-def _prepare(run: Run, batch: Any) -> Scene:
+def _prepare(run: Run, batch: Any) -> MixedBatch:
     """Move a batch to the device, distort and mix it there."""
     config = run.config
-    prepared = scene(
+    prepared = build_input(
         batch.to(run.world.device),
         config.objective.input,
         mean=config.data.mean,
@@ -191,7 +191,7 @@ def _prepare(run: Run, batch: Any) -> Scene:
         dtype=DTYPES[config.engine.precision],
     )
     picture = run.folder / "mixes.png"
-    if config.logging.pictures and run.world.leads and not picture.exists():
+    if config.logging.pictures and run.world.is_main and not picture.exists():
         save_mixes(
             picture, prepared, config.data.mean, config.data.std, config.objective.input.patch
         )
@@ -213,7 +213,7 @@ def _step_values(run: Run, means: dict[str, float], rate: float, weight: float) 
     """Derived figures of one step."""
     # The norm at the features of the whole batch of the step's mean loss: each micro-batch's loss
     # is divided by their number, and so is its gradient.
-    parts = run.world.size * run.plan.accumulation
+    parts = run.world.size * run.split.accumulation
     return {
         "gradient/ssp": math.sqrt(means.pop("gradient_square/ssp") / parts),
         "gradient/sp": math.sqrt(means.pop("gradient_square/sp") / parts),
@@ -226,14 +226,16 @@ def _step_values(run: Run, means: dict[str, float], rate: float, weight: float) 
 def _speed(run: Run, started: float) -> dict[str, float]:
     # The figures were read from the device, and the momentum update waited for it.
     seconds = time.perf_counter() - started
-    rate = run.plan.batch / seconds
+    rate = run.split.batch / seconds
     machine = run.speed.values(rate, run.world.size) if run.speed else {}
     return {"images_per_second": rate, "step_seconds": seconds, **machine}
 
 
-def _momentum_coefficient(run: Run) -> float:
+def _teacher_momentum(run: Run) -> float:
     spec = run.config.optimizer
-    return ema_coefficient(run.progress.step, run.schedule.total, spec.ema, spec.ema_final)
+    return ema_coefficient(
+        run.progress.step, run.schedule.total, spec.teacher_momentum, spec.teacher_momentum_final
+    )
 
 
 def _require_stable(run: Run, skipped_in_a_row: int, loss_ratio: float) -> None:

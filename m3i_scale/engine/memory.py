@@ -14,8 +14,8 @@ PARAMETERS = "parameters"
 MASTER = "master weights"
 MOMENTS = "Adam moments"
 GRADIENTS = "gradients"
-ENCODER = "momentum encoder"
-AVERAGES = "momentum averages"
+ENCODER = "teacher"
+AVERAGES = "teacher averages"
 BUFFERS = "reduce buckets"
 GATHERED = "gathered parameters"
 
@@ -33,7 +33,7 @@ def held_memory(sharded: Sharded) -> dict[str, int]:
         MOMENTS: _moments(sharded),
         GRADIENTS: [sharded.engine.optimizer.grad_partitions_flat_buffer],
         ENCODER: (p.ds_tensor for p in _parameters(sharded.model) if not p.requires_grad),
-        AVERAGES: sharded.momentum.averages.values() if sharded.momentum else [],
+        AVERAGES: sharded.teacher.averages.values() if sharded.teacher else [],
         BUFFERS: _buckets(sharded),
         GATHERED: (p.data for p in _parameters(sharded.model) if p.ds_status.name == "AVAILABLE"),
     }

@@ -80,10 +80,10 @@ class MetricLog:
     """Rank 0's record of a run; does nothing on other ranks."""
 
     def __init__(
-        self, folder: Path, *, leads: bool, total: int, first: int, tensorboard: bool
+        self, folder: Path, *, is_main: bool, total: int, first: int, tensorboard: bool
     ) -> None:
-        self._leads = leads
-        if not leads:
+        self._is_main = is_main
+        if not is_main:
             return
         self._path = folder / "metrics.jsonl"
         self._file = self._path.open("ab", buffering=0)
@@ -102,7 +102,7 @@ class MetricLog:
 
     def write(self, step: int, values: dict[str, float], *, show: bool) -> None:
         """Record one step; `show` renews the figures beside the progress bar."""
-        if not self._leads:
+        if not self._is_main:
             return
         line = json.dumps({"step": step, "time": time.time(), **values}) + "\n"
         self._unwritten += line.encode()
@@ -134,7 +134,7 @@ class MetricLog:
 
     def close(self) -> None:
         """Flush and close everything."""
-        if not self._leads:
+        if not self._is_main:
             return
         self._bar.close()
         self._write_lines()

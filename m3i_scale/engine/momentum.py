@@ -1,4 +1,4 @@
-"""The momentum encoder under ZeRO-3: partitioned like the student, updated shard by shard.
+"""The teacher under ZeRO-3: partitioned like the student, updated shard by shard.
 
 No communication: each rank moves its own slice. The averages are kept in fp32, because with m close
 to one nearly every update of a bf16 average would round to nothing.
@@ -12,20 +12,20 @@ from torch import Tensor, nn
 from m3i_scale.engine import shards
 
 
-class ShardedMomentum:
+class ShardedTeacher:
     """`theta' <- m theta' + (1 - m) theta` on the local shards of two equal module trees.
 
     Args:
-        online: the trained networks, partitioned; its master shards are read (fp32, or bf16 where
+        student: the trained networks, partitioned; its master shards are read (fp32, or bf16 where
             DeepSpeed was told to keep them so).
-        momentum: the frozen copy, same names; its compute-precision shards are written.
+        teacher: the frozen copy, same names; its compute-precision shards are written.
     """
 
-    def __init__(self, online: nn.Module, momentum: nn.Module) -> None:
-        students = dict(online.named_parameters())
+    def __init__(self, student: nn.Module, teacher: nn.Module) -> None:
+        students = dict(student.named_parameters())
         self._pairs = {
             name: (students[name], p)
-            for name, p in momentum.named_parameters()
+            for name, p in teacher.named_parameters()
             if students[name].requires_grad  # what is frozen stays equal
         }
         self.averages: dict[str, Tensor] = {
@@ -42,7 +42,7 @@ class ShardedMomentum:
 
     @torch.no_grad()
     def publish(self) -> None:
-        """Write the averages into the momentum encoder."""
+        """Write the averages into the teacher."""
         for name, (_, teacher) in self._pairs.items():
             shards.write_shard(teacher, self.averages[name])
         if torch.cuda.is_available():
@@ -50,8 +50,8 @@ class ShardedMomentum:
             torch.cuda.current_stream().synchronize()
 
 
-def start_equal(online: nn.Module, momentum: nn.Module) -> None:
-    """Copy the student into the momentum encoder, before the optimiser exists."""
-    students = dict(online.named_parameters())
-    for name, parameter in momentum.named_parameters():
+def start_equal(student: nn.Module, teacher: nn.Module) -> None:
+    """Copy the student into the teacher, before the optimiser exists."""
+    students = dict(student.named_parameters())
+    for name, parameter in teacher.named_parameters():
         shards.copy_shard(students[name], parameter)

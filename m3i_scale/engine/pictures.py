@@ -7,13 +7,13 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from m3i_scale.objective.inputs import Scene
+from m3i_scale.objective.inputs import MixedBatch
 
 Colour = tuple[float, float, float]
 
 
 def save_mixes(
-    path: Path, view: Scene, mean: Colour, std: Colour, patch: int, rows: int = 6
+    path: Path, view: MixedBatch, mean: Colour, std: Colour, patch: int, rows: int = 6
 ) -> None:
     """Write a picture with one row per mix and the columns named at its top."""
     # Not needed by every start, of which there may be many, and slow to import.

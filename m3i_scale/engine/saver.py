@@ -14,7 +14,7 @@ from torch import Tensor
 from m3i_scale.cluster.launch import World
 from m3i_scale.config import ConfigError
 from m3i_scale.engine import checkpoint
-from m3i_scale.engine.checkpoint import CheckpointError, Reader, Write
+from m3i_scale.engine.checkpoint import CheckpointError, CheckpointReader, Write
 
 log = logging.getLogger("m3i")
 
@@ -43,9 +43,9 @@ class Saver:
         self._write: Write | None = None
         self._succeeded = True
 
-    def sweep(self) -> None:
+    def remove_leftovers(self) -> None:
         """Remove what crashes have left; before training, when nobody writes."""
-        if self._world.leads:
+        if self._world.is_main:
             for path in checkpoint.remains(self.folder):
                 checkpoint.remove(path)
 
@@ -74,7 +74,7 @@ class Saver:
     def _complete(self, write: Write) -> None:
         self._write = None
         problem = "; ".join(write.failure)
-        if not self._any_rank(bool(problem)) and self._world.leads:
+        if not self._any_rank(bool(problem)) and self._world.is_main:
             try:
                 self.last_good = checkpoint.publish(write, self._world.size)
                 checkpoint.prune(self.folder, *self._keep)
@@ -85,7 +85,7 @@ class Saver:
         self._succeeded = not self._any_rank(bool(problem))
         if self._succeeded:
             self.last_good = checkpoint.step_folder(self.folder, write.step)
-        elif self._world.leads:
+        elif self._world.is_main:
             checkpoint.remove(write.partial)
             log.error("the last good checkpoint is %s", self.last_good or "none")
 
@@ -102,13 +102,13 @@ def any_rank(flag: bool, world: World) -> bool:
     return bool(value.item())
 
 
-def newest_good(folder: Path, resume: str, world: World) -> Reader | None:
+def newest_good(folder: Path, resume: str, world: World) -> CheckpointReader | None:
     """Open the newest undamaged checkpoint for `--resume`; damaged ones are named and passed over.
 
     Raises:
         ConfigError: a checkpoint was asked for by path and it is damaged or not there.
     """
-    if world.leads and resume == "auto":
+    if world.is_main and resume == "auto":
         for path in checkpoint.remains(folder):
             log.warning("%s was never completed and is passed over", path)
     found = checkpoint.candidates(folder, resume)
@@ -117,12 +117,12 @@ def newest_good(folder: Path, resume: str, world: World) -> Reader | None:
     for path in found:
         problem = checkpoint.verify(path, world.rank, world.size)
         if not any_rank(problem is not None, world):
-            return Reader(path)
+            return CheckpointReader(path)
         if problem:
             log.warning("damaged checkpoint: %s", problem)
         if resume != "auto":
             raise ConfigError(f"--resume {resume}: {path} is damaged; choose another one")
-        if world.leads:
+        if world.is_main:
             log.warning("%s is passed over, trying the one before", path)
     return None
 

@@ -8,7 +8,7 @@ from typing import NamedTuple
 from m3i_scale.config import ConfigError, Optimizer
 
 
-class BatchPlan(NamedTuple):
+class BatchSplit(NamedTuple):
     """How the global batch is spread: `batch = micro * accumulation * ranks`."""
 
     batch: int
@@ -16,7 +16,7 @@ class BatchPlan(NamedTuple):
     accumulation: int
 
 
-def plan_batch(batch: int, max_micro: int, ranks: int) -> BatchPlan:
+def split_batch(batch: int, max_micro: int, ranks: int) -> BatchSplit:
     """The largest even micro-batch up to `max_micro` that divides each rank's share of the batch.
 
     Even, because neighbours mix in pairs. The global batch never changes with the number of ranks.
@@ -31,10 +31,10 @@ def plan_batch(batch: int, max_micro: int, ranks: int) -> BatchPlan:
         counts = ", ".join(map(str, sorted(near)))
         remedy = f"use {counts} ranks, or another batch" if near else "use an even batch"
         raise ConfigError(
-            f"optimizer.batch {batch} cannot be spread over {ranks} ranks in even micro-batches; "
-            f"{remedy}"
+            f"optimizer.global_batch_size {batch} cannot be spread over {ranks} ranks in even "
+            f"micro-batches; {remedy}"
         )
-    return BatchPlan(batch, fits[-1], share // fits[-1])
+    return BatchSplit(batch, fits[-1], share // fits[-1])
 
 
 def _usable_rank_counts(batch: int) -> list[int]:
@@ -65,11 +65,11 @@ def make_schedule(spec: Optimizer, epoch_samples: int) -> Schedule:
     Raises:
         ConfigError: the warm-up is not shorter than the run.
     """
-    total = spec.length.steps(batch=spec.batch, epoch_samples=epoch_samples)
-    warmup = spec.warmup.steps(batch=spec.batch, epoch_samples=epoch_samples)
+    total = spec.duration.steps(batch=spec.global_batch_size, epoch_samples=epoch_samples)
+    warmup = spec.warmup.steps(batch=spec.global_batch_size, epoch_samples=epoch_samples)
     if warmup >= total:
         raise ConfigError(
             f"optimizer.warmup ({spec.warmup} = {warmup} steps) must be shorter than "
-            f"optimizer.length ({spec.length} = {total} steps)"
+            f"optimizer.duration ({spec.duration} = {total} steps)"
         )
     return Schedule(total, warmup, spec.learning_rate, spec.final_learning_rate)

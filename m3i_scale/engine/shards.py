@@ -1,4 +1,4 @@
-"""Views of this rank's ZeRO-3 shards: fp32 weights, Adam moments, momentum weights.
+"""Views of this rank's ZeRO-3 shards: fp32 weights, Adam moments, teacher weights.
 
 DeepSpeed keeps of every parameter with N elements the slice `[rank * k, (rank + 1) * k)` of the
 flattened tensor, `k = ceil(N / ranks)`, padded at the end. The views here include the padding;

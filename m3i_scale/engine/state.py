@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from m3i_scale.cluster.launch import World, seed_rank
 from m3i_scale.engine import shards
-from m3i_scale.engine.checkpoint import CheckpointError, Extent, Reader, extent
+from m3i_scale.engine.checkpoint import CheckpointError, CheckpointReader, Extent, extent
 from m3i_scale.engine.zero import Sharded
 from m3i_scale.objective.balance import LossBalance
 
@@ -57,7 +57,7 @@ def snapshot(
 
 @torch.no_grad()
 def restore(
-    reader: Reader, sharded: Sharded, world: World, balance: LossBalance, seed: int
+    reader: CheckpointReader, sharded: Sharded, world: World, balance: LossBalance, seed: int
 ) -> Progress:
     """Load a checkpoint written by any number of ranks.
 
@@ -77,8 +77,8 @@ def restore(
     optimizer = sharded.engine.optimizer
     shards.set_adam_step(optimizer, reader.state["adam_step"])
     shards.publish_weights(optimizer)
-    if sharded.momentum is not None:
-        sharded.momentum.publish()
+    if sharded.teacher is not None:
+        sharded.teacher.publish()
     balance.load_state_dict(reader.state["balance"])
     progress = Progress(*(reader.state[k] for k in ("step", "position", "skipped")))
     if reader.ranks == world.size:
@@ -115,17 +115,17 @@ def _local_tensors(sharded: Sharded, world: World) -> Iterator[tuple[str, Tensor
             yield f"{moment}/{name}", shards.local_moment(parameter, moment), own
         average = _average_of(sharded, name)
         if average is not None:
-            yield f"momentum/{name}", average, own
+            yield f"teacher/{name}", average, own
 
 
 def _average_of(sharded: Sharded, name: str) -> Tensor | None:
-    """The momentum average of an online parameter; momentum and online trees share names."""
-    if sharded.momentum is None or not name.startswith("online."):
+    """The teacher average of a student parameter; teacher and student trees share names."""
+    if sharded.teacher is None or not name.startswith("student."):
         return None
-    return sharded.momentum.averages[name.removeprefix("online.")]
+    return sharded.teacher.averages[name.removeprefix("student.")]
 
 
-def _require_same_networks(reader: Reader, shapes: dict[str, list[int]]) -> None:
+def _require_same_networks(reader: CheckpointReader, shapes: dict[str, list[int]]) -> None:
     stored = reader.shapes | reader.buffers
     if stored == shapes:
         return

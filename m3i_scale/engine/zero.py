@@ -11,8 +11,8 @@ from torch import nn
 from m3i_scale.cluster.launch import World
 from m3i_scale.config import Config, ConfigError, Zero
 from m3i_scale.engine import shards
-from m3i_scale.engine.momentum import ShardedMomentum, start_equal
-from m3i_scale.engine.schedules import BatchPlan
+from m3i_scale.engine.momentum import ShardedTeacher, start_equal
+from m3i_scale.engine.schedules import BatchSplit
 from m3i_scale.objective.m3i import M3I
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -23,16 +23,16 @@ class Sharded(NamedTuple):
 
     engine: deepspeed.DeepSpeedEngine
     model: M3I
-    momentum: ShardedMomentum | None
+    teacher: ShardedTeacher | None
 
 
-def deepspeed_config(config: Config, plan: BatchPlan) -> dict[str, Any]:
+def deepspeed_config(config: Config, split: BatchSplit) -> dict[str, Any]:
     """The configuration handed to DeepSpeed; `engine.zero.extra` is merged in last."""
     precision = config.engine.precision
     generated: dict[str, Any] = {
-        "train_batch_size": plan.batch,
-        "train_micro_batch_size_per_gpu": plan.micro,
-        "gradient_accumulation_steps": plan.accumulation,
+        "train_batch_size": split.batch,
+        "train_micro_batch_size_per_gpu": split.micro,
+        "gradient_accumulation_steps": split.accumulation,
         "gradient_clipping": config.optimizer.clip_norm or 0.0,
         "zero_optimization": _zero_section(config.engine.zero),
         "zero_allow_untested_optimizer": True,
@@ -84,17 +84,17 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, An
     return [{"params": ps, "weight_decay": decays[d]} for d, ps in groups.items() if ps]
 
 
-def build(config: Config, world: World, plan: BatchPlan) -> Sharded:
+def build(config: Config, world: World, split: BatchSplit) -> Sharded:
     """Construct the networks partitioned from the start, and the engine around them."""
-    settings = deepspeed_config(config, plan)
+    settings = deepspeed_config(config, split)
     # The same weights whatever the number of ranks: all ranks draw the same, and keep their slice.
     with torch.random.fork_rng(devices=[world.device] if world.device.type == "cuda" else []):
         torch.manual_seed(config.seed)
         with deepspeed.zero.Init(config_dict_or_path=settings):
             model = _networks(config)
-    has_momentum = hasattr(model, "momentum")
-    if has_momentum:
-        start_equal(model.online, model.momentum)
+    has_teacher = hasattr(model, "teacher")
+    if has_teacher:
+        start_equal(model.student, model.teacher)
     engine, _, _, _ = deepspeed.initialize(
         model=model,
         optimizer=_adamw(config, model, world),
@@ -103,8 +103,8 @@ def build(config: Config, world: World, plan: BatchPlan) -> Sharded:
     shards.share_weights(engine.optimizer)
     shards.create_adam_state(engine.optimizer)
     engine.train()
-    momentum = ShardedMomentum(model.online, model.momentum) if has_momentum else None
-    return Sharded(engine, model, momentum)
+    teacher = ShardedTeacher(model.student, model.teacher) if has_teacher else None
+    return Sharded(engine, model, teacher)
 
 
 def _networks(config: Config) -> M3I:

@@ -1,4 +1,4 @@
-"""Layers and initialisations shared by the networks of this room.
+"""Layers and initialisations shared by the networks of this package.
 
 Initial weights are drawn inside constructors, never afterwards from outside: a context such as
 `deepspeed.zero.Init` may split a module's parameters as soon as its constructor returns. Where a

@@ -6,9 +6,9 @@ nothing of DeepSpeed, files or data loading.
 =====================  ==========================================================================
 Term of the method     Place
 =====================  ==========================================================================
-x = mix of two images  `inputs.scene` (block mask: `masks.PatchMask`)
-z_x = f_theta(x)       `m3i.M3I.forward`: the online backbone's features
-z_y = f_phi(y)         `m3i.M3I.target_outputs`: momentum (or online) encoder, text tower
+x = mix of two images  `inputs.build_input` (block mask: `masks.PatchMask`)
+z_x = f_theta(x)       `m3i.M3I.forward`: the student backbone's features
+z_y = f_phi(y)         `m3i.M3I.target_outputs`: teacher (or student), text tower
 z_hat_y = f_psi(..)    `m3i.M3I.predict_*`: image decoder, pooling and projections
 which goes with which  `roles`: tokens of each image, patches of the other view under them
 -log P(z_y | z_hat_y)  `terms`, from `likelihoods`; negatives of batches before: `key_queue`

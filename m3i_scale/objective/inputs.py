@@ -1,6 +1,6 @@
 """From a batch of uint8 views to what the encoders see: the input of the method's equations.
 
-    x   = m * x_i + (1 - m) * x_j      (section 2; m constant inside p x p patches)
+    x   = m * x_i + (1 - m) * x_j      (arXiv 2211.09807, Section 3; m constant in p x p patches)
     x_i = view a of image n,  x_j = view a of its partner
     target views: view a ("same") or view b ("other"), clean
 
@@ -40,10 +40,10 @@ class Views(Protocol):
     position: Tensor
 
 
-class Scene(NamedTuple):
+class MixedBatch(NamedTuple):
     """One micro-batch as the networks see it; row n is the mix whose image i is sample n."""
 
-    image: Tensor  # (B, 3, H, W) input of the online encoder; (2 B, ...): showing a, then b
+    image: Tensor  # (B, 3, H, W) input of the student; (2 B, ...): showing a, then b
     clean_a: Tensor  # (B, 3, H, W) the input view without corruption
     clean_b: Tensor  # (B, 3, H, W) the other view
     seen: Tensor  # bool (B, H/p, W/p): patches that show image i
@@ -68,14 +68,14 @@ class Scene(NamedTuple):
 
 
 @torch.no_grad()
-def scene(
+def build_input(
     batch: Views,
     spec: Input,
     *,
     mean: tuple[float, float, float],
     std: tuple[float, float, float],
     dtype: torch.dtype,
-) -> Scene:
+) -> MixedBatch:
     """Distort, normalise and mix one batch on the device it lies on.
 
     Raises:
@@ -100,7 +100,7 @@ def scene(
         image = _corrupted(*clean, partner, seen, spec)
     if spec.both_views:
         image = torch.cat([image, _corrupted(*clean[::-1], partner, seen, spec)])
-    return Scene(
+    return MixedBatch(
         image, *clean, seen, partner,
         batch.box_a, batch.box_b, batch.flip_a, batch.flip_b,
         batch.tokens, batch.token_mask, batch.has_text, batch.category,

@@ -1,4 +1,4 @@
-"""The two forms of P(z_y | z_hat_y) of the method (section 1), and the decorrelation guard.
+"""The two forms of P(z_y | z_hat_y) (arXiv 2211.09807, Section 3), and decorrelation of targets.
 
 All are computed in float32 whatever the inputs' dtype, and return one loss per row, without
 reduction, unless stated otherwise.
@@ -61,7 +61,7 @@ def unigrad(prediction: Tensor, correlation: Tensor, *, over_dimensions: str) ->
     """What is added to the Gaussian form by UniGrad (arXiv 2112.05141): (..., D), (D, D) -> (...).
 
     `z_hat^T C z_hat` with `C` the mean of `z z^T` over all targets of all ranks: predictions are
-    kept off the directions that all targets share. SiameseIM guards its dense targets with it.
+    kept off the directions that all targets share. SiameseIM regularises its dense targets so.
     `over_dimensions` as in `gaussian`.
     """
     prediction = prediction.float()

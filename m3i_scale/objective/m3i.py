@@ -1,9 +1,10 @@
 """M3I: one input, a list of target groups, `L = sum_k -log P_k(z_y^k | z_hat_y^k)`.
 
-Three things, in the order of the forward pass: outputs of the target encoders, outputs of the
-online encoder, named losses. Which groups there are is configuration (`config.Objective`): the M3I
-of the paper is image i (same view), image j (other view), text and category of both; each row of
-the paper's Table 1 is another list. docs/methods.md maps every term to its place.
+Three things, in the order of the forward pass: outputs of the target encoders (teacher, student,
+text tower), outputs of the student, named losses. Which groups there are is configuration
+(`config.Objective`): the M3I of the paper is image i (same view), image j (other view), text and
+category of both; each row of the paper's Table 1 is another list. docs/methods.md maps every term
+to its place.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from m3i_scale.models.layers import XavierLinear
 from m3i_scale.models.positions import relative_positions
 from m3i_scale.models.text_tower import TextTower
 from m3i_scale.objective.balance import GradientProbe
-from m3i_scale.objective.inputs import Scene
+from m3i_scale.objective.inputs import MixedBatch
 from m3i_scale.objective.key_queue import KeyQueue
 from m3i_scale.objective.likelihoods import boltzmann, normalise
 from m3i_scale.objective.roles import (
@@ -50,7 +51,7 @@ from m3i_scale.objective.terms import (
 
 
 class Encoding(NamedTuple):
-    """What a target encoder says of a clean view."""
+    """Representations of a clean view, by the teacher or the student."""
 
     features: Tensor  # (B, N, D)
     pooled: Tensor | None  # (B, G), where a target is global
@@ -104,13 +105,13 @@ class M3I(nn.Module):
         super().__init__()
         self.objective = objective
         wanted = objective.representations
-        self.online = Encoder(model, objective)
+        self.student = Encoder(model, objective)
         # The views of image i in the input, and (encoder, view) of every encoding of a clean view.
         self.shown: list[View] = ["a", "b"] if objective.input.both_views else ["a"]
         self.encodings = _encodings(objective, self.shown)
-        if any(encoder == "momentum" for encoder, _ in self.encodings):
-            self.momentum = Encoder(model, objective).requires_grad_(False)
-        backbone = self.online.backbone
+        if any(encoder == "teacher" for encoder, _ in self.encodings):
+            self.teacher = Encoder(model, objective).requires_grad_(False)
+        backbone = self.student.backbone
         if not objective.pooled:
             backbone.pooling.requires_grad_(False)
         self.grid: tuple[int, int] = backbone.grid_size(image_size, image_size)
@@ -129,7 +130,7 @@ class M3I(nn.Module):
 
     def _add_image_heads(self, model: Model) -> None:
         """Decoders of dense targets and predictors: f_psi."""
-        backbone, head, targets = self.online.backbone, model.global_head, self.objective.targets
+        backbone, head, targets = self.student.backbone, model.global_head, self.objective.targets
         widths = {"features": backbone.width, "pixels": 3 * backbone.stride**2}
         used = {(t.representation, t.decoder) for t in targets}
         self.decoders = nn.ModuleDict(
@@ -146,49 +147,49 @@ class M3I(nn.Module):
                 if (what, "linear") in used
             }
         )
-        if head.predictor and self.online.projector is not None:
+        if head.predictor and self.student.projector is not None:
             self.predictor = MLP(head.width, head.hidden, head.width)
-        if head.predictor and self.online.dense_projector is not None:
+        if head.predictor and self.student.dense_projector is not None:
             self.dense_predictor = MLP(head.width, head.hidden, head.width)
 
     def _add_softmax_state(self, model: Model) -> None:
         """Temperatures, one for each representation, and queues, one for each group."""
-        backbone, projected = self.online.backbone, model.global_head.width
+        backbone, projected = self.student.backbone, model.global_head.width
         self.temperatures, self.queues = nn.ModuleDict(), nn.ModuleDict()
         for target in self.objective.targets:
-            law = target.likelihood
-            if not isinstance(law, Boltzmann):
+            likelihood = target.likelihood
+            if not isinstance(likelihood, Boltzmann):
                 continue
             if target.representation not in self.temperatures:
                 self.temperatures[target.representation] = Temperature(
-                    law.temperature, law.learnable
+                    likelihood.temperature, likelihood.learnable
                 )
-            if law.queue:
+            if likelihood.queue:
                 plain = target.dense and target.decoder != "projector"
                 width = backbone.width if plain else projected
-                self.queues[target.name] = KeyQueue(law.queue, width)
+                self.queues[target.name] = KeyQueue(likelihood.queue, width)
 
     def train(self, mode: bool = True) -> M3I:
-        """Set the mode; the momentum encoder has no drop-path in either."""
+        """Set the mode; the teacher has no drop-path in either."""
         super().train(mode)
-        if hasattr(self, "momentum"):
-            self.momentum.eval()
+        if hasattr(self, "teacher"):
+            self.teacher.eval()
         return self
 
-    def forward(self, scene: Scene, supervised_weight: float = 1.0) -> dict[str, Tensor]:
+    def forward(self, mixed: MixedBatch, supervised_weight: float = 1.0) -> dict[str, Tensor]:
         """The loss of one micro-batch of this rank, under "loss", and figures as (sum, count).
 
         `supervised_weight` is lambda of `L = L_SSP + lambda L_SP`. Averaged over ranks, gradients
         are those of the loss of the global batch. In training mode queues take in the new keys.
         """
-        targets = self.target_outputs(scene)
-        features = self.online.backbone.features(scene.image)  # z_x (B, N, D), of each shown view
+        targets = self.target_outputs(mixed)
+        features = self.student.backbone.features(mixed.image)  # z_x (B, N, D), of each shown view
         for_ssp, for_sp = (z.chunk(len(self.shown)) for z in self.probe.split(features))
-        roles = [self.roles(scene, view) for view in self.shown]
+        roles = [self.roles(mixed, view) for view in self.shown]
         terms = {
             target.name: mean_term(
                 [
-                    self._term(target, z_x, role[target.image], scene, targets)
+                    self._term(target, z_x, role[target.image], mixed, targets)
                     for z_x, role in zip(
                         for_sp if target.supervised else for_ssp, roles, strict=True
                     )
@@ -225,22 +226,22 @@ class M3I(nn.Module):
             assert keys is not None  # image_term gives them wherever there is a queue
             queue.push(keys)  # type: ignore[operator]
 
-    def target_outputs(self, scene: Scene) -> Targets:
+    def target_outputs(self, mixed: MixedBatch) -> Targets:
         """z_y: encodings of the clean views and the texts, for the groups that need them."""
         images: dict[tuple[str, View], Encoding] = {}
         for encoder in dict.fromkeys(encoder for encoder, _ in self.encodings):
             views = [view for other, view in self.encodings if other == encoder]
-            for view, encoding in zip(views, self._encode(encoder, views, scene), strict=True):
+            for view, encoding in zip(views, self._encode(encoder, views, mixed), strict=True):
                 images[encoder, view] = encoding
         texts = None
         if hasattr(self, "text_tower"):
-            texts = normalise(self.text_tower(scene.tokens, scene.token_mask), "l2")
+            texts = normalise(self.text_tower(mixed.tokens, mixed.token_mask), "l2")
         return Targets(images, texts)
 
-    def _encode(self, encoder: str, views: list[View], scene: Scene) -> list[Encoding]:
+    def _encode(self, encoder: str, views: list[View], mixed: MixedBatch) -> list[Encoding]:
         """Encode clean views, all in one pass: sharded weights are gathered once."""
-        networks = self.momentum if encoder == "momentum" else self.online
-        image = torch.cat([scene.clean(view) for view in views])
+        networks = self.teacher if encoder == "teacher" else self.student
+        image = torch.cat([mixed.clean(view) for view in views])
         with torch.set_grad_enabled(torch.is_grad_enabled() and self._trains_targets(encoder)):
             parts = networks.encode(image)
         none = [None] * len(views)
@@ -249,26 +250,28 @@ class M3I(nn.Module):
 
     def _trains_targets(self, encoder: str) -> bool:
         """Whether some target of this encoder carries a gradient."""
-        return encoder == "online" and any(
-            t.encoded and t.encoder == "online" and t.guard != "stop_gradient"
+        return encoder == "student" and any(
+            t.encoded and t.encoder == "student" and t.regularisation != "stop_gradient"
             for t in self.objective.targets
         )
 
-    def roles(self, scene: Scene, shown: View = "a") -> dict[str, Role]:
+    def roles(self, mixed: MixedBatch, shown: View = "a") -> dict[str, Role]:
         """Which tokens show image i and which image j, in the input that shows this view of i."""
         return find_roles(
-            scene, shown, self.objective.input, self.hidden_tokens, self.tokens_per_patch
+            mixed, shown, self.objective.input, self.hidden_tokens, self.tokens_per_patch
         )
 
-    def predict_dense(self, target: Target, features: Tensor, role: Role, scene: Scene) -> Tensor:
+    def predict_dense(
+        self, target: Target, features: Tensor, role: Role, mixed: MixedBatch
+    ) -> Tensor:
         """z_hat_y of a dense target, (B, M, D): by mask tokens at its positions, or by tokens."""
         if target.tokenwise:
             return self._predict_tokenwise(target, features, role)
-        crop = scene.crop(role.view, role.sample)
+        crop = mixed.crop(role.view, role.sample)
         own = relative_positions(*crop, *crop, self.grid)  # (B, N, 4)
         wanted = own
         if target.view == "other":
-            other = scene.crop(target_view("other", role.view), role.sample)
+            other = mixed.crop(target_view("other", role.view), role.sample)
             wanted = relative_positions(*crop, *other, self.grid)
         elif self.objective.masked_positions(target):
             wanted = take(wanted, role.hidden)
@@ -283,81 +286,83 @@ class M3I(nn.Module):
             features = take(features, role.hidden)
         if target.decoder == "linear":
             return self.linear_decoders[target.representation](features)
-        assert self.online.dense_projector is not None  # built when a target has one
-        projected = self.online.dense_projector(features)
+        assert self.student.dense_projector is not None  # built when a target has one
+        projected = self.student.dense_projector(features)
         return self.dense_predictor(projected) if hasattr(self, "dense_predictor") else projected
 
     def predict_global(self, features: Tensor, role: Role) -> Tensor:
         """z_hat_y of a global target: projected pool of the image's own tokens, (B, G)."""
-        pooled = self.online.backbone.pool(features, role.seen)
-        assert self.online.projector is not None  # built when a target is global
-        projected = self.online.projector(pooled)
+        pooled = self.student.backbone.pool(features, role.seen)
+        assert self.student.projector is not None  # built when a target is global
+        projected = self.student.projector(pooled)
         return self.predictor(projected) if hasattr(self, "predictor") else projected
 
     def predict_text(self, features: Tensor, role: Role) -> Tensor:
         """z_hat_y of a text target: projected pool of the image's tokens, unit length (B, E)."""
-        pooled = self.online.backbone.pool(features, role.seen)
+        pooled = self.student.backbone.pool(features, role.seen)
         return normalise(self.text_projection(pooled), "l2")
 
     def _term(
-        self, target: Target, features: Tensor, role: Role, scene: Scene, targets: Targets
+        self, target: Target, features: Tensor, role: Role, mixed: MixedBatch, targets: Targets
     ) -> Term:
         if target.representation == "category":
-            return self._category_term(target, features, role, scene)
+            return self._category_term(target, features, role, mixed)
         if target.representation == "text":
-            return self._text_term(target, features, role, scene, targets)
-        pair = self._pair(target, features, role, scene, targets)
-        law, queue = target.likelihood, None
+            return self._text_term(target, features, role, mixed, targets)
+        pair = self._pair(target, features, role, mixed, targets)
+        likelihood, queue = target.likelihood, None
         temperature = None
-        if isinstance(law, Boltzmann):
+        if isinstance(likelihood, Boltzmann):
             temperature = self.temperatures[target.representation]
-            queue = self.queues[target.name] if law.queue else None
+            queue = self.queues[target.name] if likelihood.queue else None
         return image_term(target, pair, temperature, queue)  # type: ignore[arg-type]
 
     def _pair(
-        self, target: Target, features: Tensor, role: Role, scene: Scene, targets: Targets
+        self, target: Target, features: Tensor, role: Role, mixed: MixedBatch, targets: Targets
     ) -> Pair:
         """Predictions and targets of an image group."""
         view = target_view(target.view, role.view)
         if target.representation == "pixels":
-            whole = patchify(scene.clean(view), self.stride)[role.sample]
+            whole = patchify(mixed.clean(view), self.stride)[role.sample]
             encoding = None
         else:
             encoding = targets.images[target.encoder, view]
             whole = _target_of(target, encoding)[role.sample]
         if not target.dense:
             return Pair(self.predict_global(features, role), whole)
-        z_hat = self.predict_dense(target, features, role, scene)
+        z_hat = self.predict_dense(target, features, role, mixed)
         if self.objective.masked_positions(target):
             return Pair(z_hat, whole, role.hidden)
         if not (target.tokenwise and target.view == "other"):
             return Pair(z_hat, whole)
         if target.match == "position":
-            return Pair(z_hat, whole, *nearest_patches(role, view, scene, self.grid))
+            return Pair(z_hat, whole, *nearest_patches(role, view, mixed, self.grid))
         assert encoding is not None  # Target refuses similarity of pixels
         visible = take(features, role.visible)
         return Pair(z_hat, whole, most_similar(visible, encoding.features[role.sample]))
 
     def _text_term(
-        self, target: Target, features: Tensor, role: Role, scene: Scene, targets: Targets
+        self, target: Target, features: Tensor, role: Role, mixed: MixedBatch, targets: Targets
     ) -> Term:
         """Softmax over the texts of the batch."""
-        law, texts = target.likelihood, targets.texts
-        assert isinstance(law, Boltzmann)
+        likelihood, texts = target.likelihood, targets.texts
+        assert isinstance(likelihood, Boltzmann)
         assert texts is not None
         z_hat = self.predict_text(features, role)
-        z, present = texts[role.sample], scene.has_text[role.sample]
-        term = softmax_term(law, z_hat, z, present, self.temperatures["text"])
+        z, present = texts[role.sample], mixed.has_text[role.sample]
+        term = softmax_term(likelihood, z_hat, z, present, self.temperatures["text"])
         return term._replace(figures=term.figures | collapse_figures(z_hat, z, present))
 
-    def _category_term(self, target: Target, features: Tensor, role: Role, scene: Scene) -> Term:
+    def _category_term(
+        self, target: Target, features: Tensor, role: Role, mixed: MixedBatch
+    ) -> Term:
         """Softmax over the classifier's weights, the category embeddings."""
-        law = target.likelihood
-        assert isinstance(law, Boltzmann)
-        pooled = self.online.backbone.pool(features, role.seen)  # (B, E)
+        likelihood = target.likelihood
+        assert isinstance(likelihood, Boltzmann)
+        pooled = self.student.backbone.pool(features, role.seen)  # (B, E)
         scores, tau = self.temperatures["category"](self.category_head(pooled))  # (B, C)
-        positive = scene.category[role.sample]
-        losses = boltzmann(scores, positive, label_smoothing=law.label_smoothing)
+        positive = mixed.category[role.sample]
+        losses = boltzmann(scores, positive, label_smoothing=likelihood.label_smoothing)
         term = classification_term(losses, scores, positive, tau)
         figures = collapse_figures(pooled, present=positive >= 0)
         return term._replace(figures=term.figures | figures)

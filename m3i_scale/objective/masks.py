@@ -17,8 +17,9 @@ class PatchMask:
     Exactly `round(ratio * rows * columns)` patches are False, in every mask, so that every sample
     of a batch shows the same number of tokens.
 
-    `block` (section 2 of the method; Table 7 "blockwise, 50 %") removes rectangles of random size
-    and aspect until the ratio is reached; the last rectangle is cut row by row to fit exactly.
+    `block` (arXiv 2211.09807, Section 3 and Table 7: "blockwise, 50 %") removes rectangles of
+    random size and aspect until the ratio is reached; the last rectangle is cut row by row to fit
+    exactly.
     `random` removes single patches.
     """
 

@@ -1,4 +1,4 @@
-"""The momentum (EMA) rule of the target encoder: theta' <- m theta' + (1 - m) theta."""
+"""The momentum (EMA) rule of the teacher: theta' <- m theta' + (1 - m) theta."""
 
 from __future__ import annotations
 

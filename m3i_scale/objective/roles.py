@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from m3i_scale.config import Input
 from m3i_scale.models.positions import Grid, relative_positions
-from m3i_scale.objective.inputs import Scene
+from m3i_scale.objective.inputs import MixedBatch
 from m3i_scale.objective.masks import PatchMask
 
 View = Literal["a", "b"]
@@ -41,31 +41,31 @@ def target_view(target_view: str, role_view: View) -> View:
 
 
 def find_roles(
-    scene: Scene, shown: View, spec: Input, hidden_tokens: int, tokens_per_patch: int
+    mixed: MixedBatch, shown: View, spec: Input, hidden_tokens: int, tokens_per_patch: int
 ) -> dict[str, Role]:
     """The roles of image i and image j in the input that shows view `shown` of image i.
 
     `hidden_tokens`, how many of the N tokens do not show image i, is the same in every row.
     """
     k = tokens_per_patch
-    seen = scene.seen.repeat_interleave(k, 1).repeat_interleave(k, 2).flatten(1)  # (B, N)
+    seen = mixed.seen.repeat_interleave(k, 1).repeat_interleave(k, 2).flatten(1)  # (B, N)
     # Seen tokens first, in row-major order.
     order = torch.argsort((~seen).to(torch.uint8), dim=1, stable=True)
     first, last = order.split([order.shape[1] - hidden_tokens, hidden_tokens], dim=1)
     own = torch.arange(len(seen), device=seen.device)
     return {
         "i": Role(own, seen, first, last, shown),
-        "j": Role(scene.partner, ~seen, last, first, view_of("j", shown, spec)),
+        "j": Role(mixed.partner, ~seen, last, first, view_of("j", shown, spec)),
     }
 
 
-def nearest_patches(role: Role, view: View, scene: Scene, grid: Grid) -> tuple[Tensor, Tensor]:
+def nearest_patches(role: Role, view: View, mixed: MixedBatch, grid: Grid) -> tuple[Tensor, Tensor]:
     """Where the visible tokens lie in view `view` of their image.
 
     Returns:
         The nearest patch of that view, int64 (B, V), and whether the token's centre is inside it.
     """
-    own, target = scene.crop(role.view, role.sample), scene.crop(view, role.sample)
+    own, target = mixed.crop(role.view, role.sample), mixed.crop(view, role.sample)
     places = take(relative_positions(*target, *own, grid)[..., :2], role.visible)  # (B, V, 2)
     nearest = places.round()
     size = nearest.new_tensor(grid)

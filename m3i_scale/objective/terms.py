@@ -58,7 +58,7 @@ def image_term(
 
     `temperature` belongs to the Boltzmann form, `queue` to its negatives.
     """
-    whole = pair.targets.detach() if target.guard == "stop_gradient" else pair.targets
+    whole = pair.targets.detach() if target.regularisation == "stop_gradient" else pair.targets
     keys = None
     if queue is not None:  # one key per image: of a map, its mean
         mean = whole if whole.dim() == 2 else whole.float().mean(1)
@@ -88,17 +88,17 @@ def image_term(
 
 
 def _gaussian_term(
-    target: Target, law: Gaussian, z_hat: Tensor, z: Tensor, present: Tensor | None
+    target: Target, likelihood: Gaussian, z_hat: Tensor, z: Tensor, present: Tensor | None
 ) -> Term:
-    if target.guard == "decorrelation" and target.decorrelation == "barlow_twins":
+    if target.regularisation == "decorrelation" and target.decorrelation == "barlow_twins":
         loss = decorrelation(gather(z_hat), gather(z), weight=target.decorrelation_weight)
         return Term(loss, {"loss": figure(loss)})
-    losses = gaussian(z_hat, z, sigma=law.sigma, over_dimensions=law.over_dimensions)
-    if target.guard == "decorrelation":
+    losses = gaussian(z_hat, z, sigma=likelihood.sigma, over_dimensions=likelihood.over_dimensions)
+    if target.regularisation == "decorrelation":
         rows = z.detach().flatten(0, -2)
         correlation = average(rows.T @ rows / len(rows))
-        energy = unigrad(z_hat, correlation, over_dimensions=law.over_dimensions)
-        losses = losses + target.decorrelation_weight * energy / (2 * law.sigma**2)
+        energy = unigrad(z_hat, correlation, over_dimensions=likelihood.over_dimensions)
+        losses = losses + target.decorrelation_weight * energy / (2 * likelihood.sigma**2)
     if present is not None:  # the others have loss 0 and count in the mean
         losses = torch.where(present, losses, torch.zeros_like(losses))
     loss = losses.mean()
@@ -106,7 +106,7 @@ def _gaussian_term(
 
 
 def softmax_term(
-    law: Boltzmann,
+    likelihood: Boltzmann,
     z_hat: Tensor,
     z: Tensor,
     present: Tensor,
@@ -114,29 +114,29 @@ def softmax_term(
     queue: KeyQueue | None = None,
 ) -> Term:
     """Boltzmann form; row r of z_hat (R, D) belongs to row r of z (R, D) where present (R,)."""
-    scores, exists, positive = _scores(law, z_hat, z, present, queue)
+    scores, exists, positive = _scores(likelihood, z_hat, z, present, queue)
     scores, tau = temperature(scores)  # (R, C)
     losses = boltzmann(
-        scores, positive, candidate_exists=exists, label_smoothing=law.label_smoothing
+        scores, positive, candidate_exists=exists, label_smoothing=likelihood.label_smoothing
     )
-    if law.symmetric:
-        reverse, _, _ = _scores(law, z, z_hat, present, None)
+    if likelihood.symmetric:
+        reverse, _, _ = _scores(likelihood, z, z_hat, present, None)
         reverse_losses = boltzmann(
             temperature(reverse)[0],
             positive,
             candidate_exists=exists,
-            label_smoothing=law.label_smoothing,
+            label_smoothing=likelihood.label_smoothing,
         )
         losses = (losses + reverse_losses) / 2
     return classification_term(losses, scores.masked_fill(~exists, -torch.inf), positive, tau)
 
 
 def _scores(
-    law: Boltzmann, z_hat: Tensor, z: Tensor, present: Tensor, queue: KeyQueue | None
+    likelihood: Boltzmann, z_hat: Tensor, z: Tensor, present: Tensor, queue: KeyQueue | None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Scores (R, C) against the candidates, which of them exist (C,), and the own one's column."""
-    everywhere = law.candidates == "global"
-    if law.candidates == "own":
+    everywhere = likelihood.candidates == "global"
+    if likelihood.candidates == "own":
         scores = (z_hat * z).sum(-1, keepdim=True)
         exists = torch.ones(1, dtype=torch.bool, device=z.device)
         columns = torch.zeros(len(z), dtype=torch.int64, device=z.device)

@@ -37,7 +37,7 @@ def register(commands: Any) -> None:
     parser.add_argument(
         "--sweep", metavar="N,N,...", help="numbers of GPUs, multiples of --gpus-per-node"
     )
-    parser.add_argument("--out", type=Path, metavar="FOLDER", help="for plan.txt and sweep.png")
+    parser.add_argument("--out", type=Path, metavar="FOLDER", help="for plan.txt and scaling.png")
     parser.add_argument(
         "--utilisation", type=float, default=default.utilisation, metavar="SHARE",
         help="of the peak, reached while computing (%(default)s)",
@@ -56,8 +56,8 @@ def register(commands: Any) -> None:
 def run(options: argparse.Namespace) -> int:
     """`m3i plan`."""
     from m3i_scale.planner.estimate import Assumptions, Cluster, make_plan
-    from m3i_scale.planner.report import describe, run_length, sweep_plot, sweep_table
-    from m3i_scale.profiling.trace import survey
+    from m3i_scale.planner.report import describe, run_length, scaling_plot, scaling_table
+    from m3i_scale.profiling.trace import trace
 
     config = load_config(options.config, options.overrides)
     unit = gpu(options.gpu)
@@ -65,31 +65,31 @@ def run(options: argparse.Namespace) -> int:
         unit = unit._replace(across=options.network * 1e9)
     length = run_length(config, options.samples and round(options.samples))
     assumed = Assumptions(utilisation=options.utilisation, sample_bytes=options.sample_bytes)
-    seen = survey(config, kernels=config.engine.kernels != "reference")
+    traced = trace(config, kernels=config.engine.kernels != "reference")
     cluster = Cluster(unit, options.nodes, options.gpus_per_node)
-    plan = make_plan(config, seen, cluster, assumed)
-    text = describe(plan, seen, length, [] if plan.fits else list(remedies(config, seen, plan)))
+    plan = make_plan(config, traced, cluster, assumed)
+    text = describe(plan, traced, length, [] if plan.fits else list(remedies(config, traced, plan)))
     if options.sweep:
         counts = _node_counts(options.sweep, options.gpus_per_node)
-        plans = [make_plan(config, seen, cluster._replace(nodes=n), assumed) for n in counts]
-        text += "\n" + sweep_table(plans, length)
+        plans = [make_plan(config, traced, cluster._replace(nodes=n), assumed) for n in counts]
+        text += "\n" + scaling_table(plans, length)
     print(text, end="")
     if options.out:
         options.out.mkdir(parents=True, exist_ok=True)
         (options.out / "plan.txt").write_text(text)
         if options.sweep:
-            sweep_plot(plans, length, options.out / "sweep.png")
+            scaling_plot(plans, length, options.out / "scaling.png")
     return 0
 
 
-def remedies(config: Config, seen: Any, plan: Any) -> Iterator[str]:
+def remedies(config: Config, traced: Any, plan: Any) -> Iterator[str]:
     """Changes, smallest first, each of which alone or together makes the plan fit."""
     from m3i_scale.planner.estimate import make_plan
 
     def fits(changed: Config, checkpointed: bool | None, cluster: Any = plan.cluster) -> bool:
-        return make_plan(changed, seen, cluster, plan.assumed, checkpointed=checkpointed).fits
+        return make_plan(changed, traced, cluster, plan.assumed, checkpointed=checkpointed).fits
 
-    all_recomputed = all(block.recomputed for block in seen.blocks)
+    all_recomputed = all(block.recomputed for block in traced.blocks)
     options = [(None, "")] if all_recomputed else [(None, ""), (True, "checkpoint_blocks: true, ")]
     offloaded = _changed(config, zero={"offload_optimizer": True})
     for checkpointed, words in options:
@@ -111,7 +111,7 @@ def remedies(config: Config, seen: Any, plan: Any) -> Iterator[str]:
 
 
 def _largest_micro_batch(plan: Any, fits: Any, config: Config) -> int | None:
-    share = config.optimizer.batch // plan.cluster.ranks
+    share = config.optimizer.global_batch_size // plan.cluster.ranks
     sizes = (m for m in range(plan.batch.micro, 0, -2) if m % 2 == 0 and share % m == 0)
     return next((m for m in sizes if fits(_changed(config, max_micro_batch=m))), None)
 

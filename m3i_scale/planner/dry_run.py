@@ -21,8 +21,8 @@ def state_memory(run: Run) -> dict[str, int]:
         "fp32 master weights": trained * 4 // ranks if width < 4 else 0,
         "gradients (fp32)": trained * 4 // ranks,
         "Adam moments (fp32)": trained * 8 // ranks,
-        "momentum encoder": frozen * width // ranks,
-        "momentum averages (fp32)": frozen * 4 // ranks,
+        "teacher": frozen * width // ranks,
+        "teacher averages (fp32)": frozen * 4 // ranks,
     }
 
 
@@ -50,16 +50,18 @@ def _memory(run: Run) -> Iterator[str]:
 
 
 def _length(run: Run) -> Iterator[str]:
-    plan, schedule = run.plan, run.schedule
+    plan, schedule = run.split, run.schedule
     yield "length"
     parts = f"{plan.micro} x {plan.accumulation} accumulated x {run.world.size} ranks"
     yield f"  batch {plan.batch} = {parts}"
     targets = run.config.objective.targets
-    among_samples = any(t.guard == "negatives" and t.representation != "category" for t in targets)
+    among_samples = any(
+        t.regularisation == "negatives" and t.representation != "category" for t in targets
+    )
     if plan.accumulation > 1 and among_samples:
         # Every micro-step has a softmax of its own: accumulation brings no further negatives.
         yield f"  negatives come from the {plan.micro * run.world.size} samples of a micro-step"
-    yield f"  {schedule.total} steps ({run.config.optimizer.length}), warm-up {schedule.warmup}"
+    yield f"  {schedule.total} steps ({run.config.optimizer.duration}), warm-up {schedule.warmup}"
     yield f"  {schedule.total * plan.batch:,} samples; a checkpoint every {run.save_every} steps"
 
 

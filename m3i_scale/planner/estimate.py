@@ -1,6 +1,6 @@
 """What a run needs, before it starts: memory, communication, time, data. `m3i plan` prints it.
 
-Nothing is run but one pass on fake tensors (`survey`) and a replay of what ZeRO-3 gathers
+Nothing is run but one pass on fake tensors (`trace`) and a replay of what ZeRO-3 gathers
 (`gathers`); state and traffic follow from how the engine shards (`zero`, `shards`, `momentum`).
 Memory and traffic are compared with real ranks in tests/planner/test_estimate.py; times rest on the
 `Assumptions`, which are printed with them.
@@ -16,12 +16,12 @@ from typing import Any, NamedTuple
 
 from m3i_scale.config import Boltzmann, Config, Target
 from m3i_scale.engine import memory
-from m3i_scale.engine.schedules import BatchPlan, plan_batch
+from m3i_scale.engine.schedules import BatchSplit, split_batch
 from m3i_scale.engine.zero import deepspeed_config
 from m3i_scale.planner.gpus import Gpu
 from m3i_scale.planner.zero3_replay import Replay, Settings, uses
 from m3i_scale.profiling.flops import Flops, flops_of
-from m3i_scale.profiling.trace import DTYPES, Survey, Weight
+from m3i_scale.profiling.trace import DTYPES, Trace, Weight
 
 USABLE = 0.95  # of a GPU's memory; the driver and fragments have the rest
 HPZ = "node's copies (hpZ)"
@@ -83,7 +83,7 @@ class Plan:
     config: Config
     cluster: Cluster
     assumed: Assumptions
-    batch: BatchPlan
+    batch: BatchSplit
     checkpointed: bool | None
     state: dict[str, float]  # bytes per GPU, as `memory.held_memory` measures them
     host: dict[str, float]  # bytes per GPU in the host's memory (offload)
@@ -134,7 +134,7 @@ class Plan:
 
 def make_plan(
     config: Config,
-    seen: Survey,
+    traced: Trace,
     cluster: Cluster,
     assumed: Assumptions = Assumptions(),  # noqa: B008  immutable
     *,
@@ -144,7 +144,7 @@ def make_plan(
 
     Args:
         config: the whole of it.
-        seen: what `survey` found out about its networks.
+        traced: what `trace` found out about its networks.
         cluster: where it is to run.
         assumed: figures that are not derived.
         checkpointed: all blocks or none; None as configured.
@@ -152,19 +152,21 @@ def make_plan(
     Raises:
         ConfigError: the batch cannot be spread over that many GPUs.
     """
-    batch = plan_batch(config.optimizer.batch, config.optimizer.max_micro_batch, cluster.ranks)
+    batch = split_batch(
+        config.optimizer.global_batch_size, config.optimizer.max_micro_batch, cluster.ranks
+    )
     deepspeed = deepspeed_config(config, batch)
     widths = Widths.of(config, deepspeed)
-    state = state_memory(seen.weights, cluster.ranks, widths, deepspeed)
+    state = state_memory(traced.weights, cluster.ranks, widths, deepspeed)
     offloaded = (memory.MASTER, memory.MOMENTS, memory.GRADIENTS)
     host = {k: state.pop(k) for k in offloaded if config.engine.zero.offload_optimizer}
-    flow = step_flow(config, seen, cluster.ranks, batch, deepspeed, checkpointed=checkpointed)
-    acts = activations(seen, checkpointed)
-    trained = sum(w.elements for w in seen.weights if w.trained)
+    flow = step_flow(config, traced, cluster.ranks, batch, deepspeed, checkpointed=checkpointed)
+    acts = activations(traced, checkpointed)
+    trained = sum(w.elements for w in traced.weights if w.trained)
     bucket = min(int(deepspeed["zero_optimization"]["reduce_bucket_size"]), trained)
     group = int(deepspeed["zero_optimization"].get("sub_group_size", 1e9))
-    owned = sum(shard(w.elements, cluster.ranks) for w in seen.weights if w.trained)
-    averaged = sum(w.elements for w in averaged_weights(seen.weights))
+    owned = sum(shard(w.elements, cluster.ranks) for w in traced.weights if w.trained)
+    averaged = sum(w.elements for w in averaged_weights(traced.weights))
     passing = {
         "activations": acts.kept * batch.micro,
         "block being recomputed": acts.inside * batch.micro,
@@ -183,7 +185,7 @@ def make_plan(
         update=0 if host else min(group, owned) * widths.master,
         flow=flow,
         waiting_parameters=flow.waiting * widths.compute,
-        flops=flops_of(seen),
+        flops=flops_of(traced),
         checkpoint=3 * trained * widths.master + 4 * averaged,
     )
 
@@ -217,13 +219,12 @@ def shard(elements: int, ranks: int) -> int:
 
 
 def averaged_weights(weights: list[Weight]) -> list[Weight]:
-    """Parameters of the momentum encoder that follow a trained one."""
+    """Parameters of the teacher that follow a trained one."""
     trained = {w.name for w in weights if w.trained}
     return [
         w
         for w in weights
-        if w.name.startswith("momentum.")
-        and f"online.{w.name.removeprefix('momentum.')}" in trained
+        if w.name.startswith("teacher.") and f"student.{w.name.removeprefix('teacher.')}" in trained
     ]
 
 
@@ -236,11 +237,11 @@ def state_memory(
     frozen = sum(shard(w.elements, ranks) for w in weights if not w.trained)
     averaged = sum(shard(w.elements, ranks) for w in averaged_weights(weights))
     threshold, hpz = zero["stage3_param_persistence_threshold"], zero["zero_hpz_partition_size"]
-    # The momentum encoder's small parameters are partitioned again whenever they are written.
+    # The teacher's small parameters are partitioned again whenever they are written.
     kept = sum(
         ranks * shard(w.elements, ranks)
         for w in weights
-        if w.elements <= threshold and not w.name.startswith("momentum.")
+        if w.elements <= threshold and not w.name.startswith("teacher.")
     )
     state: dict[str, float] = {
         memory.PARAMETERS: owned * widths.compute,
@@ -258,10 +259,10 @@ def state_memory(
     return state
 
 
-def activations(seen: Survey, checkpointed: bool | None = None) -> Activations:
+def activations(traced: Trace, checkpointed: bool | None = None) -> Activations:
     """Bytes per sample that wait for the backward pass; None: as configured."""
-    kept, inside = seen.outside, 0.0
-    for block in seen.blocks:
+    kept, inside = traced.outside, 0.0
+    for block in traced.blocks:
         if block.recomputed if checkpointed is None else checkpointed:
             kept += block.input
             inside = max(inside, block.inside)
@@ -275,9 +276,9 @@ def activations(seen: Survey, checkpointed: bool | None = None) -> Activations:
 
 def step_flow(
     config: Config,
-    seen: Survey,
+    traced: Trace,
     ranks: int,
-    batch: BatchPlan,
+    batch: BatchSplit,
     deepspeed: dict[str, Any],
     *,
     checkpointed: bool | None = None,
@@ -290,9 +291,9 @@ def step_flow(
         return Flow([])
     settings, widths = Settings.of(deepspeed), Widths.of(config, deepspeed)
     hpz = deepspeed["zero_optimization"]["zero_hpz_partition_size"]
-    replay = Replay(seen.weights, uses(seen, checkpointed=checkpointed), settings, hpz=hpz > 1)
-    small = {w.name for w in seen.weights if w.elements <= settings.persistence_threshold}
-    first = replay.micro_step({name for name in small if not name.startswith("momentum.")})
+    replay = Replay(traced.weights, uses(traced, checkpointed=checkpointed), settings, hpz=hpz > 1)
+    small = {w.name for w in traced.weights if w.elements <= settings.persistence_threshold}
+    first = replay.micro_step({name for name in small if not name.startswith("teacher.")})
     later = replay.micro_step(small)
     times = batch.accumulation - 1
     found: list[Traffic] = []
@@ -301,7 +302,7 @@ def step_flow(
         size = sum(n * group * shard(e, group) for e, n in sizes.items()) * widths.compute
         found.append(Traffic(f"all-gather, {name}", size, size * (group - 1) / group, local))
 
-    for phase in ("momentum encoder", "forward", "backward"):
+    for phase in ("teacher", "forward", "backward"):
         sizes, inside = (
             Counter({e: one[e] + times * more[e] for e in one | more})
             for one, more in (
@@ -311,15 +312,15 @@ def step_flow(
         )
         gather(phase, sizes, ranks, local=False)
         gather(f"{phase}, inside nodes", inside, hpz, local=True)
-    sizes = Counter(w.elements for w in seen.weights if w.name in small)
+    sizes = Counter(w.elements for w in traced.weights if w.name in small)
     gather("small parameters after the update", sizes, ranks, local=False)
 
-    reduced = sum(ranks * shard(w.elements, ranks) for w in seen.weights if w.trained)
+    reduced = sum(ranks * shard(w.elements, ranks) for w in traced.weights if w.trained)
     size = batch.accumulation * reduced * widths.reduced
     found.append(
         Traffic("reduce-scatter, gradients", size, size * (ranks - 1) / ranks, local=False)
     )
-    found += _contrast(config, seen, ranks, batch)
+    found += _contrast(config, traced, ranks, batch)
     bucket = int(deepspeed["zero_optimization"]["reduce_bucket_size"])
     buckets = batch.accumulation * math.ceil(reduced / bucket)
     collectives = first.collectives + times * later.collectives + buckets + 1
@@ -331,30 +332,30 @@ def step_flow(
     )
 
 
-def _contrast(config: Config, seen: Survey, ranks: int, batch: BatchPlan) -> Iterator[Traffic]:
+def _contrast(config: Config, traced: Trace, ranks: int, batch: BatchSplit) -> Iterator[Traffic]:
     """Targets that are gathered from all ranks for a softmax, and their gradients."""
     gathered = reduced = 0.0
     for target in config.objective.targets:
-        law = target.likelihood
-        if not isinstance(law, Boltzmann) or law.candidates != "global":
+        likelihood = target.likelihood
+        if not isinstance(likelihood, Boltzmann) or likelihood.candidates != "global":
             continue
         if target.representation == "category":
             continue
-        rows = ranks * batch.micro * batch.accumulation * (seen.tokens if target.dense else 1)
-        size = 4 * rows * _target_width(config, seen, target)
+        rows = ranks * batch.micro * batch.accumulation * (traced.tokens if target.dense else 1)
+        size = 4 * rows * _target_width(config, traced, target)
         carries = target.representation == "text"  # image targets carry no gradient
-        gathered += size * (1 + law.symmetric) + rows
-        reduced += size * (carries + law.symmetric)
+        gathered += size * (1 + likelihood.symmetric) + rows
+        reduced += size * (carries + likelihood.symmetric)
     share = (ranks - 1) / ranks
     yield Traffic("all-gather, targets of the softmax", gathered, gathered * share, local=False)
     yield Traffic("all-reduce, their gradients", reduced, 2 * reduced * share, local=False)
 
 
-def _target_width(config: Config, seen: Survey, target: Target) -> int:
+def _target_width(config: Config, traced: Trace, target: Target) -> int:
     if target.representation == "text":
         assert config.model.text is not None
         return config.model.text.embed_dim
-    return seen.width if target.dense else config.model.global_head.width
+    return traced.width if target.dense else config.model.global_head.width
 
 
 def _seconds(traffic: Traffic, cluster: Cluster, assumed: Assumptions) -> float:

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from m3i_scale.config import Config
 from m3i_scale.planner.estimate import USABLE, Plan, activations
-from m3i_scale.profiling.trace import Survey
+from m3i_scale.profiling.trace import Trace
 
 GIB = 2**30
 
@@ -26,28 +26,28 @@ def run_length(config: Config, epoch_samples: int | None) -> Length:
     Raises:
         ValueError: the length is stated in epochs and nobody said how many samples one has.
     """
-    span = config.optimizer.length
+    span = config.optimizer.duration
     if span.unit == "epochs" and epoch_samples is None:
         raise ValueError(
-            f"optimizer.length is {span}; say how many samples an epoch has, with --samples"
+            f"optimizer.duration is {span}; say how many samples an epoch has, with --samples"
         )
-    batch = config.optimizer.batch
+    batch = config.optimizer.global_batch_size
     return Length(span.steps(batch=batch, epoch_samples=epoch_samples or 0), batch)
 
 
-def describe(plan: Plan, seen: Survey, length: Length, remedies: Sequence[str]) -> str:
+def describe(plan: Plan, traced: Trace, length: Length, remedies: Sequence[str]) -> str:
     """The whole plan."""
     parts = (
-        _head(plan, seen), _memory(plan, seen), _verdict(plan, remedies), _compute(plan),
+        _head(plan, traced), _memory(plan, traced), _verdict(plan, remedies), _compute(plan),
         _traffic(plan), _time(plan, length), _assumptions(plan),
     )  # fmt: skip
     return "\n".join("\n".join(part) + "\n" for part in parts)
 
 
-def _head(plan: Plan, seen: Survey) -> Iterator[str]:
+def _head(plan: Plan, traced: Trace) -> Iterator[str]:
     cluster, batch = plan.cluster, plan.batch
-    trained = sum(w.elements for w in seen.weights if w.trained)
-    frozen = sum(w.elements for w in seen.weights if not w.trained)
+    trained = sum(w.elements for w in traced.weights if w.trained)
+    frozen = sum(w.elements for w in traced.weights if not w.trained)
     yield (
         f"{plan.config.run}: {plan.config.model.backbone.name}, {plan.config.data.image_size} "
         f"pixels, {trained / 1e6:,.1f} M parameters trained, {frozen / 1e6:,.1f} M averaged"
@@ -58,7 +58,7 @@ def _head(plan: Plan, seen: Survey) -> Iterator[str]:
     )
 
 
-def _memory(plan: Plan, seen: Survey) -> Iterator[str]:
+def _memory(plan: Plan, traced: Trace) -> Iterator[str]:
     yield f"{f'memory per GPU, {plan.config.engine.precision}':42s}{'GiB':>8s}"
     for kind, size in plan.state.items():
         yield _row(kind, size / GIB)
@@ -69,7 +69,7 @@ def _memory(plan: Plan, seen: Survey) -> Iterator[str]:
     for kind, size in plan.host.items():
         yield _row(f"on the host: {kind}", size / GIB)
     for name, checkpointed in (("with", True), ("without", False)):
-        acts = activations(seen, checkpointed)
+        acts = activations(traced, checkpointed)
         size = (acts.kept + acts.inside) * plan.batch.micro / GIB
         yield _row(f"activations {name} checkpointing", size)
 
@@ -145,7 +145,7 @@ def days(plan: Plan, length: Length) -> float:
     return length.steps * plan.step / 86400
 
 
-def sweep_table(plans: Sequence[Plan], length: Length) -> str:
+def scaling_table(plans: Sequence[Plan], length: Length) -> str:
     """One line per number of GPUs."""
     lines = ["  GPUs   micro x accumulated   GiB/GPU  fits   s/step   samples/s   MFU %    days"]
     for plan in plans:
@@ -158,7 +158,7 @@ def sweep_table(plans: Sequence[Plan], length: Length) -> str:
     return "\n".join(lines) + "\n"
 
 
-def sweep_plot(plans: Sequence[Plan], length: Length, path: Path) -> None:
+def scaling_plot(plans: Sequence[Plan], length: Length, path: Path) -> None:
     """Days and memory over the number of GPUs, as a PNG file."""
     from matplotlib.figure import Figure
 

@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
-from m3i_scale.profiling.trace import Survey, Weight
+from m3i_scale.profiling.trace import Trace, Weight
 
 
 class Settings(NamedTuple):
@@ -50,7 +50,7 @@ class Use(NamedTuple):
 class Gathers:
     """What is gathered in one micro-step, and how much of it lives at once.
 
-    `elements` counts, for "momentum encoder", "forward" and "backward", parameters by their size;
+    `elements` counts, for "teacher", "forward" and "backward", parameters by their size;
     `local` those that hpZ gathers inside a node.
     """
 
@@ -61,23 +61,23 @@ class Gathers:
     at_turn: int = 0  # elements alive between forward and backward
 
 
-def uses(seen: Survey, *, checkpointed: bool | None = None) -> list[Use]:
+def uses(traced: Trace, *, checkpointed: bool | None = None) -> list[Use]:
     """One micro-step: the forward pass, and the backward pass with what it recomputes.
 
     `checkpointed` None follows the configuration. A backward pass runs through the modules in the
     opposite order; the one of a checkpointed block begins with its forward pass.
     """
-    forward = [Use(call.module, call.enter, "forward") for call in seen.calls]
+    forward = [Use(call.module, call.enter, "forward") for call in traced.calls]
     blocks = {
         block.calls.stop - 1: block.calls
-        for block in seen.blocks
+        for block in traced.blocks
         if (block.recomputed if checkpointed is None else checkpointed)
     }
     backward: list[Use] = []
-    for position in reversed(range(len(seen.calls))):
-        call = seen.calls[position]
+    for position in reversed(range(len(traced.calls))):
+        call = traced.calls[position]
         if position in blocks:
-            again = (seen.calls[p] for p in blocks[position])
+            again = (traced.calls[p] for p in blocks[position])
             backward += [Use(c.module, c.enter, "backward") for c in again]
         if call.grad:
             backward.append(Use(call.module, not call.enter, "backward"))
@@ -158,9 +158,9 @@ class Replay:
         for hop, counters in ((False, self._found.elements), (True, self._found.local)):
             group = [name for name in names if (name in self._secondary) == hop]
             for name in group:
-                # The online networks' first weights are prefetched during the encoder's last.
-                encoder = name.startswith("momentum.")
-                counters["momentum encoder" if encoder else phase][self._sizes[name]] += 1
+                # The student networks' first weights are prefetched during the encoder's last.
+                encoder = name.startswith("teacher.")
+                counters["teacher" if encoder else phase][self._sizes[name]] += 1
             self._found.collectives += bool(group)
         self._available.update(names)
         self._live += sum(self._sizes[name] for name in names)

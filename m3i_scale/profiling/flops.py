@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from m3i_scale.config import Config
-from m3i_scale.profiling.trace import Survey, survey
+from m3i_scale.profiling.trace import Trace, trace
 
 
 class PartFlops(NamedTuple):
@@ -28,8 +28,8 @@ class PartFlops(NamedTuple):
 class Flops:
     """FLOPs per sample of one optimiser step, by part.
 
-    Parts: "backbone" (the online encoder on the input, and on clean views where those are its
-    targets), "momentum encoder" (on all clean views), "decoder" (once per dense target), "text
+    Parts: "backbone" (the student on the input, and on clean views where those are its
+    targets), "teacher" (on all clean views), "decoder" (once per dense target), "text
     tower", "heads" (pooling, projections, classifier). Only those that the objective has.
     """
 
@@ -60,15 +60,15 @@ def step_flops(config: Config) -> Flops:
     Raises:
         ValueError: the networks cannot be built.
     """
-    return flops_of(survey(config, kernels=False))
+    return flops_of(trace(config, kernels=False))
 
 
-def flops_of(seen: Survey) -> Flops:
-    """The FLOPs that a survey has counted."""
+def flops_of(traced: Trace) -> Flops:
+    """The FLOPs that a trace has counted."""
     return Flops(
         {
-            part: PartFlops(forward, seen.backward[part], seen.recomputed[part])
-            for part, forward in seen.forward.items()
+            part: PartFlops(forward, traced.backward[part], traced.recomputed[part])
+            for part, forward in traced.forward.items()
             if forward
         }
     )

@@ -23,7 +23,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from m3i_scale.config import Config, Model
 from m3i_scale.objective.collectives import alone
-from m3i_scale.objective.inputs import Scene
+from m3i_scale.objective.inputs import MixedBatch
 from m3i_scale.objective.m3i import M3I
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -54,12 +54,12 @@ class Block:
 
     input: float  # what checkpointing keeps
     inside: float  # what autograd keeps without it
-    calls: range  # of the block, in `Survey.calls`
+    calls: range  # of the block, in `Trace.calls`
     recomputed: bool  # whether the configuration checkpoints it
 
 
 @dataclass
-class Survey:
+class Trace:
     """What one forward pass has shown."""
 
     weights: list[Weight] = field(default_factory=list)
@@ -73,7 +73,7 @@ class Survey:
     recomputed: dict[str, float] = field(default_factory=lambda: defaultdict(float))
 
 
-def survey(config: Config, *, kernels: bool) -> Survey:
+def trace(config: Config, *, kernels: bool) -> Trace:
     """Run the networks of a configuration once on fake tensors.
 
     Args:
@@ -92,8 +92,8 @@ def survey(config: Config, *, kernels: bool) -> Survey:
             model = M3I(spec, config.objective, size).to(dtype)
         with FakeTensorMode(allow_non_fake_inputs=True):
             record = _Record(model.to_empty(device="cpu"), _recomputed(config.model))
-            record.run(lambda: model.forward(_scene(config, dtype)))
-    return record.survey
+            record.run(lambda: model.forward(_mixed_batch(config, dtype)))
+    return record.trace
 
 
 class _Record:
@@ -101,7 +101,7 @@ class _Record:
 
     def __init__(self, model: M3I, recomputed: tuple[str, ...]) -> None:
         rows, columns = model.grid
-        self.survey = Survey(width=model.online.backbone.width, tokens=rows * columns)
+        self.trace = Trace(width=model.student.backbone.width, tokens=rows * columns)
         self._model = model
         self._counter = FlopCounter()
         self._kept: dict[int, Tensor] = {}
@@ -110,7 +110,7 @@ class _Record:
         self._part: str | None = None  # the outermost module of a part that is running
         for name, module in model.named_modules():
             for own, parameter in module.named_parameters(recurse=False):
-                self.survey.weights.append(
+                self.trace.weights.append(
                     Weight(f"{name}.{own}", name, parameter.numel(), parameter.requires_grad)
                 )
             self._watch(name, module)
@@ -125,8 +125,8 @@ class _Record:
         keep = torch.autograd.graph.saved_tensors_hooks(self._keep, lambda tensor: tensor)
         with self._counter, keep:
             forward()
-        inside = sum(block.inside for block in self.survey.blocks)
-        self.survey.outside = self._bytes / ROWS - inside
+        inside = sum(block.inside for block in self.trace.blocks)
+        self.trace.outside = self._bytes / ROWS - inside
 
     def _keep(self, tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
@@ -137,23 +137,23 @@ class _Record:
 
     def _watch(self, name: str, module: nn.Module) -> None:
         part = _part_of(
-            name, pooling=any(m is module for m in self._model.online.backbone.pooling.modules())
+            name, pooling=any(m is module for m in self._model.student.backbone.pooling.modules())
         )
         start = 0
 
         def enter(*_: Any) -> None:
             nonlocal start
-            self.survey.calls.append(Call(name, True, torch.is_grad_enabled()))
+            self.trace.calls.append(Call(name, True, torch.is_grad_enabled()))
             if self._part is None:
                 self._part, start = name, self._counter.total
 
         def leave(*_: Any) -> None:
-            self.survey.calls.append(Call(name, False, torch.is_grad_enabled()))
+            self.trace.calls.append(Call(name, False, torch.is_grad_enabled()))
             if self._part == name:
                 self._part = None
                 flops = (self._counter.total - start) / ROWS
-                self.survey.forward[part] += flops
-                self.survey.backward[part] += BACKWARD * flops * torch.is_grad_enabled()
+                self.trace.forward[part] += flops
+                self.trace.backward[part] += BACKWARD * flops * torch.is_grad_enabled()
 
         module.register_forward_pre_hook(enter)
         module.register_forward_hook(leave)
@@ -163,7 +163,7 @@ class _Record:
         marks: list[tuple[int, int, int]] = []
 
         def enter(*_: Any) -> None:
-            calls = len(self.survey.calls) - 1  # the block's own call is there already
+            calls = len(self.trace.calls) - 1  # the block's own call is there already
             marks.append((self._bytes, calls, self._counter.total))
 
         def leave(_: nn.Module, inputs: tuple[Any, ...], __: Any) -> None:
@@ -174,12 +174,12 @@ class _Record:
             block = Block(
                 input=x.numel() * x.element_size() / ROWS,
                 inside=(self._bytes - size) / ROWS,
-                calls=range(call, len(self.survey.calls)),
+                calls=range(call, len(self.trace.calls)),
                 recomputed=recomputed,
             )
-            self.survey.blocks.append(block)
+            self.trace.blocks.append(block)
             if recomputed:
-                self.survey.recomputed[part] += (self._counter.total - flops) / ROWS
+                self.trace.recomputed[part] += (self._counter.total - flops) / ROWS
 
         module.register_forward_pre_hook(enter)
         module.register_forward_hook(leave)
@@ -188,9 +188,9 @@ class _Record:
 def _part_of(name: str, *, pooling: bool = False) -> str:
     """The part of a training step that a module belongs to."""
     first, second = [*name.split("."), ""][:2]
-    if first == "momentum":
-        return "momentum encoder"
-    if (first, second) == ("online", "backbone") and not pooling:
+    if first == "teacher":
+        return "teacher"
+    if (first, second) == ("student", "backbone") and not pooling:
         return "backbone"
     return {"text_tower": "text tower", "decoders": "decoder"}.get(first, "heads")
 
@@ -227,7 +227,7 @@ class _FusedAttention(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
-        raise NotImplementedError("a survey has no backward pass")
+        raise NotImplementedError("a trace has no backward pass")
 
 
 class FlopCounter(TorchFunctionMode):
@@ -313,19 +313,19 @@ def _recomputed(model: Model) -> tuple[str, ...]:
     """Beginnings of the names of checkpointed blocks."""
     text = model.text is not None and model.text.checkpoint_blocks
     return (
-        *(["online."] if model.backbone.options.get("checkpoint_blocks") else []),
+        *(["student."] if model.backbone.options.get("checkpoint_blocks") else []),
         *(["decoders."] if model.decoder.checkpoint_blocks else []),
         *(["text_tower."] if text else []),
     )
 
 
-def _scene(config: Config, dtype: torch.dtype) -> Scene:
+def _mixed_batch(config: Config, dtype: torch.dtype) -> MixedBatch:
     size, spec = config.data.image_size, config.objective.input
     side, length = size // spec.patch, config.model.text.max_length if config.model.text else 0
     image = torch.empty(ROWS, 3, size, size, dtype=dtype)
     box, flag = torch.empty(ROWS, 4), torch.empty(ROWS, dtype=torch.bool)
     number = torch.empty(ROWS, dtype=torch.int64)
-    return Scene(
+    return MixedBatch(
         image=torch.cat([image, image]) if spec.both_views else image,
         clean_a=image,
         clean_b=image,

@@ -32,8 +32,8 @@ class Cell(NamedTuple):
     def steps(self) -> int:
         """Optimiser steps in which all samples are seen."""
         # The length is stated in samples, so the size of an epoch does not matter.
-        return self.config.optimizer.length.steps(
-            batch=self.config.optimizer.batch, epoch_samples=1
+        return self.config.optimizer.duration.steps(
+            batch=self.config.optimizer.global_batch_size, epoch_samples=1
         )
 
 
@@ -73,7 +73,7 @@ def _config(sweep: Sweep, home: Path, row: dict[str, Variant], seed: int) -> Con
         f"run={name}",
         f"folder={sweep.own_folder}",
         f"seed={seed}",
-        f"optimizer.length={sweep.samples} samples",
+        f"optimizer.duration={sweep.samples} samples",
     ]
     changes = [*sweep.set, *(change for variant in row.values() for change in variant.set)]
     try:

@@ -9,7 +9,7 @@ from typing import Any
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure as Picture
 
-from m3i_scale.sweep.results import Results, Row
+from m3i_scale.sweep.results import MethodRow, Results
 
 COLOURS = ("#2563a8", "#c2570c", "#1a7f37", "#7a3e9d", "#8a6d00")
 COLUMNS = 4
@@ -57,7 +57,9 @@ def _panel(axis: Any, results: Results, names: list[str], task: str) -> None:
     axis.grid(alpha=0.25)
 
 
-def _point(axis: Any, row: Row, task: str, place: float, colour: str, label: str | None) -> None:
+def _point(
+    axis: Any, row: MethodRow, task: str, place: float, colour: str, label: str | None
+) -> None:
     figure = row.trained[task]
     deviation = 0.0 if math.isnan(figure.deviation) else figure.deviation
     axis.errorbar(

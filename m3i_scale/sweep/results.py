@@ -31,7 +31,7 @@ class Figure(NamedTuple):
         return statistics.stdev(self.values) if len(self.values) > 1 else math.nan
 
 
-class Row(NamedTuple):
+class MethodRow(NamedTuple):
     """One combination of variants; shares of the queries, by task."""
 
     section: str  # the variants of all axes but the last
@@ -54,11 +54,11 @@ class Results(NamedTuple):
     """A sweep's table."""
 
     sweep: Sweep
-    rows: list[Row]
+    rows: list[MethodRow]
     tasks: list[str]
 
     @property
-    def sections(self) -> dict[str, list[Row]]:
+    def sections(self) -> dict[str, list[MethodRow]]:
         """Rows by section, in order."""
         names = dict.fromkeys(row.section for row in self.rows)
         return {name: [row for row in self.rows if row.section == name] for name in names}
@@ -81,7 +81,7 @@ def collect(sweep: Sweep, grid: Sequence[Cell], flops: Flops) -> Results:
     return Results(sweep, rows, sweep.report.tasks or list(every))
 
 
-def _row(sweep: Sweep, key: tuple[str, ...], group: Sequence[Cell], flops: Flops) -> Row:
+def _row(sweep: Sweep, key: tuple[str, ...], group: Sequence[Cell], flops: Flops) -> MethodRow:
     finished = [cell for cell in group if progress.is_finished(cell, sweep.evaluation)]
     lines = [line for cell in finished for line in read_evaluation(cell)]
     tasks = dict.fromkeys(line["task"] for line in lines)
@@ -93,7 +93,7 @@ def _row(sweep: Sweep, key: tuple[str, ...], group: Sequence[Cell], flops: Flops
         }
 
     spreads = [spread for cell in finished if (spread := least_spread(cell)) is not None]
-    return Row(
+    return MethodRow(
         section=" ".join(key[:-1]),
         name=key[-1],
         trained=figures("trained"),

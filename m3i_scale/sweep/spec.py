@@ -27,7 +27,7 @@ from m3i_scale.config import ConfigError, Count, Node
 from m3i_scale.config.load import apply_override, read_tree, sentence
 
 # What a sweep decides itself, so that runs have folders of their own and equal compute.
-RESERVED = ("run", "folder", "seed", "optimizer.length")
+RESERVED = ("run", "folder", "seed", "optimizer.duration")
 
 
 def _as_list(value: object) -> object:
@@ -60,7 +60,7 @@ class Evaluation(Node):
 
     queries: Annotated[Files, Field(min_length=1)]
     gallery: Files = Field(default=[])  # empty: the indexes that the run learned from
-    which: Literal["student", "momentum"] = "student"
+    which: Literal["student", "teacher"] = "student"
     probe: bool = True
     neighbours: Count = 20
     limit: Count | None = None

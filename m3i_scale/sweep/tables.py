@@ -7,7 +7,7 @@ import io
 import math
 from collections.abc import Iterable, Sequence
 
-from m3i_scale.sweep.results import Figure, Results, Row
+from m3i_scale.sweep.results import Figure, MethodRow, Results
 
 ABSENT = "–"
 
@@ -35,7 +35,7 @@ def _sentence(results: Results) -> str:
     )
 
 
-def _table(results: Results, rows: Sequence[Row]) -> list[str]:
+def _table(results: Results, rows: Sequence[MethodRow]) -> list[str]:
     papers = list(dict.fromkeys(title for row in rows for title in row.paper))
     axis = list(results.sweep.axes)[-1]
     head = [axis, *results.tasks, "spread", "GFLOP", "seeds", *(f"paper: {t}" for t in papers)]
@@ -69,7 +69,7 @@ def _aligned(table: Sequence[Sequence[str]]) -> list[str]:
     return [line(table[0]), line(rule), *(line(cells) for cells in table[1:])]
 
 
-def _pooled(rows: Iterable[Row], task: str) -> Figure:
+def _pooled(rows: Iterable[MethodRow], task: str) -> Figure:
     """Untrained networks of all rows: one for each seed and architecture."""
     return Figure(tuple(v for row in rows if task in row.untrained for v in row.untrained[task][0]))
 

@@ -12,5 +12,6 @@
 
 Imports models, objective, data and config, never the engine: imports go one way,
 `cli -> engine, transfer -> objective -> models -> m3i_kernels`. A checkpoint comes in as a
-`loading.Weights`, which `m3i_scale.engine.checkpoint.Reader` is; `cli.py` brings the two together.
+`loading.Weights`, which `m3i_scale.engine.checkpoint.CheckpointReader` is; `cli.py` brings the two
+together.
 """

@@ -42,7 +42,7 @@ class Options(NamedTuple):
     category: str = "category"  # what a category is, in the table
 
 
-class Row(NamedTuple):
+class TaskScore(NamedTuple):
     """One line of the table; accuracies are shares of the queries."""
 
     task: str
@@ -56,7 +56,7 @@ class Row(NamedTuple):
 class Evaluation(NamedTuple):
     """The table, and what the pictures need."""
 
-    rows: list[Row]
+    rows: list[TaskScore]
     gallery: Known
     queries: Known
     gallery_features: Tensor  # (N, E) of the trained networks
@@ -135,7 +135,7 @@ def evaluate(
     )
 
 
-def markdown(rows: Sequence[Row]) -> str:
+def markdown(rows: Sequence[TaskScore]) -> str:
     """The table, accuracies in percent."""
     title = "accuracy, %"
     width = max(len(title), *(len(row.task) for row in rows))
@@ -164,9 +164,11 @@ def _open(
     return first, second
 
 
-def _row(task: str, scores: Mapping[str, Tensor], truth: Tensor, names: int, *, k: int = 1) -> Row:
+def _row(
+    task: str, scores: Mapping[str, Tensor], truth: Tensor, names: int, *, k: int = 1
+) -> TaskScore:
     trained, untrained = (labels.accuracy(scores[name], truth, k) for name in (TRAINED, UNTRAINED))
-    return Row(task, trained, untrained, labels.chance(truth, k), len(truth), names)
+    return TaskScore(task, trained, untrained, labels.chance(truth, k), len(truth), names)
 
 
 def _zero_shot_rows(
@@ -175,7 +177,7 @@ def _zero_shot_rows(
     candidates: Sequence[str],
     embeddings: Mapping[str, Tensor],
     options: Options,
-) -> Iterator[Row]:
+) -> Iterator[TaskScore]:
     wanted = labels.rows_with(labels.subjects(queries))
     if not embeddings or not len(wanted):
         return
@@ -199,7 +201,7 @@ def _zero_shot_rows(
 
 def _classifier_rows(
     queries: Known, encoded: Mapping[str, Encoded], options: Options
-) -> Iterator[Row]:
+) -> Iterator[TaskScore]:
     wanted = labels.rows_with(labels.categories(queries))
     if encoded[TRAINED].category is None or not len(wanted):
         return
@@ -220,7 +222,7 @@ def _gallery_rows(
     queries: Known,
     query_encoded: Mapping[str, Encoded],
     options: Options,
-) -> Iterator[Row]:
+) -> Iterator[TaskScore]:
     """kNN and the linear probe, for every kind of label that both sides carry."""
 
     def nearest(q: Tensor, g: Tensor, label: Tensor, names: int) -> Tensor:

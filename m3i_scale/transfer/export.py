@@ -23,10 +23,10 @@ from torch import Tensor
 from m3i_scale.config import Config
 from m3i_scale.models.backbone import Backbone, build_backbone
 from m3i_scale.models.weights import load_published, load_weights
-from m3i_scale.transfer.loading import Weights, Which, has_momentum, stored_kinds
+from m3i_scale.transfer.loading import Weights, Which, has_teacher, stored_kinds
 
 Part = Literal["backbone", "all"]
-BACKBONE = "online.backbone."
+BACKBONE = "student.backbone."
 PIECE = 1 << 22  # elements that are in memory at once: 16 MB in fp32
 _DTYPES = {"fp32": (torch.float32, "F32"), "bf16": (torch.bfloat16, "BF16")}
 
@@ -64,7 +64,7 @@ def export(
         weights: the checkpoint.
         config: of the run.
         path: the file to write; it appears complete or not at all.
-        which: "student", or "momentum" for the averages of the image encoder.
+        which: "student", or "teacher" for the averages of the image encoder.
         part: "backbone", or "all" networks.
         dtype: "fp32" as stored, or "bf16", rounded to nearest.
         progress: called with the number of bytes after each piece.
@@ -146,7 +146,7 @@ def _entries(weights: Weights, config: Config, which: Which, part: Part) -> dict
     shapes = {name: shape for name, shape in weights.shapes.items() if name.startswith(prefix)}
     if not shapes:
         raise ValueError(f"{weights.path} holds no parameter named {prefix}*")
-    kinds = stored_kinds(shapes, which, has_momentum=has_momentum(config))
+    kinds = stored_kinds(shapes, which, has_teacher=has_teacher(config))
     return {
         name.removeprefix(prefix): Entry(kinds[name], name, list(shape))
         for name, shape in shapes.items()

@@ -82,7 +82,7 @@ def pools_tokens(objective: Objective) -> bool:
 @torch.inference_mode()
 def encode_images(networks: M3I, images: Tensor) -> Encoded:
     """Encode prepared images (B, 3, S, S), whole and clean: all tokens are pooled."""
-    backbone = networks.online.backbone
+    backbone = networks.student.backbone
     tokens = backbone.features(images)  # (B, N, D)
     pooled = backbone.pool(tokens)  # (B, E)
     text = category = None

@@ -12,14 +12,14 @@ from torch import Tensor
 from m3i_scale.config import Config
 from m3i_scale.objective.m3i import M3I
 
-Which = Literal["student", "momentum"]
-ENCODER = "online."  # the part of the networks that has a momentum average
+Which = Literal["student", "teacher"]
+ENCODER = "student."  # the part of the networks that has a teacher average
 
 
 class Weights(Protocol):
-    """A checkpoint as `m3i_scale.engine.checkpoint.Reader` gives it, sharded or not.
+    """A checkpoint as `m3i_scale.engine.checkpoint.CheckpointReader` gives it, sharded or not.
 
-    `kind` is "weight" (float32 master weights) or "momentum" (float32 averages of the encoder).
+    `kind` is "weight" (float32 master weights) or "teacher" (float32 averages of the encoder).
     """
 
     @property
@@ -50,7 +50,7 @@ def build_untrained(config: Config) -> M3I:
     """The networks as a run starts with them, in float32 on the CPU, in evaluation mode.
 
     The weights are a function of `config.seed`; the caller's random generator is left alone. There
-    is no momentum encoder among them: its weights, if wanted, take the place of the student's.
+    is no teacher among them: its weights, if wanted, take the place of the student's.
 
     Raises:
         ValueError: the networks cannot be built.
@@ -62,8 +62,8 @@ def _build(config: Config) -> M3I:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
         networks = M3I(config.model, config.objective, config.data.image_size)
-    if hasattr(networks, "momentum"):
-        del networks.momentum
+    if hasattr(networks, "teacher"):
+        del networks.teacher
     return networks
 
 
@@ -73,7 +73,7 @@ def build_trained(config: Config, weights: Weights, which: Which = "student") ->
     Args:
         config: of the run that wrote the checkpoint.
         weights: the checkpoint.
-        which: "student", or "momentum" for the averages of the image encoder (everything else,
+        which: "student", or "teacher" for the averages of the image encoder (everything else,
             the text tower say, has no average and is the student's).
 
     Raises:
@@ -84,34 +84,33 @@ def build_trained(config: Config, weights: Weights, which: Which = "student") ->
     own = {name: p for name, p in networks.named_parameters() if p.requires_grad}
     shapes = {name: list(parameter.shape) for name, parameter in own.items()}
     _require_equal(shapes, weights)
-    kinds = stored_kinds(shapes, which, has_momentum=has_momentum(config))
+    kinds = stored_kinds(shapes, which, has_teacher=has_teacher(config))
     with torch.no_grad():
         for name, parameter in own.items():
             parameter.copy_(weights.tensor(kinds[name], name))
     return networks.eval().requires_grad_(False)
 
 
-def stored_kinds(names: Mapping[str, Any], which: Which, *, has_momentum: bool) -> dict[str, str]:
+def stored_kinds(names: Mapping[str, Any], which: Which, *, has_teacher: bool) -> dict[str, str]:
     """Under which kind the checkpoint holds each parameter of the chosen model.
 
     Raises:
-        ValueError: momentum averages were asked for and the run has none.
+        ValueError: teacher averages were asked for and the run has none.
     """
-    if which == "momentum" and not has_momentum:
+    if which == "teacher" and not has_teacher:
         raise ValueError(
-            "this run has no momentum encoder, since no target of its objective uses one; take "
-            "the student"
+            "this run has no teacher, since no target of its objective uses one; take the student"
         )
-    averaged = which == "momentum"
+    averaged = which == "teacher"
     return {
-        name: "momentum" if averaged and name.startswith(ENCODER) else "weight" for name in names
+        name: "teacher" if averaged and name.startswith(ENCODER) else "weight" for name in names
     }
 
 
-def has_momentum(config: Config) -> bool:
-    """Whether a run of this configuration keeps a momentum encoder."""
+def has_teacher(config: Config) -> bool:
+    """Whether a run of this configuration keeps a teacher."""
     return any(
-        target.encoder == "momentum" and target.representation in ("features", "global")
+        target.encoder == "teacher" and target.representation in ("features", "global")
         for target in config.objective.targets
     )
 

@@ -95,7 +95,7 @@ def test_measures_the_real_step(tmp_path: pathlib.Path, timeline: ModuleType) ->
     command = [sys.executable, BENCH / "step.py", "--config", tmp_path / "small.yaml"]
     sizes = ["--micro-batch", 4, "--accumulation", 2, "--warmup", 1, "--steps", 2, "--profile", 1]
     done = subprocess.run(
-        [*map(str, [*command, *sizes, "--out", tmp_path]), "optimizer.ema=0.9"],
+        [*map(str, [*command, *sizes, "--out", tmp_path]), "optimizer.teacher_momentum=0.9"],
         capture_output=True,
         text=True,
         timeout=240,

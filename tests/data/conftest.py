@@ -1,4 +1,4 @@
-"""Fixtures of the data room's tests."""
+"""Fixtures of the tests of m3i_scale.data."""
 
 from __future__ import annotations
 

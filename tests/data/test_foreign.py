@@ -175,7 +175,7 @@ def train_on(world, folder: Path, overrides: dict[str, Any]) -> dict[str, Any]:
     config = small_config(folder, overrides)
     stream = build_stream(config)
     run = session.open_run(config, world, stream, epoch_samples=stream.samples, resume="never")
-    record = metrics.MetricLog(run.folder, leads=world.leads, total=run.schedule.total, first=0,
+    record = metrics.MetricLog(run.folder, is_main=world.is_main, total=run.schedule.total, first=0,
                                tensorboard=False)  # fmt: skip
     finished = loop.pretrain(run, StopFlag(), record)
     record.close()
@@ -213,9 +213,9 @@ def test_foreign_shards_and_an_unseen_collection_train_end_to_end(tmp_path):
         "data.sources": [{"name": n, "index": index[n], "kind": kind} for n, kind in kinds.items()],
         "data.max_bad_rate": 0.5,
         "model.text.tokenizer": str(tmp_path / "tokenizer.json"),
-        "optimizer.batch": 40,  # of 39 samples: every one is met
+        "optimizer.global_batch_size": 40,  # of 39 samples: every one is met
         "optimizer.max_micro_batch": 40,
-        "optimizer.length": "2 steps",
+        "optimizer.duration": "2 steps",
         "optimizer.warmup": "1 steps",
     }
     results = run_ranks(1, train_on, tmp_path, overrides=overrides)

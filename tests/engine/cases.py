@@ -18,7 +18,7 @@ from m3i_scale.engine.stop import StopFlag
 
 
 class RandomStream:
-    """Samples that are functions of their position; `poison` makes one position's image endless."""
+    """Samples that are functions of their position; the image at position `poison` is infinite."""
 
     epoch_samples = 64
 
@@ -81,7 +81,7 @@ def train_small(
     run = open_small(world, folder, overrides, resume)
     record = metrics.MetricLog(
         run.folder,
-        leads=world.leads,
+        is_main=world.is_main,
         total=run.schedule.total,
         first=run.progress.step,
         tensorboard=False,

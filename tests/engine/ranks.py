@@ -41,7 +41,7 @@ class Rank:
 
     @property
     def pid(self) -> int:
-        """Process id, and id of the process group that it leads."""
+        """Process id, and id of the process group that it is_main."""
         assert self.process.pid is not None
         return self.process.pid
 
@@ -141,7 +141,7 @@ def _run(
     from m3i_scale.cluster import launch
 
     world = launch.start("cpu", "fp32", 0, 2.0)
-    launch.speak(world.rank)
+    launch.setup_logging(world.rank)
     sys.path.insert(0, str(module.parent))
     result = getattr(importlib.import_module(module.stem), name)(world, folder, **arguments)
     torch.save(result, folder / f"result-{world.rank}.pt")

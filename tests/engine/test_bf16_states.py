@@ -40,7 +40,7 @@ def train_and_resume(world: World, folder: Path, overrides: dict[str, Any]) -> d
             _, updated = loop.train_step(run, batches)
             assert updated
             run.progress.step += 1
-            run.progress.position += run.plan.batch
+            run.progress.position += run.split.batch
             if run.progress.step == 2:
                 loop.save(run)
         weights.append(full_weights(run))
@@ -50,7 +50,7 @@ def train_and_resume(world: World, folder: Path, overrides: dict[str, Any]) -> d
                 for key, tensor in snapshot(run.sharded, world, run.progress, run.balance)[
                     0
                 ].items()
-                if key.startswith("momentum/")
+                if key.startswith("teacher/")
             }
         )
     return {"weights": weights, "averages": averages, "held": held_memory(run.sharded)}

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from m3i_scale.config import ConfigError
 from m3i_scale.engine import checkpoint
-from m3i_scale.engine.checkpoint import CheckpointError, Reader, extent
+from m3i_scale.engine.checkpoint import CheckpointError, CheckpointReader, extent
 
 SHAPES = {"a.weight": [5, 3], "a.bias": [1], "b.weight": [7]}
 
@@ -39,7 +39,7 @@ def write(folder: Path, step: int, ranks: int) -> Path:
 
 @pytest.mark.parametrize("ranks", [1, 2, 3, 8])
 def test_any_slice_of_a_checkpoint_of_any_number_of_ranks(tmp_path: Path, ranks: int):
-    reader = Reader(write(tmp_path, 7, ranks))
+    reader = CheckpointReader(write(tmp_path, 7, ranks))
     for name, shape in SHAPES.items():
         expected = whole(name, 7)
         assert torch.equal(reader.tensor("weight", name), expected.reshape(shape))
@@ -109,7 +109,7 @@ def test_a_full_disk_is_reported_and_leaves_the_one_before(tmp_path: Path):
 def test_reaching_a_step_again_replaces_its_checkpoint(tmp_path: Path):
     write(tmp_path, 1, 2)
     path = write(tmp_path, 1, 1)
-    assert Reader(path).ranks == 1
+    assert CheckpointReader(path).ranks == 1
     assert checkpoint.verify(path) is None
 
 
@@ -121,9 +121,12 @@ def test_keep_rule(tmp_path: Path):
     assert left == [3, 6, 7]
 
 
-def test_a_newer_format_is_refused(tmp_path: Path):
+@pytest.mark.parametrize("format_", [1, 99])
+def test_another_format_is_refused(tmp_path: Path, format_: int):
     path = write(tmp_path, 1, 1)
     state = json.loads((path / "state.json").read_text())
-    (path / "state.json").write_text(json.dumps(state | {"format": 99}))
-    with pytest.raises(CheckpointError, match="format 99"):
-        Reader(path)
+    (path / "state.json").write_text(json.dumps(state | {"format": format_}))
+    with pytest.raises(
+        CheckpointError, match=f"format {format_}, this version reads 2; train on with the version"
+    ):
+        CheckpointReader(path)

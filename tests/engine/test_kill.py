@@ -28,7 +28,7 @@ pytestmark = pytest.mark.distributed
 
 EVERY_STEP = {
     "model.backbone.options.drop_path_rate": 0.2,
-    "optimizer.length": "8 steps",
+    "optimizer.duration": "8 steps",
     "optimizer.max_micro_batch": 2,
     "checkpoint.every": "1 step",
     "checkpoint.keep_last": 2,
@@ -169,9 +169,9 @@ def ranks_may_change(folder: Path) -> dict[str, Any]:
     targets = small_config(folder, {}).model_dump(mode="json")["objective"]["targets"]
     return {
         "objective.targets": [t for t in targets if t["representation"] != "text"],
-        "optimizer.batch": 12,
+        "optimizer.global_batch_size": 12,
         "optimizer.max_micro_batch": 4,  # 4 x 3 on one rank, 2 x 3 on two, 4 x 1 on three
-        "optimizer.length": "10 steps",
+        "optimizer.duration": "10 steps",
         "checkpoint.every": "1 step",
     }
 
@@ -234,14 +234,14 @@ def train_on_a_full_disk(world: World, _: Path, disk: str, full: int, empty: int
     run = open_small(world, folder, EVERY_STEP | {"checkpoint.background": False})
     first = run.progress.step
     record = metrics.MetricLog(
-        run.folder, leads=world.leads, total=8, first=first, tensorboard=False
+        run.folder, is_main=world.is_main, total=8, first=first, tensorboard=False
     )
     write = record.write
 
     def writing(step: int, *arguments: Any, **options: Any) -> None:
-        if world.leads and step == full:
+        if world.is_main and step == full:
             fill(folder)
-        if world.leads and step == empty:
+        if world.is_main and step == empty:
             (folder / "filler").unlink()
         write(step, *arguments, **options)
 
@@ -280,7 +280,9 @@ def train_slow_to_save(world: World, folder: Path, signals: int) -> bool:
     """Rank 1 is asked to stop in step 2, and rank 0 takes its time to save what follows."""
     run = open_small(world, folder, EVERY_STEP)
     flag = StopFlag()
-    record = metrics.MetricLog(run.folder, leads=world.leads, total=8, first=0, tensorboard=False)
+    record = metrics.MetricLog(
+        run.folder, is_main=world.is_main, total=8, first=0, tensorboard=False
+    )
     save_file, train_step = checkpoint.save_file, loop.train_step
 
     def saving(tensors: dict[str, torch.Tensor], path: Path) -> None:

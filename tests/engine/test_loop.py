@@ -57,8 +57,8 @@ def test_trains_and_records_everything(undisturbed: tuple[Path, dict[str, Any]])
     assert result["step"] == 6
     last = json.loads((folder / "small" / "metrics.jsonl").read_text().splitlines()[-1])
     for name in ("loss/image_i", "loss/text_j", "accuracy/category_i", "spread/image_j",
-                 "temperature/text_i", "balance/lambda", "gradient/ssp", "gradient/sp", "momentum",
-                 "learning_rate", "images_per_second", "data_wait_seconds",
+                 "temperature/text_i", "balance/lambda", "gradient/ssp", "gradient/sp",
+                 "teacher_momentum", "learning_rate", "images_per_second", "data_wait_seconds",
                  "machine/tflops_per_rank", "machine/slowest_rank_ratio",
                  "machine/memory_resident_gib"):  # fmt: skip
         assert math.isfinite(last[name]), name
@@ -113,14 +113,16 @@ def one_step(world: World, folder: Path, overrides: dict[str, Any]) -> dict[str,
         original()
 
     engine.step = step
-    record = metrics.MetricLog(run.folder, leads=world.leads, total=1, first=0, tensorboard=False)
+    record = metrics.MetricLog(
+        run.folder, is_main=world.is_main, total=1, first=0, tensorboard=False
+    )
     loop.pretrain(run, StopFlag(), record)
     record.close()
     return {"gradients": gradients}
 
 
 def test_two_ranks_with_half_the_batch_give_the_loss_and_gradients_of_one(tmp_path: Path):
-    single = {"optimizer.length": "1 step", "optimizer.warmup": "0 steps"}
+    single = {"optimizer.duration": "1 step", "optimizer.warmup": "0 steps"}
     one = run_ranks(1, one_step, tmp_path / "one", overrides=single)[0]["gradients"]
     two = run_ranks(2, one_step, tmp_path / "two", overrides=single)[0]["gradients"]
     for name in ("loss/total", "gradient/ssp", "gradient/sp"):
@@ -134,34 +136,36 @@ def test_two_ranks_with_half_the_batch_give_the_loss_and_gradients_of_one(tmp_pa
 
 
 def momentum_trace(world: World, folder: Path, overrides: dict[str, Any]) -> dict[str, Any]:
-    """Online weights after every step, and the momentum encoder's at the end."""
+    """Student weights after every step, and the teacher's at the end."""
     run = open_small(world, folder, overrides)
-    assert run.sharded.momentum is not None
+    assert run.sharded.teacher is not None
     start = full_weights(run)
     trace = []
-    original = run.sharded.momentum.update
+    original = run.sharded.teacher.update
 
     def update(coefficient: float) -> None:
         trace.append(full_weights(run))
         original(coefficient)
 
-    run.sharded.momentum.update = update  # type: ignore[method-assign]
-    record = metrics.MetricLog(run.folder, leads=world.leads, total=6, first=0, tensorboard=False)
+    run.sharded.teacher.update = update  # type: ignore[method-assign]
+    record = metrics.MetricLog(
+        run.folder, is_main=world.is_main, total=6, first=0, tensorboard=False
+    )
     loop.pretrain(run, StopFlag(), record)
     return {"start": start, "trace": trace, "end": full_weights(run)}
 
 
 @pytest.mark.parametrize("threshold", [0, 100_000])
 def test_momentum_shards_follow_a_dense_average(tmp_path: Path, threshold: int):
-    overrides = {"engine.zero.persistence_threshold": threshold, "optimizer.ema": 0.9}
+    overrides = {"engine.zero.persistence_threshold": threshold, "optimizer.teacher_momentum": 0.9}
     result = run_ranks(2, momentum_trace, tmp_path, overrides=overrides)[1]
-    dense = {k: v for k, v in result["start"].items() if k.startswith("momentum.")}
+    dense = {k: v for k, v in result["start"].items() if k.startswith("teacher.")}
     for name, value in dense.items():
-        assert torch.equal(value, result["start"]["online." + name.removeprefix("momentum.")])
+        assert torch.equal(value, result["start"]["student." + name.removeprefix("teacher.")])
     for step, weights in enumerate(result["trace"]):
         coefficient = ema_coefficient(step, 6, 0.9, 1.0)
         dense = {
-            name: value.lerp(weights["online." + name.removeprefix("momentum.")], 1 - coefficient)
+            name: value.lerp(weights["student." + name.removeprefix("teacher.")], 1 - coefficient)
             for name, value in dense.items()
         }
     assert all(torch.equal(dense[name], result["end"][name]) for name in dense)
@@ -178,8 +182,8 @@ def test_initial_weights_depend_on_the_seed_only(tmp_path: Path):
     config = small_config(tmp_path, {})
     torch.manual_seed(config.seed)
     plain = dict(M3I(config.model, config.objective, config.data.image_size).named_parameters())
-    online = [name for name in plain if not name.startswith("momentum.")]
-    assert all(torch.equal(plain[name], one[name]) for name in online)
+    student = [name for name in plain if not name.startswith("teacher.")]
+    assert all(torch.equal(plain[name], one[name]) for name in student)
 
 
 class PoisonedStream(RandomStream):
@@ -201,7 +205,9 @@ def train_poisoned(
 ) -> dict[str, Any]:
     run = open_small(world, folder, overrides)
     run.stream = PoisonedStream(range(*bad))
-    record = metrics.MetricLog(run.folder, leads=world.leads, total=6, first=0, tensorboard=False)
+    record = metrics.MetricLog(
+        run.folder, is_main=world.is_main, total=6, first=0, tensorboard=False
+    )
     message = ""
     try:
         loop.pretrain(run, StopFlag(), record)
@@ -240,7 +246,9 @@ def train_through_poison(
             yield batch
 
     run.stream.loader = loader  # type: ignore[method-assign]
-    record = metrics.MetricLog(run.folder, leads=world.leads, total=6, first=0, tensorboard=False)
+    record = metrics.MetricLog(
+        run.folder, is_main=world.is_main, total=6, first=0, tensorboard=False
+    )
     finished = session.pretrain_through(run, StopFlag(), record)
     return {"finished": finished, "seen": seen, "position": run.progress.position}
 

@@ -15,7 +15,7 @@ CPU = torch.device("cpu")
 
 
 def open_log(folder: Path) -> MetricLog:
-    return MetricLog(folder, leads=True, total=9, first=0, tensorboard=False)
+    return MetricLog(folder, is_main=True, total=9, first=0, tensorboard=False)
 
 
 def entry(step: int) -> dict[str, float]:

@@ -24,7 +24,7 @@ MOCO = {
     "view": "other",
     "representation": "features",
     "decoder": "projector",
-    "guard": "negatives",
+    "regularisation": "negatives",
     "likelihood": {"form": "boltzmann", "candidates": "own", "queue": 37},
     "normalise": "l2",
 }
@@ -33,7 +33,7 @@ OVERRIDES = {
     "objective.balance": None,
     "objective.input": {"corruption": "none"},
     "model.global_head": {"hidden": 20, "width": 12, "predictor": False},
-    "optimizer.length": "4 steps",
+    "optimizer.duration": "4 steps",
     "optimizer.max_micro_batch": 2,
     "checkpoint.every": "2 steps",
 }
@@ -46,13 +46,13 @@ def train_and_resume(world: World, folder: Path, overrides: dict[str, Any]) -> d
     for name, resume in (("whole", "never"), ("resumed", str(kept))):
         run = open_small(world, folder, overrides, resume)
         record = metrics.MetricLog(
-            run.folder, leads=world.leads, total=4, first=run.progress.step, tensorboard=False
+            run.folder, is_main=world.is_main, total=4, first=run.progress.step, tensorboard=False
         )
         loop.pretrain(run, StopFlag(), record)
         record.close()
         queue = run.sharded.model.queues["moco"]
         assert not any(
-            p.requires_grad for p in run.sharded.model.online.backbone.pooling.parameters()
+            p.requires_grad for p in run.sharded.model.student.backbone.pooling.parameters()
         )
         found[name] = {"weights": full_weights(run), "keys": queue.keys, "filled": queue.filled}
     return found

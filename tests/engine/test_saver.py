@@ -72,7 +72,7 @@ def test_what_a_crash_left_is_told_and_swept_away_by_the_next_start(tmp_path, he
     newest_good(tmp_path, "auto", ALONE)
     assert f"{half} was never completed and is passed over" in heard.text
     assert half.exists()  # looking alone changes nothing
-    saver.sweep()
+    saver.remove_leftovers()
     assert list(tmp_path.iterdir()) == [good]
 
 

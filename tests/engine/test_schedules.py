@@ -5,7 +5,7 @@ import math
 import pytest
 
 from m3i_scale.config import ConfigError, Duration, Optimizer
-from m3i_scale.engine.schedules import make_schedule, plan_batch
+from m3i_scale.engine.schedules import make_schedule, split_batch
 
 
 def spec(**changes: object) -> Optimizer:
@@ -20,22 +20,22 @@ def spec(**changes: object) -> Optimizer:
 def test_the_global_batch_is_kept(
     batch: int, max_micro: int, ranks: int, micro: int, accumulation: int
 ):
-    plan = plan_batch(batch, max_micro, ranks)
+    plan = split_batch(batch, max_micro, ranks)
     assert (plan.micro, plan.accumulation) == (micro, accumulation)
     assert plan.micro * plan.accumulation * ranks == batch
 
 
 def test_an_odd_batch_is_refused():
     with pytest.raises(ConfigError, match="use an even batch"):
-        plan_batch(63, 8, 1)
+        split_batch(63, 8, 1)
 
 
 def test_a_batch_that_does_not_divide_names_rank_counts_that_do():
     with pytest.raises(ConfigError, match="cannot be spread over 64 ranks") as caught:
-        plan_batch(40000, 50, 64)
+        split_batch(40000, 50, 64)
     for count in (50, 80):
         assert str(count) in str(caught.value)
-        plan_batch(40000, 50, count)
+        split_batch(40000, 50, count)
 
 
 def test_durations_convert_once():

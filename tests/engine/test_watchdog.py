@@ -49,7 +49,9 @@ def stall_on_rank_1(world: World, folder: Path) -> None:
         original()
 
     run.sharded.engine.step = step
-    record = metrics.MetricLog(run.folder, leads=world.leads, total=6, first=0, tensorboard=False)
+    record = metrics.MetricLog(
+        run.folder, is_main=world.is_main, total=6, first=0, tensorboard=False
+    )
     loop.pretrain(run, StopFlag(), record)
 
 

@@ -41,7 +41,7 @@ def test_a_spilling_kernel_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(str(BENCH))
     import static
 
-    good = static.Row("op", "c", "k", "sm_90", 4, 255, 0, 100, 900, 2.0, 1.0)
+    good = static.StaticCount("op", "c", "k", "sm_90", 4, 255, 0, 100, 900, 2.0, 1.0)
     assert static.problems([good]) == []
     assert "spills 8 bytes" in static.problems([good._replace(spilled_bytes=8)])[0]
     crowded = good._replace(target="gfx942", shared_bytes=65 << 10)

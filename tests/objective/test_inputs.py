@@ -5,14 +5,14 @@ import torch
 from small import random_batch
 
 from m3i_scale.config import Input
-from m3i_scale.objective.inputs import scene
+from m3i_scale.objective.inputs import build_input
 
 MEAN, STD = (0.5, 0.4, 0.3), (0.2, 0.25, 0.3)
 
 
 def make(spec: Input, size: int = 4):
     batch = random_batch(size)
-    return batch, scene(batch, spec, mean=MEAN, std=STD, dtype=torch.float32)
+    return batch, build_input(batch, spec, mean=MEAN, std=STD, dtype=torch.float32)
 
 
 def test_a_mix_shows_image_i_where_the_mask_is_true_and_its_neighbour_elsewhere():

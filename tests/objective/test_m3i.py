@@ -12,7 +12,7 @@ from torch import Tensor
 
 from m3i_scale.config import Config
 from m3i_scale.models.positions import relative_positions
-from m3i_scale.objective.inputs import Scene, scene
+from m3i_scale.objective.inputs import MixedBatch, build_input
 from m3i_scale.objective.m3i import M3I
 from m3i_scale.objective.roles import patchify
 
@@ -20,25 +20,25 @@ MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 LAMBDA = 0.37
 
 
-def build(config: Config, size: int = 6) -> tuple[M3I, Scene]:
+def build(config: Config, size: int = 6) -> tuple[M3I, MixedBatch]:
     torch.manual_seed(0)
     model = M3I(config.model, config.objective, config.data.image_size)
     for parameter in model.parameters():  # the encoders must differ for the test to tell them apart
         parameter.data.add_(0.02 * torch.randn_like(parameter))
-    view = scene(
+    view = build_input(
         random_batch(size), config.objective.input, mean=MEAN, std=STD, dtype=torch.float32
     )
     return model, view
 
 
 def independent_loss(model: M3I, size: int) -> tuple[Tensor, Tensor]:
-    """L_SSP and L_SP of method.md section 2 for the batch `random_batch(size)`, by loops."""
+    """L_SSP and L_SP (arXiv 2211.09807, Section 3) of the batch `random_batch(size)`, by loops."""
     batch = random_batch(size)
     mean, std = (torch.tensor(v).view(3, 1, 1) for v in (MEAN, STD))
     view_a, view_b = (
         (v.permute(0, 3, 1, 2).float() / 255 - mean) / std for v in (batch.view_a, batch.view_b)
     )
-    backbone, teacher = model.online.backbone, model.momentum.backbone
+    backbone, teacher = model.student.backbone, model.teacher.backbone
     texts = F.normalize(model.text_tower(batch.tokens, batch.token_mask), dim=-1)
     text_rows = [n for n in range(size) if batch.has_text[n]]
     scale = model.temperatures["text"].log_scale.exp()
@@ -105,7 +105,7 @@ def test_every_trained_parameter_gets_a_gradient_and_the_momentum_encoder_none(s
     model.train()
     model(view)["loss"].backward()
     for name, parameter in model.named_parameters():
-        trained = not name.startswith("momentum.")
+        trained = not name.startswith("teacher.")
         assert parameter.requires_grad == trained, name
         assert (parameter.grad is not None) == trained, name
 
@@ -116,13 +116,13 @@ def test_gradient_norms_at_the_features_are_those_of_the_two_losses(small: Confi
     found = model.probe.squares(LAMBDA)
     for index, weight in enumerate((0.0, 1.0)):  # L_SSP alone, then L_SSP + L_SP minus it
         captured: list[Tensor] = []
-        original = model.online.backbone.features
+        original = model.student.backbone.features
 
         def features(image: Tensor, original=original, captured=captured) -> Tensor:
             captured.append(original(image))
             return captured[-1]
 
-        model.online.backbone.features = features
+        model.student.backbone.features = features
         ssp = model(view, 0.0)["loss"]
         (gradient,) = torch.autograd.grad(ssp, captured[0])
         if weight:
@@ -130,7 +130,7 @@ def test_gradient_norms_at_the_features_are_those_of_the_two_losses(small: Confi
             both = model(view, 1.0)["loss"]
             (total,) = torch.autograd.grad(both, captured[0])
             gradient = total - gradient
-        model.online.backbone.features = original
+        model.student.backbone.features = original
         torch.testing.assert_close(found[index], gradient.square().sum(), rtol=1e-3, atol=1e-12)
 
 
@@ -152,7 +152,7 @@ def test_momentum_encoder_has_no_drop_path_in_training(small_tree: dict[str, Any
     small_tree["model"]["backbone"]["options"]["drop_path_rate"] = 0.5
     model, view = build(Config.model_validate(small_tree))
     model.train()
-    first, second = (model.target_outputs(view).images["momentum", "a"] for _ in range(2))
+    first, second = (model.target_outputs(view).images["teacher", "a"] for _ in range(2))
     assert torch.equal(first.features, second.features)
 
 
@@ -164,8 +164,8 @@ def test_all_four_combinations_of_target_views(small_tree: dict[str, Any], i: st
     model, view = build(Config.model_validate(small_tree))
     outputs = model(view)
     assert torch.isfinite(outputs["loss"])
-    wanted = {("momentum", "a") for v in (i, j) if v == "same"}
-    wanted |= {("momentum", "b") for v in (i, j) if v == "other"}
+    wanted = {("teacher", "a") for v in (i, j) if v == "same"}
+    wanted |= {("teacher", "b") for v in (i, j) if v == "other"}
     assert set(model.encodings) == wanted
 
 
@@ -188,7 +188,7 @@ def test_larger_patches_cover_several_tokens(small_tree: dict[str, Any]):
     config = Config.model_validate(small_tree)
     model = M3I(config.model, config.objective, 64)
     batch = random_batch(4, patch=32)
-    view = scene(batch, config.objective.input, mean=MEAN, std=STD, dtype=torch.float32)
+    view = build_input(batch, config.objective.input, mean=MEAN, std=STD, dtype=torch.float32)
     roles = model.roles(view)
     assert torch.equal(roles["i"].seen, ~roles["j"].seen)
     expected = batch.mask.repeat_interleave(2, 1).repeat_interleave(2, 2).flatten(1)

@@ -25,7 +25,7 @@ from m3i_scale.config import (
     Target,
     load_config,
 )
-from m3i_scale.objective.inputs import scene
+from m3i_scale.objective.inputs import build_input
 from m3i_scale.objective.m3i import M3I
 from m3i_scale.objective.masks import PatchMask
 
@@ -132,7 +132,7 @@ def test_one_step_gives_a_gradient_to_all_that_is_trained(
     config = Config.model_validate(tree)
     torch.manual_seed(0)
     model = M3I(config.model, config.objective, config.data.image_size).train()
-    outputs = model(one_scene(config, 4))
+    outputs = model(one_batch(config, 4))
     outputs["loss"].backward()
     assert torch.isfinite(outputs["loss"])
     for name, parameter in model.named_parameters():
@@ -143,7 +143,7 @@ def test_one_step_gives_a_gradient_to_all_that_is_trained(
     assert all(torch.isfinite(pair).all() for pair in outputs.values())
 
 
-def one_scene(config: Config, size: int):
+def one_batch(config: Config, size: int):
     """A batch as the stream would give it."""
     spec = config.objective.input
     batch = random_batch(size, image_size=config.data.image_size, patch=spec.patch)
@@ -151,28 +151,28 @@ def one_scene(config: Config, size: int):
     mask = PatchMask(side, side, spec.ratio, spec.mask)
     drawn = [torch.as_tensor(mask(np.random.default_rng(n))) for n in range(size)]
     batch.mask = torch.stack(drawn)
-    return scene(batch, spec, mean=config.data.mean, std=config.data.std, dtype=torch.float32)
+    return build_input(batch, spec, mean=config.data.mean, std=config.data.std, dtype=torch.float32)
 
 
 FEATURES = {
     "name": "x",
     "representation": "features",
-    "guard": "stop_gradient",
+    "regularisation": "stop_gradient",
     "likelihood": {"form": "gaussian"},
 }
-SOFTMAX = {"guard": "negatives", "likelihood": {"form": "boltzmann"}}
+SOFTMAX = {"regularisation": "negatives", "likelihood": {"form": "boltzmann"}}
 TEXT = SOFTMAX | {"representation": "text"}
 
 
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"guard": "none"}, "without a guard collapses"),
-        ({"guard": "negatives"}, "negatives enter through a softmax"),
+        ({"regularisation": "none"}, "without a regularisation collapses"),
+        ({"regularisation": "negatives"}, "negatives enter through a softmax"),
         ({"representation": "pixels"}, "pixels cannot collapse"),
         ({"representation": "text"}, "told from the other text targets"),
-        (SOFTMAX | {"guard": "decorrelation"}, "a guard of the Gaussian form"),
-        ({"guard": "decorrelation"}, "decorrelation: unigrad"),
+        (SOFTMAX | {"regularisation": "decorrelation"}, "a regularisation of the Gaussian form"),
+        ({"regularisation": "decorrelation"}, "decorrelation: unigrad"),
         (TEXT | {"view": "other"}, "has no view"),
         (TEXT | {"normalise": "layer_norm"}, "no other normalisation"),
         (TEXT | {"decoder": "linear"}, "no positions that a decoder could predict"),
@@ -180,16 +180,19 @@ TEXT = SOFTMAX | {"representation": "text"}
         ({"normalise": "norm_pix"}, "standardises the pixels of a patch"),
         ({"normalise": "instance_norm", "representation": "global"}, "a global target has none"),
         ({"normalise_prediction": "instance_norm"}, "and predictions are of some"),
-        ({"decoder": "projector", "representation": "pixels", "guard": "none"}, "pixels are no"),
+        (
+            {"decoder": "projector", "representation": "pixels", "regularisation": "none"},
+            "pixels are no",
+        ),
         ({"match": "similarity"}, "pairs tokens of two views"),
         (
-            {"match": "similarity", "representation": "pixels", "guard": "none", "view": "other",
-             "decoder": "linear"},
+            {"match": "similarity", "representation": "pixels", "regularisation": "none",
+             "view": "other", "decoder": "linear"},
             "similarity is that of features",
         ),
         (SOFTMAX | {"likelihood": {"form": "boltzmann", "candidates": "own"}}, "only candidate"),
         (
-            SOFTMAX | {"likelihood": {"form": "boltzmann", "queue": 8}, "encoder": "online"},
+            SOFTMAX | {"likelihood": {"form": "boltzmann", "queue": 8}, "encoder": "student"},
             "targets that change slowly",
         ),
         (TEXT | {"likelihood": {"form": "boltzmann", "queue": 8}}, "targets that change slowly"),

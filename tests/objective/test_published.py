@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from m3i_scale.config import Config
 from m3i_scale.data.batch import Batch
 from m3i_scale.models.positions import relative_positions
-from m3i_scale.objective.inputs import scene
+from m3i_scale.objective.inputs import build_input
 from m3i_scale.objective.m3i import M3I
 from m3i_scale.objective.masks import PatchMask
 
@@ -50,12 +50,12 @@ def masked(image: Tensor, batch: Batch) -> Tensor:
 
 
 def global_pair(
-    model: M3I, x: Tensor, y: Tensor, encoder: str = "momentum"
+    model: M3I, x: Tensor, y: Tensor, encoder: str = "teacher"
 ) -> tuple[Tensor, Tensor]:
-    """Online branch of x, target branch of y."""
-    target = model.momentum if encoder == "momentum" else model.online
-    online = model.online
-    q = online.projector(online.backbone.pool(online.backbone.features(x)))
+    """Student branch of x, target branch of y."""
+    target = model.teacher if encoder == "teacher" else model.student
+    student = model.student
+    q = student.projector(student.backbone.pool(student.backbone.features(x)))
     if hasattr(model, "predictor"):
         q = model.predictor(q)
     return q, target.projector(target.backbone.pool(target.backbone.features(y)))
@@ -73,7 +73,7 @@ def decoded(
         places = relative_positions(box, flip, batch.box_b[n][None], batch.flip_b[n][None], (3, 3))[
             0
         ]
-    features = model.online.backbone.features(x[n][None])[0]
+    features = model.student.backbone.features(x[n][None])[0]
     return model.decoders[what](features[seen][None], own[seen][None], places[wanted][None])[0]
 
 
@@ -103,7 +103,7 @@ def data2vec(model: M3I, batches: Sequence[Batch]) -> Tensor:
     """arXiv 2202.03555, section 3.3, with the squared error: normalised teacher at the mask."""
     batch = batches[-1]
     image, _ = views(batch)
-    teacher = model.momentum.backbone.features(image)
+    teacher = model.teacher.backbone.features(image)
     teacher = F.layer_norm(teacher, teacher.shape[-1:], eps=1e-6)
     x = masked(image, batch)
     pairs = []
@@ -129,7 +129,7 @@ def simsiam(model: M3I, batches: Sequence[Batch]) -> Tensor:
     a, b = views(batches[-1])
     losses = []
     for x, y in ((a, b), (b, a)):
-        p, z = global_pair(model, x, y, "online")
+        p, z = global_pair(model, x, y, "student")
         losses.append(1 - F.cosine_similarity(p, z.detach(), dim=-1).mean())
     return sum(losses)
 
@@ -159,7 +159,7 @@ def moco_v3(model: M3I, batches: Sequence[Batch]) -> Tensor:
 
 def barlow_twins(model: M3I, batches: Sequence[Batch]) -> Tensor:
     """arXiv 2103.03230, algorithm 1."""
-    z_a, z_b = global_pair(model, *views(batches[-1]), "online")
+    z_a, z_b = global_pair(model, *views(batches[-1]), "student")
     norm = nn.BatchNorm1d(z_a.shape[1], affine=False)
     c = norm(z_a).T @ norm(z_b) / len(z_a)
     on_diagonal = (torch.diagonal(c) - 1).pow(2).sum()
@@ -176,11 +176,11 @@ def densecl(model: M3I, batches: Sequence[Batch], *, length: int) -> Tensor:
 
     queue = torch.zeros(0, 12)
     for batch in batches[:-1]:
-        _, grid = dense(views(batch)[1], model.momentum)
+        _, grid = dense(views(batch)[1], model.teacher)
         queue = torch.cat([F.normalize(grid.mean(1), dim=1), queue])[:length]
     x, y = views(batches[-1])
-    f_q, q = dense(x, model.online)
-    f_k, k = dense(y, model.momentum)
+    f_q, q = dense(x, model.student)
+    f_k, k = dense(y, model.teacher)
     losses = []
     for n in range(len(x)):
         similarity = F.normalize(f_q[n], dim=1) @ F.normalize(f_k[n], dim=1).T
@@ -196,7 +196,7 @@ def clip(model: M3I, batches: Sequence[Batch]) -> Tensor:
     """arXiv 2103.00020, figure 3."""
     batch = batches[-1]
     image, _ = views(batch)
-    backbone = model.online.backbone
+    backbone = model.student.backbone
     i = F.normalize(model.text_projection(backbone.pool(backbone.features(image))), dim=1)
     t = F.normalize(model.text_tower(batch.tokens, batch.token_mask), dim=1)
     logits = i @ t.T * model.temperatures["text"].log_scale.exp()
@@ -208,7 +208,7 @@ def siamese_im(model: M3I, batches: Sequence[Batch], *, negative_weight: float) 
     """arXiv 2206.01204, section 3.2: normalised regression, and UniGrad's term."""
     batch = batches[-1]
     a, b = views(batch)
-    target = model.momentum.backbone.features(b)
+    target = model.teacher.backbone.features(b)
     width = target.shape[-1]
     target = F.layer_norm(target, (width,), eps=1e-6).reshape(-1, width)
     x, everywhere = masked(a, batch), torch.ones(9, dtype=torch.bool)
@@ -225,7 +225,7 @@ def siamese_im(model: M3I, batches: Sequence[Batch], *, negative_weight: float) 
 def cross_entropy(model: M3I, batches: Sequence[Batch]) -> Tensor:
     """Label smoothing of arXiv 1512.00567, section 7."""
     image, _ = views(batches[-1])
-    backbone = model.online.backbone
+    backbone = model.student.backbone
     logits = model.category_head(backbone.pool(backbone.features(image)))
     return nn.CrossEntropyLoss(label_smoothing=0.1)(logits, batches[-1].category)
 
@@ -233,7 +233,7 @@ def cross_entropy(model: M3I, batches: Sequence[Batch]) -> Tensor:
 # ----------------------------------------------------------------------------------------- the rows
 
 
-class Row(NamedTuple):
+class Case(NamedTuple):
     """A file of configs/methods, what is changed in it, and the published loss."""
 
     method: str
@@ -247,30 +247,30 @@ class Row(NamedTuple):
 
 
 ROWS = {
-    "MAE": Row("mim_pixel", mae, {"norm_pix": True}),
-    "MAE, raw pixels": Row("mim_pixel", mae, {"norm_pix": False}, {"normalise": "none"}),
-    "data2vec": Row("mim_feature", data2vec),
-    "BYOL": Row("instance_discrimination_predictor", byol, {"symmetric": False}),
-    "BYOL, both directions": Row(
+    "MAE": Case("mim_pixel", mae, {"norm_pix": True}),
+    "MAE, raw pixels": Case("mim_pixel", mae, {"norm_pix": False}, {"normalise": "none"}),
+    "data2vec": Case("mim_feature", data2vec),
+    "BYOL": Case("instance_discrimination_predictor", byol, {"symmetric": False}),
+    "BYOL, both directions": Case(
         "instance_discrimination_predictor", byol, {"symmetric": True}, input={"both_views": True}
     ),
-    "SimSiam": Row(
+    "SimSiam": Case(
         "instance_discrimination_predictor",
         simsiam,
-        target={"encoder": "online"},
+        target={"encoder": "student"},
         input={"both_views": True},
     ),
-    "MoCo": Row(
+    "MoCo": Case(
         "instance_discrimination_negatives",
         moco,
         {"length": 9},
         likelihood={"candidates": "own", "queue": 9},
     ),
-    "MoCo v3": Row(
+    "MoCo v3": Case(
         "instance_discrimination_negatives", moco_v3, input={"both_views": True}, predictor=True
     ),
-    "Barlow Twins": Row("instance_discrimination_decorrelation", barlow_twins),
-    "DenseCL": Row(
+    "Barlow Twins": Case("instance_discrimination_decorrelation", barlow_twins),
+    "DenseCL": Case(
         "dense_instance_discrimination",
         densecl,
         {"length": 9},
@@ -278,24 +278,24 @@ ROWS = {
         {"queue": 9},
         more="instance_discrimination_negatives",
     ),
-    "CLIP": Row("language_image_contrastive", clip),
-    "SiameseIM, regression": Row("siamim_feature", siamese_im, {"negative_weight": 0.0}),
-    "SiameseIM": Row(
+    "CLIP": Case("language_image_contrastive", clip),
+    "SiameseIM, regression": Case("siamim_feature", siamese_im, {"negative_weight": 0.0}),
+    "SiameseIM": Case(
         "siamim_feature",
         siamese_im,
         {"negative_weight": 0.02},
         {
-            "guard": "decorrelation",
+            "regularisation": "decorrelation",
             "decorrelation": "unigrad",
             "decorrelation_weight": 0.02,
             "normalise_prediction": "layer_norm",
         },
     ),
-    "cross-entropy": Row("image_classification", cross_entropy),
+    "cross-entropy": Case("image_classification", cross_entropy),
 }
 
 
-def configure(row: Row) -> Config:
+def configure(row: Case) -> Config:
     """The method over a small ViT."""
     tree = yaml.safe_load(SMALL)
     method = yaml.safe_load((METHODS / f"{row.method}.yaml").read_text())
@@ -343,7 +343,7 @@ def make_batch(config: Config, size: int, start: int) -> Batch:
 
 
 def losses_and_gradients(
-    row: Row, size: int, rank: int = 0, ranks: int = 1
+    row: Case, size: int, rank: int = 0, ranks: int = 1
 ) -> tuple[list[Tensor], list[dict[str, Tensor]]]:
     """Ours on this rank's part of the third batch, and the published loss on the whole of it."""
     config = configure(row)
@@ -353,7 +353,9 @@ def losses_and_gradients(
     for step in range(3):  # the first two fill the queues
         own = make_batch(config, part, step * size + rank * part)
         data = config.data
-        view = scene(own, config.objective.input, mean=data.mean, std=data.std, dtype=torch.float32)
+        view = build_input(
+            own, config.objective.input, mean=data.mean, std=data.std, dtype=torch.float32
+        )
         loss = model(view)["loss"]
     loss.backward()
     found = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}

@@ -9,18 +9,18 @@ import torch
 from small import random_batch
 
 from m3i_scale.config import Input
-from m3i_scale.objective.inputs import Scene, scene
+from m3i_scale.objective.inputs import MixedBatch, build_input
 from m3i_scale.objective.roles import Role, find_roles, most_similar, nearest_patches
 
 GRID = (3, 3)
 
 
-def make(spec: Input, size: int = 6) -> Scene:
+def make(spec: Input, size: int = 6) -> MixedBatch:
     batch = random_batch(size, image_size=48)
-    return scene(batch, spec, mean=(0.5,) * 3, std=(0.2,) * 3, dtype=torch.float32)
+    return build_input(batch, spec, mean=(0.5,) * 3, std=(0.2,) * 3, dtype=torch.float32)
 
 
-def patch_under(view: Scene, n: int, token: int, shown: str, target: str) -> int | None:
+def patch_under(view: MixedBatch, n: int, token: int, shown: str, target: str) -> int | None:
     """The patch of the target view under the centre of a token; None outside the view."""
     here, there = (view.crop(name, torch.tensor([n])) for name in (shown, target))
     place = []
@@ -78,18 +78,20 @@ def test_both_views_are_inputs_one_after_the_other():
         torch.testing.assert_close(second, swapped.image, rtol=0, atol=1e-6)
 
 
-def _swapped(spec: Input) -> Scene:
+def _swapped(spec: Input) -> MixedBatch:
     batch = random_batch(6, image_size=48)
     batch.view_a, batch.view_b = batch.view_b, batch.view_a
     plain = spec.model_copy(update={"both_views": False})
-    return scene(batch, plain, mean=(0.5,) * 3, std=(0.2,) * 3, dtype=torch.float32)
+    return build_input(batch, plain, mean=(0.5,) * 3, std=(0.2,) * 3, dtype=torch.float32)
 
 
 def test_shuffled_pairs_are_mutual_and_a_function_of_the_positions():
     spec = Input(pairing="shuffled")
     batch = random_batch(10, image_size=48)
     made = [
-        scene(batch.map(lambda t: t), spec, mean=(0.5,) * 3, std=(0.2,) * 3, dtype=torch.float32)
+        build_input(
+            batch.map(lambda t: t), spec, mean=(0.5,) * 3, std=(0.2,) * 3, dtype=torch.float32
+        )
         for _ in range(2)
     ]
     partner = made[0].partner

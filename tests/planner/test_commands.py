@@ -34,11 +34,15 @@ def test_prints_a_plan_and_draws_a_sweep(
     for words in ("Adam moments", "reduce-scatter, gradients", "It fits", "6 steps", "assumed"):
         assert words in text
     assert (out / "plan.txt").read_text() == text
-    assert (out / "sweep.png").read_bytes().startswith(b"\x89PNG")
+    assert (out / "scaling.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_says_when_it_does_not_fit_and_what_would(config: str, capsys: pytest.CaptureFixture[str]):
-    huge = ("data.image_size=1024", "optimizer.max_micro_batch=512", "optimizer.batch=4096")
+    huge = (
+        "data.image_size=1024",
+        "optimizer.max_micro_batch=512",
+        "optimizer.global_batch_size=4096",
+    )
     assert plan("--config", config, "--gpu", "a100-40", *huge) == 0
     text = capsys.readouterr().out
     assert "does NOT fit" in text
@@ -54,7 +58,7 @@ def test_says_when_it_does_not_fit_and_what_would(config: str, capsys: pytest.Ca
         (["--gpu", "h10"], "did you mean h100"),
         (["--nodes", "3"], "cannot be spread over 24 ranks"),
         (["--sweep", "8,12"], "12 GPUs are no whole nodes"),
-        (["optimizer.length=3 epochs"], "--samples"),
+        (["optimizer.duration=3 epochs"], "--samples"),
     ],
 )
 def test_refuses_in_one_sentence(

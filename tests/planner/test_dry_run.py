@@ -9,7 +9,7 @@ import torch
 
 from m3i_scale.cluster.launch import World
 from m3i_scale.config import Config
-from m3i_scale.engine.schedules import make_schedule, plan_batch
+from m3i_scale.engine.schedules import make_schedule, split_batch
 from m3i_scale.objective.m3i import M3I
 from m3i_scale.planner.dry_run import describe
 
@@ -21,7 +21,7 @@ def report(tree: dict, ranks: int) -> str:
         config=config,
         world=World(0, 0, ranks, torch.device("cpu")),
         sharded=SimpleNamespace(model=M3I(config.model, config.objective, config.data.image_size)),
-        plan=plan_batch(spec.batch, spec.max_micro_batch, ranks),
+        split=split_batch(spec.global_batch_size, spec.max_micro_batch, ranks),
         schedule=make_schedule(spec, epoch_samples=64),
         save_every=3,
     )

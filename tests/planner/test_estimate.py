@@ -20,7 +20,7 @@ from m3i_scale.engine import loop
 from m3i_scale.engine.memory import held_memory
 from m3i_scale.planner.estimate import Cluster, Plan, make_plan
 from m3i_scale.planner.gpus import gpu
-from m3i_scale.profiling.trace import survey
+from m3i_scale.profiling.trace import trace
 
 RANKS = 2
 
@@ -35,7 +35,7 @@ MEDIUM = {
         "tokenizer": "none", "vocab_size": 501, "depth": 2, "width": 64, "heads": 4, "ffn": 128,
         "max_length": 8, "embed_dim": 256,
     },
-    "optimizer.batch": 16,
+    "optimizer.global_batch_size": 16,
 }  # fmt: skip
 
 CASES: dict[str, dict[str, Any]] = {
@@ -147,7 +147,7 @@ def measured(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 
 def plan_of(name: str, folder: Path) -> Plan:
     config = small_config(folder, MEDIUM | CASES[name])
-    return make_plan(config, survey(config, kernels=False), Cluster(gpu("h100"), 1, RANKS))
+    return make_plan(config, trace(config, kernels=False), Cluster(gpu("h100"), 1, RANKS))
 
 
 @pytest.mark.distributed

@@ -76,10 +76,10 @@ def test_decoder_and_text_tower_count_as_their_formulas(tmp_path: Any):
 
 def test_momentum_encoder_sees_both_clean_views_and_has_no_backward(tmp_path: Any):
     flops = flops_of({}, tmp_path)
-    backbone, momentum = flops.parts["backbone"], flops.parts["momentum encoder"]
-    assert momentum == (2 * backbone.forward, 0, 0)
-    trained = flops.forward - momentum.forward
-    assert flops.model == 3 * trained + momentum.forward
+    backbone, teacher = flops.parts["backbone"], flops.parts["teacher"]
+    assert teacher == (2 * backbone.forward, 0, 0)
+    trained = flops.forward - teacher.forward
+    assert flops.model == 3 * trained + teacher.forward
     assert flops.hardware == flops.model
 
 
@@ -95,7 +95,7 @@ def test_checkpointing_repeats_the_blocks_of_trained_networks(tmp_path: Any):
     for name in ("backbone", "decoder", "text tower"):
         part = repeated.parts[name]
         assert 0.5 * part.forward < part.recomputed < part.forward, name
-    for name in ("momentum encoder", "heads"):
+    for name in ("teacher", "heads"):
         assert repeated.parts[name].recomputed == 0
     assert repeated.hardware - plain.model == sum(p.recomputed for p in repeated.parts.values())
 

@@ -117,7 +117,7 @@ def test_preflight_excludes_the_bad_node(pretraining, tmp_path):
     python.write_text(BAD_NODE.format(node="n2", folder=folder, python=sys.executable))
     python.chmod(0o755)
     job = pretraining.submit(
-        "excluding", "optimizer.length=3 steps", preflight=True, M3I_PYTHON=str(python)
+        "excluding", "optimizer.duration=3 steps", preflight=True, M3I_PYTHON=str(python)
     )
     found = pretraining.finish(job)
     assert (found["Restarts"], found["ExcNodeList"]) == ("1", "n2")

@@ -27,14 +27,14 @@ model:
   categories: 5
 objective:
   targets:
-    - {name: image_i, image: i, view: same, representation: features, guard: stop_gradient,
+    - {name: image_i, image: i, view: same, representation: features, regularisation: stop_gradient,
        likelihood: {form: gaussian}, positions: masked, normalise: layer_norm}
-    - {name: text_i, image: i, representation: text, guard: negatives,
+    - {name: text_i, image: i, representation: text, regularisation: negatives,
        likelihood: {form: boltzmann, learnable: true}}
-    - {name: category_j, image: j, representation: category, guard: negatives,
+    - {name: category_j, image: j, representation: category, regularisation: negatives,
        likelihood: {form: boltzmann, temperature: 1.0, label_smoothing: 0.1}}
 data: {image_size: 64, workers: 0}
-optimizer: {batch: 8, max_micro_batch: 8, warmup: 2 steps}
+optimizer: {global_batch_size: 8, max_micro_batch: 8, warmup: 2 steps}
 engine: {precision: fp32, timeout_minutes: 2}
 checkpoint: {every: 4 steps}
 logging: {tensorboard: false, pictures: false}
@@ -55,7 +55,7 @@ def write_workload(folder: Path) -> Path:
         for kind, labels in (("text", texts), ("category", classes))
     ]
     _source(folder, "heldout", classes[:20])
-    tree["optimizer"]["length"] = f"{STEPS} steps"
+    tree["optimizer"]["duration"] = f"{STEPS} steps"
     path = folder / "small.yaml"
     path.write_text(yaml.safe_dump(tree))
     return path

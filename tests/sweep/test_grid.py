@@ -27,31 +27,40 @@ def test_the_grid_is_the_product_of_axes_and_seeds(tmp_path: Path):
 
 
 def test_every_run_sees_the_same_number_of_samples(tmp_path: Path):
-    batches = [{"name": str(n), "set": [f"optimizer.batch={n}"]} for n in (4, 8)]
+    batches = [{"name": str(n), "set": [f"optimizer.global_batch_size={n}"]} for n in (4, 8)]
     _, grid = make(tmp_path, axes={"batch": batches}, seeds=[3])
     assert [cell.steps for cell in grid] == [11, 6]  # 44 samples
-    assert {str(cell.config.optimizer.length) for cell in grid} == {"44 samples"}
+    assert {str(cell.config.optimizer.duration) for cell in grid} == {"44 samples"}
     assert {cell.config.seed for cell in grid} == {3}
 
 
 def test_long_runs_keep_their_length_through_a_file(tmp_path: Path):
     _, (cell,) = make(tmp_path, samples=12_345_678, seeds=[0], axes={"a": [{"name": "x"}]})
     (tmp_path / "again.yaml").write_text(dump_config(cell.config))
-    assert load_config(tmp_path / "again.yaml").optimizer.length.amount == 12_345_678
+    assert load_config(tmp_path / "again.yaml").optimizer.duration.amount == 12_345_678
 
 
 def test_later_layers_win(tmp_path: Path):
-    (tmp_path / "low.yaml").write_text("optimizer: {clip_norm: 2, epsilon: 0.1, ema: 0.1}")
-    (tmp_path / "high.yaml").write_text("optimizer: {epsilon: 0.2, ema: 0.2}")
+    (tmp_path / "low.yaml").write_text(
+        "optimizer: {clip_norm: 2, epsilon: 0.1, teacher_momentum: 0.1}"
+    )
+    (tmp_path / "high.yaml").write_text("optimizer: {epsilon: 0.2, teacher_momentum: 0.2}")
     _, (cell,) = make(
         tmp_path,
         config=["small.yaml", "low.yaml"],
-        set=["optimizer.weight_decay=0.5", "optimizer.ema=0.3"],
-        axes={"a": [{"name": "x", "config": "high.yaml", "set": ["optimizer.ema=0.4"]}]},
+        set=["optimizer.weight_decay=0.5", "optimizer.teacher_momentum=0.3"],
+        axes={
+            "a": [{"name": "x", "config": "high.yaml", "set": ["optimizer.teacher_momentum=0.4"]}]
+        },
         seeds=[0],
     )
     spec = cell.config.optimizer
-    assert (spec.clip_norm, spec.epsilon, spec.ema, spec.weight_decay) == (2, 0.2, 0.4, 0.5)
+    assert (spec.clip_norm, spec.epsilon, spec.teacher_momentum, spec.weight_decay) == (
+        2,
+        0.2,
+        0.4,
+        0.5,
+    )
 
 
 @pytest.mark.parametrize(

@@ -45,7 +45,7 @@ def test_files_start_from_others_and_overrides_come_last(tmp_path: Path):
         ({"seeds": []}, "seeds"),
         ({"samples": 0}, "samples"),
         ({"set": ["seed=3"]}, "seed is set by the sweep"),
-        ({"axes": {"a": [{**ONE, "set": ["optimizer.length=9 steps"]}]}}, "equal|same for all"),
+        ({"axes": {"a": [{**ONE, "set": ["optimizer.duration=9 steps"]}]}}, "equal|same for all"),
     ],
 )
 def test_what_is_wrong_is_one_sentence(tmp_path: Path, changes: dict[str, Any], words: str):

@@ -2,7 +2,7 @@ import pytest
 import torch
 from run_folder import networks, small_config, write_images
 
-from m3i_scale.transfer.evaluation import Options, Row, evaluate, markdown
+from m3i_scale.transfer.evaluation import Options, TaskScore, evaluate, markdown
 
 
 @pytest.fixture(scope="module")
@@ -42,8 +42,8 @@ def test_copies_of_gallery_images_find_themselves(config, both, indexes):
         Options(probe=True, neighbours=1, subject="thing", category="class"),
     )
     rows = by_task(result)
-    assert rows["kNN thing"] == Row("kNN thing", 1.0, 1.0, pytest.approx(2 / 12), 12, 6)
-    assert rows["kNN class"] == Row("kNN class", 1.0, 1.0, pytest.approx(3 / 12), 12, 5)
+    assert rows["kNN thing"] == TaskScore("kNN thing", 1.0, 1.0, pytest.approx(2 / 12), 12, 6)
+    assert rows["kNN class"] == TaskScore("kNN class", 1.0, 1.0, pytest.approx(3 / 12), 12, 5)
     assert list(rows) == [
         "zero-shot thing, top-1",
         "zero-shot thing, top-5",
@@ -106,7 +106,7 @@ def test_nothing_to_compare(config, indexes, folder):
 
 
 def test_table():
-    table = markdown([Row("kNN thing", 0.5, 0.125, 0.01, 200, 100)])
+    table = markdown([TaskScore("kNN thing", 0.5, 0.125, 0.01, 200, 100)])
     assert table.splitlines()[-1].split("|")[1:-1] == [
         " kNN thing   ", "    50.0 ", "      12.5 ", "    1.0 ", "     200 ", "    100 ",
     ]  # fmt: skip

@@ -9,7 +9,7 @@ from run_folder import networks, small_config, write_run
 from safetensors.torch import load_file
 
 from m3i_scale.config import Config
-from m3i_scale.engine.checkpoint import Reader
+from m3i_scale.engine.checkpoint import CheckpointReader
 from m3i_scale.models.backbone import build_backbone
 from m3i_scale.models.intern_image import InternImage
 from m3i_scale.transfer import export as module
@@ -28,44 +28,44 @@ def made(config):
 
 @pytest.fixture(scope="module")
 def reader(config, made):
-    return Reader(write_run(config, made, ranks=3) / "checkpoints" / "step-00000007")
+    return CheckpointReader(write_run(config, made, ranks=3) / "checkpoints" / "step-00000007")
 
 
-@pytest.mark.parametrize("which", ["student", "momentum"])
+@pytest.mark.parametrize("which", ["student", "teacher"])
 def test_intern_image_takes_the_backbone_strictly(tmp_path, config, made, reader, which):
     path = tmp_path / "backbone.safetensors"
     export(reader, config, path, which=which)
     model = InternImage(**config.model.backbone.options, use_clip_projector=True, num_classes=0)
     model.load_state_dict(load_file(path), strict=True)
-    source = made.online if which == "student" else made.momentum
+    source = made.student if which == "student" else made.teacher
     for name, tensor in source.backbone.state_dict().items():
         assert torch.equal(model.state_dict()[name], tensor), name
 
 
 def test_a_file_describes_itself(tmp_path, config, made, reader):
     path = tmp_path / "backbone.safetensors"
-    export(reader, config, path, dtype="bf16", which="momentum")
+    export(reader, config, path, dtype="bf16", which="teacher")
     metadata = read_metadata(path)
     assert Config.model_validate(json.loads(metadata["config"])) == config
-    assert (metadata["which"], metadata["step"]) == ("momentum", "7")
+    assert (metadata["which"], metadata["step"]) == ("teacher", "7")
     backbone = load_backbone(path).eval()
     images = torch.randn(2, 3, 64, 64)
     with torch.no_grad():
         rounded = build_backbone("intern_image", **config.model.backbone.options).eval()
         rounded.load_state_dict(
-            {n: p.bfloat16().float() for n, p in made.momentum.backbone.state_dict().items()}
+            {n: p.bfloat16().float() for n, p in made.teacher.backbone.state_dict().items()}
         )
         torch.testing.assert_close(backbone.features(images), rounded.features(images))
 
 
 def test_all_networks(tmp_path, config, made, reader):
     path = tmp_path / "all.safetensors"
-    export(reader, config, path, part="all", which="momentum")
+    export(reader, config, path, part="all", which="teacher")
     tensors = load_file(path)
-    student = {n: p for n, p in made.named_parameters() if not n.startswith("momentum.")}
+    student = {n: p for n, p in made.named_parameters() if not n.startswith("teacher.")}
     assert set(tensors) == set(student)
     for name, tensor in tensors.items():
-        source = name.replace("online.", "momentum.", 1)
+        source = name.replace("student.", "teacher.", 1)
         assert torch.equal(tensor, dict(made.named_parameters())[source]), name
     with pytest.raises(ValueError, match="does not describe a backbone"):
         load_backbone(path)
@@ -96,10 +96,10 @@ class Watched:
     path = Path("watched")
     state = {"step": 0}  # noqa: RUF012
     shapes = {  # noqa: RUF012
-        "online.backbone.a": [3],
-        "online.backbone.large": [50, 40],
-        "online.backbone.empty": [0, 4],
-        "online.backbone.scalar": [],
+        "student.backbone.a": [3],
+        "student.backbone.large": [50, 40],
+        "student.backbone.empty": [0, 4],
+        "student.backbone.scalar": [],
         "text_tower.b": [1000],
     }
 

@@ -38,13 +38,13 @@ def test_pixels_are_normalised_by_channel():
 def test_a_whole_image_is_encoded_as_the_objective_predicts_from_all_tokens(made):
     images = torch.randn(3, 3, 64, 64)
     encoded = encode_images(made, images)
-    tokens = made.online.backbone.features(images)
+    tokens = made.student.backbone.features(images)
     seen = torch.ones(tokens.shape[:2], dtype=torch.bool)
     rows = torch.arange(3)
     torch.testing.assert_close(
         encoded.text, made.predict_text(tokens, Role(rows, seen, rows, rows)), rtol=1e-5, atol=1e-6
     )
-    pooled = made.online.backbone.pool(tokens)
+    pooled = made.student.backbone.pool(tokens)
     torch.testing.assert_close(encoded.pooled, pooled)
     torch.testing.assert_close(encoded.category, made.category_head(pooled))
 
@@ -56,7 +56,7 @@ def test_where_nothing_trains_the_pooling_the_mean_token_is_the_feature(config, 
     plain = networks(config.model_copy(update={"objective": objective}), seed=0)
     images = torch.randn(2, 3, 64, 64)
     encoded = encode_images(plain, images)
-    torch.testing.assert_close(encoded.pooled, plain.online.backbone.features(images).mean(1))
+    torch.testing.assert_close(encoded.pooled, plain.student.backbone.features(images).mean(1))
     assert encoded.text is None
     assert encoded.category is None
 

@@ -3,7 +3,7 @@ import torch
 from run_folder import networks, small_config, write_run
 from safetensors.torch import load_file
 
-from m3i_scale.engine.checkpoint import Reader
+from m3i_scale.engine.checkpoint import CheckpointReader
 from m3i_scale.transfer.export import export, load_backbone
 from m3i_scale.transfer.loading import build_trained, build_untrained
 
@@ -20,7 +20,7 @@ def made(config):
 
 @pytest.fixture(scope="module")
 def reader(config, made):
-    return Reader(write_run(config, made, ranks=3) / "checkpoints" / "step-00000007")
+    return CheckpointReader(write_run(config, made, ranks=3) / "checkpoints" / "step-00000007")
 
 
 def same(a, b):
@@ -30,7 +30,7 @@ def same(a, b):
 
 def test_student_is_put_together_from_its_slices(config, made, reader):
     loaded = build_trained(config, reader)
-    assert same(loaded.online, made.online)
+    assert same(loaded.student, made.student)
     assert same(loaded.text_tower, made.text_tower)
     assert torch.equal(loaded.temperatures["text"].log_scale, made.temperatures["text"].log_scale)
     assert not loaded.training
@@ -38,9 +38,9 @@ def test_student_is_put_together_from_its_slices(config, made, reader):
 
 
 def test_momentum_averages_replace_the_encoder_only(config, made, reader):
-    loaded = build_trained(config, reader, "momentum")
-    assert not same(made.online, made.momentum)
-    assert same(loaded.online, made.momentum)
+    loaded = build_trained(config, reader, "teacher")
+    assert not same(made.student, made.teacher)
+    assert same(loaded.student, made.teacher)
     assert same(loaded.text_tower, made.text_tower)
 
 
@@ -74,10 +74,10 @@ def test_averages_of_a_run_without_a_momentum_encoder(tmp_path, config):
     objective = config.objective.model_copy(update={"targets": supervised, "balance": None})
     plain = config.model_copy(update={"objective": objective, "folder": str(tmp_path)})
     folder = write_run(plain, networks(plain, seed=0))
-    reader = Reader(folder / "checkpoints" / "step-00000007")
+    reader = CheckpointReader(folder / "checkpoints" / "step-00000007")
     assert build_trained(plain, reader)
-    with pytest.raises(ValueError, match="no momentum encoder"):
-        build_trained(plain, reader, "momentum")
+    with pytest.raises(ValueError, match="no teacher"):
+        build_trained(plain, reader, "teacher")
 
 
 def test_a_pooling_that_no_target_trains_is_as_the_seed_made_it(tmp_path, config):
@@ -85,16 +85,16 @@ def test_a_pooling_that_no_target_trains_is_as_the_seed_made_it(tmp_path, config
     objective = config.objective.model_copy(update={"targets": dense, "balance": None})
     plain = config.model_copy(update={"objective": objective, "folder": str(tmp_path)})
     made = networks(plain, seed=3)
-    reader = Reader(write_run(plain, made) / "checkpoints" / "step-00000007")
+    reader = CheckpointReader(write_run(plain, made) / "checkpoints" / "step-00000007")
     backbones = [
-        build_trained(plain, reader).online.backbone,
-        build_trained(plain, reader, "momentum").online.backbone,
+        build_trained(plain, reader).student.backbone,
+        build_trained(plain, reader, "teacher").student.backbone,
     ]
-    untrained = build_untrained(plain).online.backbone
-    for backbone, source in zip(backbones, (made.online, made.momentum), strict=True):
+    untrained = build_untrained(plain).student.backbone
+    for backbone, source in zip(backbones, (made.student, made.teacher), strict=True):
         assert same(backbone.pooling, untrained.pooling)
         assert same(backbone.levels, source.backbone.levels)
-    for which, backbone in zip(("student", "momentum"), backbones, strict=True):
+    for which, backbone in zip(("student", "teacher"), backbones, strict=True):
         path = tmp_path / f"{which}.safetensors"
         export(reader, plain, path, which=which)
         assert same(load_backbone(path).levels, backbone.levels)

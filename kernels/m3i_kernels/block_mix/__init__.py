@@ -38,7 +38,7 @@ def block_mix(
         mix[n] = mask[n] * a[n] + (1 - mask[n]) * a[partner[n]],    a = (view_a / 255 - mean) / std
 
     The mask is constant inside patches of `patch_size` pixels (M3I pre-training,
-    arXiv 2211.09807, section 4: mixing of inputs). No gradient flows.
+    arXiv 2211.09807, Section 3). No gradient flows.
 
     Args:
         view_a: uint8 (B, H, W, 3), the views that are mixed.
