@@ -45,7 +45,7 @@ def _parse_duration(value: object) -> Duration:
     return Duration(float(match[1]), match[2] + "s")
 
 
-Span = Annotated[Duration, BeforeValidator(_parse_duration), PlainSerializer(str)]
+Span = Annotated[Duration, BeforeValidator(_parse_duration), PlainSerializer(Duration.__str__)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Positive = Annotated[float, Field(gt=0)]
 Count = Annotated[int, Field(gt=0)]
