@@ -1,6 +1,6 @@
 # make demo     set everything up, pre-train a small InternImage on two ranks, show what it learned
 # make test     set everything up and run the tests
-.PHONY: setup lock demo test test-gpu bench lint clean
+.PHONY: setup lock demo test test-gpu gpu-session-rehearsal bench lint clean
 
 PYTHON ?= python3
 VENV := .venv
@@ -48,7 +48,15 @@ test: setup
 	$(ONE_THREAD) $(BIN)/python -m pytest
 
 test-gpu: setup
-	$(BIN)/python -m pytest tests/kernels
+	$(BIN)/python -m pytest tests/kernels -n 4 -m "not cpu_only"
+
+# The GPU session in a small form on a CPU. In an environment with nothing but what the session
+# lists: make gpu-session-rehearsal SESSION_PYTHON=/path/to/python WHEELS=.whl
+SESSION_PYTHON ?=
+WHEELS ?=
+gpu-session-rehearsal: $(if $(SESSION_PYTHON),,setup)
+	bash benchmarks/gpu_session/run.sh runs/gpu-session --rehearse \
+	  $(if $(WHEELS),--wheels $(WHEELS)) --python $(or $(SESSION_PYTHON),$(abspath $(BIN)/python))
 
 bench: setup
 	$(BIN)/python kernels/bench/run.py --static

@@ -16,6 +16,7 @@ import contextlib
 import csv
 import datetime
 import functools
+import json
 import pathlib
 import resource
 import statistics
@@ -92,25 +93,56 @@ def run(options: argparse.Namespace) -> int:
     launch.setup_logging(world.rank)
     config = _for_measurement(config, options, world)
     set_backend(config.engine.kernels)
+    stem = options.out / f"step_{config.run}"
+    diary = Diary(stem.with_suffix(".json"), world)
     step, ready = build(config, world)
+    diary.note(built=True)
     for _ in range(options.warmup):
-        step()
+        diary.note(warmup=[*diary.values.get("warmup", []), timed(step, world.device)])
     if world.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
     seconds = [timed(step, world.device) for _ in range(options.steps)]
-    row = summarise(config, options, world, ready.plan.accumulation, seconds)
+    row = summarise(config, options, world, ready.split.accumulation, seconds)
+    diary.note(steps=seconds, row=row._asdict())
+    _write(row, None, stem, world)
+    if options.profile:
+        events = profiled(step, ready, options.profile, stem)
+        if world.is_main:
+            ran = timeline.kernels(events)
+            diary.note(kernels=[k._asdict() for k in ran[:30]], kernel_ms=_total(ran))
+            _write(row, timeline.tabulate(events), stem, world)
     if world.is_main:
-        options.out.mkdir(parents=True, exist_ok=True)
-    stem = options.out / f"step_{config.run}"
-    table = profiled(step, ready, options.profile, stem) if options.profile else None
-    if world.is_main:
-        text = describe(row, table)
-        with stem.with_suffix(".csv").open("w", newline="") as file:
-            csv.writer(file).writerows([row._fields, row])
-        stem.with_suffix(".md").write_text(text)
-        print(text, flush=True)
+        print(stem.with_suffix(".md").read_text(), flush=True)
     launch.finish()
     return 0
+
+
+class Diary:
+    """What is known so far, in a JSON file: a run that is stopped has not measured for nothing."""
+
+    def __init__(self, path: pathlib.Path, world: World) -> None:
+        self.values: dict[str, Any] = {}
+        self._path = path if world.is_main else None
+        self._started = time.perf_counter()
+
+    def note(self, **values: Any) -> None:
+        """Add values, and the seconds since the start at which they were known."""
+        self.values |= values
+        passed = {name: time.perf_counter() - self._started for name in values}
+        self.values["known_after"] = self.values.get("known_after", {}) | passed
+        if self._path is not None:
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            self._path.write_text(json.dumps(self.values, indent=1))
+
+
+def _write(row: StepTiming, table: timeline.Table | None, stem: pathlib.Path, world: World) -> None:
+    if world.is_main:
+        report.write_csv([row], stem.with_suffix(".csv"))
+        stem.with_suffix(".md").write_text(describe(row, table))
+
+
+def _total(ran: list[timeline.Kernel]) -> float:
+    return sum(kernel.milliseconds for kernel in ran)
 
 
 def build(config: Config, world: World) -> tuple[Callable[[], None], Any]:
@@ -141,8 +173,8 @@ def timed(step: Callable[[], None], device: torch.device) -> float:
 
 def profiled(
     step: Callable[[], None], ready: Any, steps: int, stem: pathlib.Path
-) -> timeline.Table | None:
-    """Profile some more steps on rank 0, keep the trace, and account for their time."""
+) -> list[dict[str, Any]]:
+    """Profile some more steps on rank 0 and keep the trace; its events, none on other ranks."""
     world = ready.world
     activities = [ProfilerActivity.CPU]
     if world.device.type == "cuda":
@@ -154,10 +186,10 @@ def profiled(
         for _ in range(steps):
             step()
     if not world.is_main:
-        return None
+        return []
     trace = stem.with_suffix(".trace.json.gz")
     recorder.export_chrome_trace(str(trace))
-    return timeline.tabulate(timeline.read_trace(trace))
+    return timeline.read_trace(trace)
 
 
 @contextlib.contextmanager

@@ -108,6 +108,30 @@ def tabulate(events: list[dict[str, Any]]) -> Table:
     return Table(len(steps), dict(found), communication)
 
 
+class Kernel(NamedTuple):
+    """All launches of one kernel (on a CPU, calls of one operator) in the profiled steps."""
+
+    name: str
+    calls: int
+    milliseconds: float  # per step
+
+
+def kernels(events: list[dict[str, Any]]) -> list[Kernel]:
+    """What ran on the device, the longest first; nested operators of a CPU count doubly.
+
+    On one stream the sum is the time in which the device worked, which is what a host that never
+    made it wait would reach.
+    """
+    steps = sum(e["name"] == STEP and _is_host_mark(e) for e in events)
+    kinds = _DEVICE if any(e.get("cat") in _DEVICE for e in events) else ("cpu_op",)
+    found: dict[str, list[float]] = defaultdict(list)
+    for event in events:
+        if event.get("cat") in kinds:
+            found[event["name"]].append(float(event.get("dur", 0)))
+    rows = [Kernel(name, len(us), sum(us) / max(1, steps) / 1e3) for name, us in found.items()]
+    return sorted(rows, key=lambda row: -row.milliseconds)
+
+
 def markdown(table: Table) -> str:
     """One row per category, one column per phase; milliseconds per step."""
     phases = [p for p in PHASES if table.per_step(phase=p)]

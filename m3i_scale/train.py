@@ -111,13 +111,15 @@ def run(options: argparse.Namespace, config: Config) -> int:
     from m3i_kernels import set_backend
 
     from m3i_scale.cluster import launch
-    from m3i_scale.engine import metrics, session, stop
-    from m3i_scale.planner import dry_run
 
     world = launch.start(
         config.engine.device, config.engine.precision, config.seed, config.engine.timeout_minutes
     )
     launch.setup_logging(world.rank)
+    # These import deepspeed, which then fixes its accelerator: the one that `start` has chosen.
+    from m3i_scale.engine import metrics, session, stop
+    from m3i_scale.planner import dry_run
+
     flag = stop.StopFlag()
     set_backend(config.engine.kernels)
     stream = build_stream(config)

@@ -93,6 +93,23 @@ def choose_device(wanted: str, precision: str, local_rank: int) -> torch.device:
     return torch.device("cpu")
 
 
+def choose_accelerator(kind: str) -> None:
+    """Have DeepSpeed work on "cpu" or "cuda", whatever the machine has and DS_ACCELERATOR says.
+
+    Raises:
+        RuntimeError: deepspeed was imported before, when it chose another one for good.
+    """
+    os.environ["DS_ACCELERATOR"] = kind
+    from deepspeed.accelerator import get_accelerator
+
+    chosen = get_accelerator().device_name()
+    if chosen != kind:
+        raise RuntimeError(
+            f"deepspeed was imported before the device was chosen and works on {chosen}, this rank "
+            f"on {kind}; import what needs deepspeed after `launch.start`"
+        )
+
+
 def start(device: str, precision: str, seed: int, timeout_minutes: float) -> World:
     """Join the process group and seed this rank's generators.
 
@@ -102,8 +119,7 @@ def start(device: str, precision: str, seed: int, timeout_minutes: float) -> Wor
     os.environ.update(rank_variables(os.environ))
     rank, local_rank, size = (int(os.environ[k]) for k in ("RANK", "LOCAL_RANK", "WORLD_SIZE"))
     chosen = choose_device(device, precision, local_rank)
-    # Must be set before deepspeed is imported: it fixes its accelerator then.
-    os.environ.setdefault("DS_ACCELERATOR", chosen.type)
+    choose_accelerator(chosen.type)
     import deepspeed
 
     # On a CPU DeepSpeed compiles an all-reduce for inference, which training never calls. A rank

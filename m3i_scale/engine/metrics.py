@@ -238,7 +238,12 @@ def _replace(path: Path, text: str) -> None:
 
 
 def git_commit() -> str | None:
-    """Commit of the source tree, with "+" when it has uncommitted changes; None outside git."""
+    """Commit of the source tree, with "+" when it has uncommitted changes; None outside git.
+
+    `$M3I_COMMIT` says it where the tree is a copy without its history.
+    """
+    if os.environ.get("M3I_COMMIT"):
+        return os.environ["M3I_COMMIT"]
     here = Path(__file__).parent
 
     def git(*arguments: str) -> str:

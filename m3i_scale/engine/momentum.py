@@ -45,7 +45,8 @@ class ShardedTeacher:
         """Write the averages into the teacher."""
         for name, (_, teacher) in self._pairs.items():
             shards.write_shard(teacher, self.averages[name])
-        if torch.cuda.is_available():
+        teachers = (teacher for _, teacher in self._pairs.values())
+        if any(teacher.ds_tensor.is_cuda for teacher in teachers):  # type: ignore[attr-defined]
             # ZeRO gathers on a stream of its own, which does not wait for this one.
             torch.cuda.current_stream().synchronize()
 

@@ -3,6 +3,7 @@
 import os
 import sys
 
+import pytest
 import torch
 
 
@@ -25,3 +26,11 @@ def _interpret() -> None:
 
 if not torch.cuda.is_available():
     _interpret()
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skip what is about a GPU where there is none."""
+    if not torch.cuda.is_available():
+        for item in items:
+            if item.get_closest_marker("gpu"):
+                item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))

@@ -22,6 +22,7 @@ def run(*arguments: object) -> subprocess.CompletedProcess[str]:
     )
 
 
+@pytest.mark.cpu_only
 def test_kernels_compile_for_every_target_without_spills(tmp_path: pathlib.Path) -> None:
     chosen = ("bfloat16 forward", "bfloat16 backward", "bfloat16 channels_last")
     done = run("--static", "--problems", *chosen, "--out", tmp_path)

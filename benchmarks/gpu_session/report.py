@@ -1,0 +1,268 @@
+"""The report of a session: rows to Markdown and plots.
+
+    python benchmarks/gpu_session/report.py OUT
+
+Reads OUT/rows.jsonl, writes OUT/report.md with planned.png, kernels.png and dcnv3.png, and prints
+the table of the parts. What was not measured is left out and said to be missing.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import plots
+import rows
+
+Row = dict[str, Any]
+INCOMPLETE = (KeyError, IndexError, ValueError, TypeError, StopIteration, ZeroDivisionError)
+GOAL_HOST = {1: 0.9, 8: 1.0, 160: 1.2}  # seconds of a step
+
+
+def main(arguments: list[str]) -> int:
+    """Write the report; 2 where there are no rows."""
+    if len(arguments) != 1 or not (Path(arguments[0]) / "rows.jsonl").exists():
+        print("error: name a folder that run.sh has written; it has a rows.jsonl", file=sys.stderr)
+        return 2
+    folder = Path(arguments[0])
+    found = rows.read(folder / "rows.jsonl")
+    table = parts_table(found)
+    sections = [opening(found), "## Parts\n\n" + table]
+    for write in (setup, tests, audit, step, host, depthwise, dcnv3):
+        part = write.__name__
+        try:
+            sections.append(write(found, folder) if of(found, part) else "")
+        except INCOMPLETE as error:
+            why = f"{type(error).__name__}: {error}"
+            sections.append(f"## {part}\n\nNot all of its rows are there ({why}).")
+    (folder / "report.md").write_text("\n\n".join(s.strip() for s in sections if s) + "\n")
+    print(table)
+    print(f"report: {folder / 'report.md'}")
+    return 0
+
+
+def of(found: list[Row], part: str, **values: Any) -> list[Row]:
+    """The rows of a part that have these values."""
+    return [r for r in found if r["part"] == part and all(r.get(k) == v for k, v in values.items())]
+
+
+def opening(found: list[Row]) -> str:
+    """What was measured where."""
+    where = next((r for r in found if r.get("device")), {})
+    words = "; ".join(f"{k} {where.get(k)}" for k in ("driver", "torch", "triton", "deepspeed"))
+    text = f"# A session on {where.get('device', 'an unknown device')}\n\n{words}; commit "
+    text += f"{where.get('commit', 'unknown')}."
+    if where.get("device") == "cpu":
+        text += " **A rehearsal on a CPU: small sizes, no figure means anything.**"
+    return text
+
+
+def parts_table(found: list[Row]) -> str:
+    """Part, seconds, outcome and the figure that matters most."""
+    lines = [
+        [r["name"], f"{r['seconds']:.0f} of {r['limit']}", r["outcome"], headline(found, r["name"])]
+        for r in of(found, "parts")
+    ]
+    return markdown(["part", "seconds", "outcome", "headline"], lines)
+
+
+def headline(found: list[Row], part: str) -> str:
+    """One figure of a part, or nothing where it has none."""
+    try:
+        return HEADLINES[part](of(found, part))
+    except INCOMPLETE:
+        return "-"
+
+
+def _step_headline(mine: list[Row]) -> str:
+    row = [r for r in mine if r["name"].startswith("micro-batch")][-1]
+    if row["note"] and "step_ms_p50" not in row:
+        return f"{row['name']}: {row['note']}"
+    device = f", on the device {row['kernel_ms']:.0f} ms" if row.get("kernel_ms") else ""
+    return f"{row['name']}: {row['step_ms_p50']:.0f} ms{device}, {row['peak_memory_gib']:.1f} GiB"
+
+
+def _share_headline(mine: list[Row]) -> str:
+    timed = [r for r in mine if r.get("fraction_of_copy")]
+    best = max(timed, key=lambda r: r["fraction_of_copy"])
+    share = f"{best['fraction_of_copy']:.0%} of copy"
+    return f"best: {best['implementation']}, {best['name']} {best['direction']}, {share}"
+
+
+def _depthwise_headline(mine: list[Row]) -> str:
+    slowest = max((r for r in mine if "ms" in r), key=lambda r: r["ms"])
+    return f"slowest: {slowest['name']} {slowest['direction']} {slowest['ms']:.2f} ms"
+
+
+def _audit_headline(mine: list[Row]) -> str:
+    return f"{sum(r['ok'] for r in mine)} of {len(mine)} checks hold"
+
+
+HEADLINES: dict[str, Callable[[list[Row]], str]] = {
+    "setup": lambda mine: f"Python {mine[0]['python']}, gcc {mine[0]['gcc'] or 'missing'}",
+    "tests": lambda mine: "{passed} passed, {failures} failed, {errors} errors".format(**mine[-1]),
+    "audit": _audit_headline,
+    "step": _step_headline,
+    "host": lambda mine: ", ".join(f"{r['name']}: {r['seconds_per_step']:.2f} s" for r in mine),
+    "depthwise": _depthwise_headline,
+    "dcnv3": _share_headline,
+}
+
+
+def setup(found: list[Row], _: Path) -> str:
+    """The machine."""
+    row = of(found, "setup", name="environment")[0]
+    keys = ("python", "cuda", "cudnn", "gcc", "python_h", "nvcc", "cores", "host_memory_gib")
+    lines = [[key, cell(row[key])] for key in (*keys, "gpu_memory_gib", "shm_gib")]
+    return "## Machine\n\n" + markdown(["", ""], lines)
+
+
+def tests(found: list[Row], _: Path) -> str:
+    """Counts, and what failed."""
+    mine = of(found, "tests")
+    counts = next(r for r in mine if r["name"] == "counts")
+    text = f"## Kernel tests\n\n{counts['passed']} passed, {counts['failures']} failed, "
+    text += f"{counts['errors']} errors, {counts['skipped']} skipped.\n\n"
+    failed = [[r["name"], r["message"].splitlines()[0][:160]] for r in mine if "message" in r]
+    return text + (markdown(["failed", "message"], failed) if failed else "")
+
+
+def audit(found: list[Row], _: Path) -> str:
+    """All checks, and where the host waits."""
+    mine = of(found, "audit")
+    lines = []
+    for r in mine:
+        why = r.get("error") or r.get("note") or ", ".join(r.get("differ", []))
+        lines.append(
+            [r["name"], "yes" if r["ok"] else "**no**", *map(cell, (r["figure"], r["bound"])), why]
+        )
+    text = "## Audit\n\n" + markdown(["check", "holds", "figure", "bound", "detail"], lines)
+    for r in mine:
+        if r.get("sites"):
+            sites = [[site, str(count)] for site, count in r["sites"].items()]
+            text += "\n\nWaits in all measured steps:\n\n" + markdown(["where", "times"], sites)
+    return text
+
+
+def step(found: list[Row], folder: Path) -> str:
+    """Planned against measured, warm-up, longest kernels."""
+    mine = of(found, "step")
+    text = "## Training step\n\n"
+    runs = [r for r in mine if r["name"].startswith("micro-batch")]
+    text += "\n".join(f"- {r['name']}: {r['note']}" for r in runs if r["note"]) + "\n\n"
+    run = runs[-1]
+    if run.get("warmup"):
+        text += f"Seconds of the warm-up steps: {_list(run['warmup'])}; "
+        text += f"of the measured ones: {_list(run.get('steps') or [])}.\n\n"
+    micro = run["name"].split()[-1]
+    plan = next((r for r in mine if r["name"] == f"plan {micro}"), None)
+    lines = list(comparison(run, plan)) if run.get("step_ms_p50") else []
+    text += markdown(["", "planned", "measured"], lines) + "\n\n"
+    if plan and lines and plots.planned(run, plan, folder / "planned.png"):
+        text += "![planned and measured](planned.png)\n\n"
+    longest = [
+        [r["kernel"][:90], str(r["calls"]), f"{r['milliseconds']:.2f}"]
+        for r in of(found, "step", name="kernel")
+    ]
+    if longest:
+        text += markdown(["longest kernels", "calls", "ms a step"], longest) + "\n\n"
+        plots.kernels(of(found, "step", name="kernel"), run, folder / "kernels.png")
+        text += "![longest kernels](kernels.png)"
+    return text
+
+
+def comparison(run: Row, plan: Row | None) -> Iterator[list[str]]:
+    """Rows of planned against measured."""
+    planned = plan or {}
+    yield ["step, ms", cell(planned.get("step_ms")), cell(run["step_ms_p50"])]
+    yield ["work on the device, ms", cell(planned.get("computing_ms")), cell(run.get("kernel_ms"))]
+    yield ["tensors, GiB", cell(planned.get("tensors_gib")), cell(run["peak_memory_gib"])]
+    yield ["model FLOPs utilisation", cell(planned.get("utilisation")), cell(run.get("mfu"))]
+    yield ["images/s", "", cell(run["images_per_second"])]
+
+
+def host(found: list[Row], _: Path) -> str:
+    """Host seconds by ranks."""
+    lines = [
+        [r["name"], cell(r.get("seconds_per_step")), cell(GOAL_HOST.get(r["ranks"])),
+         cell(r.get("second_step_seconds")), cell(r.get("collectives_after_step")),
+         str(r.get("error", ""))[:120]]
+        for r in of(found, "host")
+    ]  # fmt: skip
+    titles = ["", "s a step", "goal", "second step, s", "collectives after it", ""]
+    return "## Host time\n\n" + markdown(titles, lines)
+
+
+def depthwise(found: list[Row], _: Path) -> str:
+    """Milliseconds by layout and search; other implementations below."""
+    mine = [r for r in of(found, "depthwise") if r.get("implementation") == "cudnn"]
+    columns = [(layout, search) for layout in ("nchw", "channels_last") for search in (False, True)]
+    lines = []
+    for stage in dict.fromkeys((r["channels"], r["side"]) for r in mine):
+        for direction in ("forward", "dgrad", "wgrad"):
+            cells = [
+                next((f"{r['ms']:.3f}" for r in mine if _is(r, stage, direction, *c)), "-")
+                for c in columns
+            ]
+            lines.append([f"{stage[0]} x {stage[1]} {direction}", *cells])
+    titles = ["ms", *(f"{a}{', search' if b else ''}" for a, b in columns)]
+    others = [r for r in of(found, "depthwise") if r.get("fraction_of_copy")]
+    return "## Depthwise 5 x 5, cuDNN\n\n" + markdown(titles, lines) + "\n\n" + timed(others)
+
+
+def _is(row: Row, stage: tuple[int, int], direction: str, layout: str, search: bool) -> bool:
+    here = (row["channels"], row["side"]) == stage and row["direction"] == direction
+    return here and row["layout"] == layout and row["search"] is search
+
+
+def dcnv3(found: list[Row], folder: Path) -> str:
+    """Every implementation beside the copy."""
+    mine = of(found, "dcnv3")
+    copy = next(r for r in mine if r["name"] == "copy")
+    text = (
+        f"## DCNv3\n\nA copy of {copy['bytes'] / 2**30:.3g} GiB moves {copy['gb_per_s']:.0f} GB/s."
+    )
+    text += "\n\n" + timed([r for r in mine if r.get("fraction_of_copy")])
+    failed = [[r["name"], r["implementation"], r["error"]] for r in mine if not r["ok"]]
+    if failed:
+        text += "\n\n" + markdown(["problem", "not timed", "because"], failed)
+    if plots.shares(mine, folder / "dcnv3.png"):
+        text += "\n\n![share of copy](dcnv3.png)"
+    return text
+
+
+def timed(mine: list[Row]) -> str:
+    """Table of checked and timed implementations."""
+    lines = [
+        [r["name"], r["direction"], r["implementation"], cell(r["error"]), cell(r["ms"]),
+         cell(r["gb_per_s"]), f"{r['fraction_of_copy']:.0%}"]
+        for r in mine
+    ]  # fmt: skip
+    titles = ["problem", "direction", "implementation", "error", "ms", "GB/s", "of copy"]
+    return markdown(titles, lines) if lines else ""
+
+
+def cell(value: Any) -> str:
+    """A value for a table."""
+    if value is None:
+        return "-"
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def _list(seconds: list[float]) -> str:
+    return ", ".join(f"{s:.2f}" for s in seconds)
+
+
+def markdown(titles: list[str], lines: list[list[str]]) -> str:
+    """A Markdown table."""
+
+    def line(cells: list[str]) -> str:
+        return "| " + " | ".join(c.replace("|", "/").replace("\n", " ") for c in cells) + " |"
+
+    return "\n".join([line(titles), line(["---"] * len(titles)), *map(line, lines)])
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

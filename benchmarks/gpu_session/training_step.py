@@ -1,0 +1,127 @@
+"""Part 4: the training step of InternImage-H on one GPU, by `benchmarks/step.py`; and its plan.
+
+    python training_step.py SECONDS     ends by itself before that many have passed
+
+Starts at a micro-batch of 128 and goes to 64 and 32 where the memory is too small.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import rows
+
+CONFIG = "configs/pretrain_internimage_h.yaml"
+OUT_OF_MEMORY = 3
+MARGIN = 6  # seconds for the rows
+LONGEST = 10  # kernels
+
+
+def sizes() -> list[int]:
+    """Micro-batches, in the order in which they are tried."""
+    return [4] if rows.REHEARSE else [128, 64, 32]
+
+
+def configuration() -> str:
+    """InternImage-H; the tests' small configuration in a rehearsal."""
+    if not rows.REHEARSE:
+        return CONFIG
+    from small import SMALL
+
+    path = rows.FOLDER / "small.yaml"
+    path.write_text(SMALL)
+    return str(path)
+
+
+def main(arguments: list[str]) -> int:
+    """Measure and write; the exit code of the measurement."""
+    end = time.monotonic() + float(arguments[0]) - MARGIN
+    config = configuration()
+    planning = subprocess.Popen([sys.executable, __file__, "plan", config], env=_on_cpu())
+    code = OUT_OF_MEMORY
+    for micro in sizes():
+        out = rows.FOLDER / f"step_{micro}"
+        code = measure(config, micro, out, end - time.monotonic())
+        account(out, micro, code)
+        if code != OUT_OF_MEMORY:
+            break
+    try:
+        planning.wait(max(1, end - time.monotonic()))
+    except subprocess.TimeoutExpired:
+        planning.kill()
+        print("the plan was not ready in time", flush=True)
+    return code
+
+
+def measure(config: str, micro: int, out: Path, seconds: float) -> int:
+    """Run the benchmark; 124 where it was stopped."""
+    counts = (1, 2, 1) if rows.REHEARSE else (3, 6, 1)
+    command = [sys.executable, "benchmarks/step.py", "--config", config, "--out", str(out)]
+    command += ["--micro-batch", str(micro)]
+    for option, count in zip(("--warmup", "--steps", "--profile"), counts, strict=True):
+        command += [option, str(count)]
+    device = "cpu" if rows.REHEARSE else "cuda"
+    variables = {**os.environ, "PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True"}
+    try:
+        done = subprocess.run(
+            [*command, f"engine.device={device}"], cwd=rows.ROOT, env=variables, timeout=seconds
+        )
+    except subprocess.TimeoutExpired:
+        print(f"stopped after {seconds:.0f} s", flush=True)
+        return 124
+    return done.returncode
+
+
+def account(out: Path, micro: int, code: int) -> None:
+    """Rows of what step.py has noted, however far it came."""
+    name = f"micro-batch {micro}"
+    notes = next(iter(out.glob("step_*.json")), None)
+    found: dict[str, Any] = json.loads(notes.read_text()) if notes else {}
+    longest = found.pop("kernels", [])
+    measured = found.get("row", {})
+    values = {k: v for k, v in measured.items() if k not in rows.origin()}
+    known = {k: found.get(k) for k in ("warmup", "steps", "known_after", "kernel_ms")}
+    note = {OUT_OF_MEMORY: "out of GPU memory", 124: "stopped by its time limit"}.get(code, "")
+    ok = code == 0 and bool(measured)
+    rows.write("step", name, ok=ok, exit_code=code, note=note, **{**values, **known})
+    for kernel in longest[:LONGEST]:
+        rows.write("step", "kernel", kernel=kernel.pop("name"), micro_batch=micro, **kernel)
+
+
+def plan(config_file: str) -> int:
+    """Rows of what `m3i plan` says of the same step, for every micro-batch."""
+    from m3i_scale.config import load_config
+    from m3i_scale.planner.estimate import Cluster, make_plan
+    from m3i_scale.planner.gpus import gpu
+    from m3i_scale.profiling.trace import survey
+
+    for micro in sizes():
+        changes = [f"optimizer.global_batch_size={micro}", f"optimizer.max_micro_batch={micro}"]
+        config = load_config(config_file, changes)
+        made = make_plan(config, survey(config, kernels=True), Cluster(gpu("h100"), 1, 1))
+        rows.write(
+            "step",
+            f"plan {micro}",
+            micro_batch=micro,
+            memory_gib=made.peak_memory / 2**30,
+            tensors_gib=(made.peak_memory - made.assumed.workspace) / 2**30,
+            step_ms=1e3 * made.step,
+            computing_ms=1e3 * made.computing,
+            utilisation=made.assumed.utilisation,
+            state_gib={name: size / 2**30 for name, size in made.state.items()},
+        )
+    return 0
+
+
+def _on_cpu() -> dict[str, str]:
+    return {**os.environ, "DS_ACCELERATOR": "cpu"}
+
+
+if __name__ == "__main__":
+    sys.exit(plan(sys.argv[2]) if sys.argv[1] == "plan" else main(sys.argv[1:]))

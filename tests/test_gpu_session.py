@@ -1,0 +1,138 @@
+"""The session on a GPU: every part under its limit, whatever the one before did; and its report."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+SESSION = ROOT / "benchmarks" / "gpu_session"
+PARTS = ["setup", "tests", "audit", "step", "host", "depthwise", "dcnv3"]
+# Stands in for Python: some parts end, one fails, one never ends; reports are real.
+STAND_IN = f"""#!/usr/bin/env bash
+case $1 in
+    *environment.py) echo '{{"part": "setup"}}' >>"$M3I_SESSION/rows.jsonl" ;;
+    *audit.py) echo "what went wrong"; exit 1 ;;
+    *host.py) sleep 60 ;;
+    *report.py) exec {sys.executable} "$@" ;;
+    *training_step.py) test "$2" -le 165 ;;
+esac
+"""
+
+
+def run(*arguments: object, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        ["bash", SESSION / "run.sh", *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        env={**os.environ, **environment},
+    )
+
+
+def test_a_part_that_fails_or_hangs_does_not_keep_the_next_from_running(tmp_path: Path):
+    python = tmp_path / "python"
+    python.write_text(STAND_IN)
+    python.chmod(0o755)
+    out = tmp_path / "out"
+    done = run(out, "--python", python, "--seconds", 30)
+    assert done.returncode == 0, done.stdout + done.stderr
+    rows = [json.loads(line) for line in (out / "rows.jsonl").read_text().splitlines()]
+    outcomes = {row["name"]: row["outcome"] for row in rows if row["part"] == "parts"}
+    assert sorted(outcomes) == sorted(PARTS)
+    assert (outcomes["setup"], outcomes["audit"], outcomes["host"]) == ("ok", "failed", "timeout")
+    assert outcomes["step"] == "ok"
+    assert "what went wrong" in (out / "session.log").read_text()
+    assert (out / "raw.tar.gz").stat().st_size > 0
+    assert "| audit |" in (out / "report.md").read_text()
+    assert len(list(out.iterdir())) <= 8
+    for name in PARTS:
+        assert re.search(rf"^\| {name} \| .* \| {outcomes[name]} \|", done.stdout, re.MULTILINE)
+
+
+def test_only_some_parts(tmp_path: Path):
+    done = run(tmp_path, "--python", "true", "--only", "tests,dcnv3")
+    assert done.returncode == 0, done.stdout + done.stderr
+    names = [
+        json.loads(line)["name"] for line in (tmp_path / "rows.jsonl").read_text().splitlines()
+    ]
+    assert names == ["tests", "dcnv3"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "usage: run.sh OUT"),
+        (["OUT", "--fast"], "there is no option --fast"),
+        (["OUT", "--wheels"], "--wheels needs a value"),
+        (["OUT", "--wheels", "/nowhere"], "there is no wheel in /nowhere"),
+        (["OUT", "--only", "step,kernels"], "there is no part kernels"),
+    ],
+)
+def test_refuses(arguments: list[str], message: str, tmp_path: Path):
+    done = run(*[tmp_path / "out" if a == "OUT" else a for a in arguments])
+    assert done.returncode == 2
+    assert message in done.stderr
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_wheels_are_those_the_project_asks_for():
+    head = (SESSION / "run.sh").read_text()
+    wheels = dict(re.findall(r"([a-z][a-z-]+)==([0-9.]+)", head))
+    dependencies = re.findall(
+        r'^    "([a-z]+)>=([0-9.]+)', (ROOT / "pyproject.toml").read_text(), re.M
+    )
+    for name, least in dependencies:
+        if name in ("deepspeed", "pydantic", "webdataset"):
+            assert [*map(int, wheels[name].split("."))] >= [*map(int, least.split("."))]
+
+
+def write(folder: Path, *rows: dict[str, object]) -> None:
+    origin = {"device": "NVIDIA H100", "driver": "580", "torch": "2.11", "commit": "abc"}
+    lines = [json.dumps({**row, **origin}) for row in rows]
+    (folder / "rows.jsonl").write_text("\n".join([*lines, '{"part": "st']) + "\n")
+
+
+def test_report_of_what_was_measured(tmp_path: Path):
+    write(
+        tmp_path,
+        {"part": "parts", "name": "step", "seconds": 90.0, "limit": 165, "outcome": "ok"},
+        {"part": "step", "name": "micro-batch 128", "ok": False, "note": "out of GPU memory"},
+        {
+            "part": "step", "name": "micro-batch 64", "ok": True, "note": "", "warmup": [9.0, 2.0],
+            "steps": [1.5], "step_ms_p50": 1500.0, "kernel_ms": 400.0, "peak_memory_gib": 33.0,
+            "images_per_second": 42.0, "mfu": 0.1,
+        },
+        {"part": "step", "name": "plan 64", "step_ms": 380.0, "computing_ms": 370.0,
+         "tensors_gib": 31.0, "utilisation": 0.3},
+        {"part": "step", "name": "kernel", "kernel": "gemm", "calls": 3, "milliseconds": 100.0},
+        {"part": "audit", "name": "weights", "ok": False, "figure": 0.5, "bound": 1e-3},
+        {"part": "dcnv3", "name": "copy", "gb_per_s": 3000.0, "bytes": 1 << 31, "ok": True},
+        {"part": "dcnv3", "name": "H 192 stage 4", "implementation": "matrix", "ok": False,
+         "error": "CheckError: disagrees"},
+    )  # fmt: skip
+    command = [sys.executable, SESSION / "report.py", tmp_path]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stderr
+    text = (tmp_path / "report.md").read_text()
+    assert "- micro-batch 128: out of GPU memory" in text
+    assert "| step, ms | 380 | 1500 |" in text
+    assert "| work on the device, ms | 370 | 400 |" in text
+    assert "| gemm | 3 | 100.00 |" in text
+    assert "| weights | **no** | 0.5 | 0.001 |" in text
+    assert "CheckError: disagrees" in text
+    assert "micro-batch 64: 1500 ms, on the device 400 ms, 33.0 GiB" in done.stdout
+    assert {p.name for p in tmp_path.glob("*.png")} == {"planned.png", "kernels.png"}
+
+
+def test_report_of_nothing(tmp_path: Path):
+    command = [sys.executable, SESSION / "report.py", tmp_path]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 2
+    assert "rows.jsonl" in done.stderr
