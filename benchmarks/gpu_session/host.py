@@ -1,43 +1,66 @@
-"""Part 5: host time of a step at 160 ranks, on a process group that sends nothing."""
+"""Part 5: a step at 160 ranks without 160 GPUs: `benchmarks/host_time.py`, which sends nothing.
+
+    python host.py SECONDS     ends by itself before that many have passed
+
+Side by side: InternImage-H in full width on the GPU (seconds by the clock: what a rank of 160 takes
+where the network takes no time), and in narrow layers on CPU cores (the host's share alone).
+"""
 
 from __future__ import annotations
 
 import json
 import subprocess
 import sys
+import time
+from pathlib import Path
+from typing import Any
 
 import rows
 
 PROGRAM = rows.ROOT / "benchmarks" / "host_time.py"
-RANKS = (8,) if rows.REHEARSE else (1, 160)
+MARGIN = 4  # seconds for the rows
+ON_GPU = ["--device", "cuda", "--full", "--micro-batch", "128"]
+RUNS = {
+    "160 ranks, full width": (160, ON_GPU),
+    "160 ranks": (160, []),
+    "1 rank": (1, []),
+}
+REHEARSED = {"8 ranks": (8, ["--config", "configs/pretrain_vit_b16_imagenet.yaml"])}
 
 
-def main() -> int:
-    """Run `benchmarks/host_time.py` for each number of ranks; 1 where one failed."""
+def main(arguments: list[str]) -> int:
+    """Run all, write a row of each; 1 where one failed."""
     if not PROGRAM.exists():
         print(f"error: there is no {PROGRAM}")
         return 1
-    return max(measure(ranks) for ranks in RANKS)
+    end = time.monotonic() + float(arguments[0]) - MARGIN
+    started = {}
+    for name, (ranks, more) in (REHEARSED if rows.REHEARSE else RUNS).items():
+        output = rows.FOLDER / f"host_{name.replace(' ', '_').replace(',', '')}.json"
+        command = [sys.executable, str(PROGRAM), "--ranks", str(ranks), "--steps", "3", "--json"]
+        with output.open("w") as file:
+            process = subprocess.Popen([*command, *more], cwd=rows.ROOT, stdout=file)
+        started[name] = (process, output, ranks)
+    return max(account(name, *one, end) for name, one in started.items())
 
 
-def measure(ranks: int) -> int:
-    """One row of its figures."""
-    command = [sys.executable, str(PROGRAM), "--ranks", str(ranks), "--steps", "4", "--json"]
-    if rows.REHEARSE:
-        command += ["--backbone", "vit_b16"] if "--backbone" in _help() else []
-    done = subprocess.run(command, cwd=rows.ROOT, stdout=subprocess.PIPE, text=True)
+def account(name: str, process: Any, output: Path, ranks: int, end: float) -> int:
+    """Wait for one run and write its row."""
+    note = ""
     try:
-        found = json.loads(done.stdout[done.stdout.index("{") :])
+        process.wait(max(1, end - time.monotonic()))
+    except subprocess.TimeoutExpired:
+        process.kill()
+        note = "stopped by the time limit"
+    text = output.read_text()
+    try:
+        found = json.loads(text[text.index("{") :])
     except ValueError:
-        found = {"error": done.stdout[-400:]}
-    ok = done.returncode == 0 and "seconds_per_step" in found
-    rows.write("host", f"{ranks} ranks", ranks=ranks, ok=ok, **found)
+        found = {"error": note or text[-300:] or f"exit code {process.returncode}"}
+    ok = "seconds_per_step" in found
+    rows.write("host", name, ranks=ranks, ok=ok, **found)
     return 0 if ok else 1
 
 
-def _help() -> str:
-    return rows.output(sys.executable, str(PROGRAM), "--help")
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(sys.argv[1:]))

@@ -96,16 +96,21 @@ def _depthwise_headline(mine: list[Row]) -> str:
     return f"slowest: {slowest['name']} {slowest['direction']} {slowest['ms']:.2f} ms"
 
 
+def _host_headline(mine: list[Row]) -> str:
+    known = [r for r in mine if r["ok"]]
+    return ", ".join(f"{r['name']}: {r['seconds_per_step']:.2f} s" for r in known) or "-"
+
+
 def _audit_headline(mine: list[Row]) -> str:
     return f"{sum(r['ok'] for r in mine)} of {len(mine)} checks hold"
 
 
 HEADLINES: dict[str, Callable[[list[Row]], str]] = {
     "setup": lambda mine: f"Python {mine[0]['python']}, gcc {mine[0]['gcc'] or 'missing'}",
-    "tests": lambda mine: "{passed} passed, {failures} failed, {errors} errors".format(**mine[-1]),
+    "tests": lambda mine: "{passed} passed, {failed} failed".format(**mine[-1]),
     "audit": _audit_headline,
     "step": _step_headline,
-    "host": lambda mine: ", ".join(f"{r['name']}: {r['seconds_per_step']:.2f} s" for r in mine),
+    "host": _host_headline,
     "depthwise": _depthwise_headline,
     "dcnv3": _share_headline,
 }
@@ -123,9 +128,10 @@ def tests(found: list[Row], _: Path) -> str:
     """Counts, and what failed."""
     mine = of(found, "tests")
     counts = next(r for r in mine if r["name"] == "counts")
-    text = f"## Kernel tests\n\n{counts['passed']} passed, {counts['failures']} failed, "
-    text += f"{counts['errors']} errors, {counts['skipped']} skipped.\n\n"
-    failed = [[r["name"], r["message"].splitlines()[0][:160]] for r in mine if "message" in r]
+    text = f"## Kernel tests\n\n{counts['passed']} passed, {counts['failed']} failed, "
+    text += f"{counts['skipped']} skipped{', then stopped' if counts['stopped'] else ''}; "
+    text += f"the longest took {max(counts['slowest'].values(), default=0)} s.\n\n"
+    failed = [[r["name"], r["message"][-200:]] for r in mine if "message" in r]
     return text + (markdown(["failed", "message"], failed) if failed else "")
 
 

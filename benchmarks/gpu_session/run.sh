@@ -65,8 +65,8 @@ ln -s "$out/rows.jsonl" "$work/raw/rows.jsonl"
 unset DS_ACCELERATOR
 export M3I_SESSION=$work/raw M3I_REHEARSE=$rehearse PYTHONUNBUFFERED=1 TOKENIZERS_PARALLELISM=false
 export TRITON_CACHE_DIR=$work/triton HF_HUB_OFFLINE=1
-# A rehearsal need not compile DeepSpeed's CPU Adam each time.
-[ "$rehearse" = 1 ] || export TORCH_EXTENSIONS_DIR=$work/extensions
+# DeepSpeed's CPU Adam, compiled once; a killed compilation leaves a lock in the usual folder.
+export TORCH_EXTENSIONS_DIR=${TORCH_EXTENSIONS_DIR:-$work/extensions}
 export OMP_NUM_THREADS=$((rehearse ? 1 : 4))
 PYTHONPATH="$here:$root:$root/kernels:$root/kernels/bench:$root/tests:$root/tests/engine"
 [ -z "$wheels" ] || PYTHONPATH="$work/site:$PYTHONPATH"
@@ -117,16 +117,16 @@ export wheels python work here
 
 # The limits on a GPU; a rehearsal may find its two cores busy.
 slow=$((rehearse ? 6 : 1))
-part setup $((25 * slow)) bash -c setup
+part setup $((20 * slow)) bash -c setup
 # Both are about being right, and take no times: side by side.
-part tests $((100 * slow)) "$python" "$here/kernel_tests.py" &
+part tests $((100 * slow)) bash -c 'exec "$python" "$here/kernel_tests.py" "$LIMIT"' &
 part audit $((110 * slow)) "$python" "$here/audit.py" &
 wait
 part step $((165 * slow)) bash -c 'exec "$python" "$here/training_step.py" "$LIMIT"'
-part host $((50 * slow)) "$python" "$here/host.py"
+part host $((90 * slow)) bash -c 'exec "$python" "$here/host.py" "$LIMIT"'
 # Interpreted in a rehearsal, native on a GPU.
 export TRITON_INTERPRET=$rehearse
-part depthwise $((30 * slow)) "$python" "$here/depthwise.py"
-part dcnv3 $((60 * slow)) "$python" "$here/kernel_bench.py"
+part depthwise $((25 * slow)) "$python" "$here/depthwise.py"
+part dcnv3 $((50 * slow)) "$python" "$here/kernel_bench.py"
 echo
 timeout $((40 * slow)) "$python" "$here/report.py" "$out"

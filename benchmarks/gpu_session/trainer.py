@@ -114,7 +114,7 @@ def synchronisations(sites: Counter[str]) -> Iterator[None]:
         return
 
     def note(message: Any, category: Any, filename: str, lineno: int, *_: Any) -> None:
-        if "synchroniz" in str(message):
+        if "called a synchronizing CUDA operation" in str(message):
             sites[_site(f"{filename}:{lineno}")] += 1
 
     whole = torch.cuda.synchronize

@@ -50,7 +50,7 @@ def test_a_cpu_run_leaves_the_machines_gpu_alone(tmp_path: Path, variable: str |
         env={**environment, "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'kernels'}"},
         capture_output=True,
         text=True,
-        timeout=200,
+        timeout=500,
     )
     assert done.returncode == 0, done.stdout + done.stderr
     lines = (config.run_folder / "metrics.jsonl").read_text().splitlines()
