@@ -131,6 +131,31 @@ def test_report_of_what_was_measured(tmp_path: Path):
     assert {p.name for p in tmp_path.glob("*.png")} == {"planned.png", "kernels.png"}
 
 
+def test_the_audit_tells_what_differs_and_what_is_missing(tmp_path: Path):
+    path = [SESSION, ROOT, ROOT / "kernels", ROOT / "tests"]
+    environment = {"PYTHONPATH": os.pathsep.join(map(str, path)), "M3I_REHEARSE": "1"}
+    command = [sys.executable, ROOT / "tests" / "gpu_session_checks.py", "resumed"]
+    done = subprocess.run(
+        [*command, "offload_resumed"],
+        capture_output=True,
+        text=True,
+        timeout=500,
+        env={**os.environ, **environment, "M3I_SESSION": str(tmp_path)},
+    )
+    assert done.returncode == 0, done.stderr
+    rows = [json.loads(line) for line in (tmp_path / "rows.jsonl").read_text().splitlines()]
+    found = {row["name"]: row for row in rows}
+    assert found["waits for the device in a step"]["figure"] == 8
+    assert not found["waits for the device in a step"]["ok"]
+    assert found["teacher is its averages in bf16"]["ok"]
+    assert found["deterministic: first 1 losses again"]["ok"]
+    assert not found["deterministic: resumed with the saved state"]["ok"]
+    for kind in ("weight", "exp_avg", "exp_avg_sq", "teacher"):
+        assert found[f"offload_optimizer: resumed {kind}"]["differ"] == [f"{kind}/student.w"]
+    assert not found["agreement"]["ok"]  # "reference" never ended
+    assert "not started" in found["agreement"]["error"]
+
+
 def test_report_of_nothing(tmp_path: Path):
     command = [sys.executable, SESSION / "report.py", tmp_path]
     done = subprocess.run(command, capture_output=True, text=True, timeout=200)
