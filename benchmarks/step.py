@@ -137,7 +137,8 @@ class Diary:
 
 def _write(row: StepTiming, table: timeline.Table | None, stem: pathlib.Path, world: World) -> None:
     if world.is_main:
-        report.write_csv([row], stem.with_suffix(".csv"))
+        with stem.with_suffix(".csv").open("w", newline="") as file:
+            csv.writer(file).writerows([row._fields, row])
         stem.with_suffix(".md").write_text(describe(row, table))
 
 
