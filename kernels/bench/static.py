@@ -142,7 +142,9 @@ def _record_dcnv3(
     tensors = (x, offset, mask, scale)
     with compile_only.record(dcnv3_op) as launches:
         fixed_point = direction == "backward deterministic"
-        tiles = dcnv3_op.choose_tiles(channels, K, direction != "forward", fixed_point)
+        tiles = dcnv3_op.choose_tiles(
+            channels, K, direction != "forward", fixed_point, itemsize=dtype.itemsize
+        )
         if direction == "forward":
             dcnv3_op.launch_forward(tensors, x, geometry, True, tiles)
             return launches

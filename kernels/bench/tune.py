@@ -43,9 +43,11 @@ class TileTiming(NamedTuple):
 def candidates(channels: int, backward: bool) -> Iterator[Any]:
     """List launch parameters around the shipped ones."""
     width = triton.next_power_of_2(channels)
-    per_thread = (4,) if backward else (4, 8)
-    grid = itertools.product((1, 2), (1, 4), (1, 2, 4), (1, 3), per_thread)
+    per_thread, splits = ((4,), (1, 2, 4)) if backward else ((4, 8, 16), (1, 2))
+    grid = itertools.product(splits, (1, 4), (2, 4), (1, 3, 9), per_thread)
     for split, block_g, warps, unroll, elements in grid:
+        if width // split < 8 or (backward and unroll == 9):
+            continue
         rows = 32 * warps * elements // (width // split)
         if rows >= block_g:
             yield dcnv3_op.Tiles(rows // block_g, block_g, width // split, split, unroll, warps)
@@ -65,7 +67,7 @@ def tune(problem: operators.Problem, batch: int, bandwidth: float) -> list[TileT
     for direction in ("forward", "backward"):
         backward = direction == "backward"
         channels = x.shape[-1] // problem.shape["groups"]
-        shipped = dcnv3_op.choose_tiles(channels, 9, backward)
+        shipped = dcnv3_op.choose_tiles(channels, 9, backward, itemsize=x.itemsize)
         nbytes = operator.minimal_bytes(inputs, y.nbytes, direction)
         for tiles in dict.fromkeys((shipped, *candidates(channels, backward))):
 

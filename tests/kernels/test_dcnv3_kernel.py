@@ -52,6 +52,8 @@ CASES: dict[str, dict[str, Any]] = {
     "odd_group": {"channels": 5, "groups": 3},
     "bfloat16": {"dtype": torch.bfloat16, "gated": True, "channels": 32},
     "float16": {"dtype": torch.float16, "channels": 16},
+    "bfloat16_padded_words": {"dtype": torch.bfloat16, "channels": 24, "size": (1, 2, 3)},
+    "bfloat16_odd": {"dtype": torch.bfloat16, "channels": 5, "size": (1, 2, 3)},
 }
 
 
@@ -214,6 +216,41 @@ def test_strided_inputs(layout: str) -> None:
     )
     found = run(tensors, keywords, "triton", layout=layout)
     assert_close(found, run(tensors, keywords, "reference"), TOLERANCE[torch.float32])
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+def test_first_elements_off_alignment(dtype: torch.dtype) -> None:
+    """Tensors that start one element into their storage: no pair, no word may be read whole."""
+    case = {"dtype": dtype, "size": (1, 2, 3), "groups": 1, "kernel_size": 1, "padding": 0}
+    tensors, keywords = inputs_of(case | {"mask_is_logits": False})
+    shifted = {
+        k: torch.cat((v.flatten()[:1], v.flatten())).to(DEVICE)[1:].view(v.shape)
+        for k, v in tensors.items()
+    }
+    with poisoned():
+        found = run(shifted, keywords, "triton")
+    assert_close(found, run(tensors, keywords, "reference"), TOLERANCE[dtype])
+
+
+def test_infinite_and_huge_offsets_read_nothing() -> None:
+    """All points of these positions lie outside: zero output, zero gradients, as far away."""
+    tensors, keywords = inputs_of({"size": (1, 2, 3), "groups": 1})
+    far = torch.tensor([float("inf"), -float("inf"), 3e38, -1e10, 2.0**31, -(2.0**31)])
+    tensors["offset"][:] = far.view(1, 2, 3, 1)
+    found = run(tensors, keywords, "triton")
+    for name, value in found.items():
+        assert value.eq(0).all(), name
+
+
+def test_a_pixel_that_is_not_finite_reaches_only_its_readers() -> None:
+    """And no position that reads other pixels, whatever lies beside them outside the image."""
+    tensors, keywords = inputs_of({"size": (1, 3, 4), "groups": 1, "kernel_size": 1, "padding": 0})
+    tensors["offset"] *= 0
+    tensors["x"][0, 1, 1] = float("nan")
+    output = run(tensors, keywords, "triton")["output"].isnan().any(-1)[0]
+    assert output[1, 1]
+    assert not output[2:].any()
+    assert not output[:, 2:].any()
 
 
 def test_mixed_dtypes() -> None:

@@ -31,6 +31,7 @@ import triton.language as tl
 
 # Image sizes vary from call to call: one compilation serves them all.
 _SIZES = ["H", "W", "Ho", "Wo", "positions"]
+LOG2_E = tl.constexpr(1.4426950408889634)
 
 
 @triton.jit
@@ -38,109 +39,169 @@ def _rows(
     Ho, Wo, positions,
     G: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_G: tl.constexpr,
 ):  # fmt: skip
-    """Locate the rows of this program: (image int64, oy, ox, group, position int64, valid)."""
+    """Locate the rows of this program: (image int64, oy, ox, group, position int64, valid).
+
+    Rows past the end read what the last row reads, so no load needs a mask.
+    """
     tiles_g: tl.constexpr = (G + BLOCK_G - 1) // BLOCK_G
     pid = tl.program_id(0)
     i_r = tl.arange(0, BLOCK_P * BLOCK_G)
     i_g = (pid % tiles_g) * BLOCK_G + i_r % BLOCK_G
-    # Only the first position needs 64 bits: from there on, 32-bit arithmetic inside the tile.
-    first = (pid // tiles_g).to(tl.int64) * BLOCK_P
-    first_image = first // (Ho * Wo)
-    i_q = (first - first_image * (Ho * Wo)).to(tl.int32) + i_r // BLOCK_G
-    i_image = i_q // (Ho * Wo)
-    i_q -= i_image * (Ho * Wo)
+    # Positions are counted in 64 bits only where `positions` needs them.
+    first = (pid // tiles_g).to(positions.dtype) * BLOCK_P
+    i_position = first + tl.minimum(i_r // BLOCK_G, positions - 1 - first)
+    valid = (i_r // BLOCK_G < positions - first) & (i_g < G)
+    i_image = i_position // (Ho * Wo)
+    i_q = (i_position - i_image * (Ho * Wo)).to(tl.int32)
     i_y = i_q // Wo
-    i_position = first + i_r // BLOCK_G
-    valid = (i_position < positions) & (i_g < G)
-    return first_image + i_image, i_y, i_q - i_y * Wo, i_g, i_position, valid
+    i_x = i_q - i_y * Wo
+    i_g = tl.minimum(i_g, G - 1)
+    return i_image.to(tl.int64), i_y, i_x, i_g, i_position.to(tl.int64), valid
+
+
+@triton.jit
+def _load_pair(p, PAIRED: tl.constexpr):
+    """Read two neighbours (R,) as float32; with PAIRED, which needs alignment, in one load."""
+    if not PAIRED:
+        return tl.load(p).to(tl.float32), tl.load(p + 1).to(tl.float32)
+    if p.dtype.element_ty == tl.float32:
+        wide = tl.load(p.to(tl.pointer_type(tl.int64)))
+        first = wide.to(tl.int32).to(tl.float32, bitcast=True)
+        return first, (wide >> 32).to(tl.int32).to(tl.float32, bitcast=True)
+    pair = tl.load(p.to(tl.pointer_type(tl.int32)))
+    if p.dtype.element_ty == tl.bfloat16:  # the upper half of a float32
+        first = (pair << 16).to(tl.float32, bitcast=True)
+        return first, (pair & -65536).to(tl.float32, bitcast=True)
+    first = pair.to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
+    return first, (pair >> 16).to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
 
 
 @triton.jit
 def _location(
-    p_offset, o_offset, k, i_y, i_x, valid, H, W, offset_scale,
-    KH: tl.constexpr, KW: tl.constexpr, SH: tl.constexpr, SW: tl.constexpr,
-    PH: tl.constexpr, PW: tl.constexpr, DH: tl.constexpr, DW: tl.constexpr,
-    REMOVE_CENTER: tl.constexpr,
+    p_pair, k, center_y, center_x, offset_scale,
+    KH: tl.constexpr, KW: tl.constexpr, DH: tl.constexpr, DW: tl.constexpr,
+    REMOVE_CENTER: tl.constexpr, PAIRED: tl.constexpr,
 ):  # fmt: skip
-    """Place point k of every row: top left corner (y0, x0) and fractions (ty, tx)."""
+    """Place point k of every row, (y, x) in input pixels; `p_pair` is the offset of point 0."""
     kk = k
     if REMOVE_CENTER:
         kk += tl.where(k >= (KH * KW) // 2, 1, 0)
     grid_x = (kk // KH - KW // 2) * DW
     grid_y = (kk % KH - KH // 2) * DH
-    dx = tl.load(p_offset + o_offset + 2 * k, mask=valid, other=0.0).to(tl.float32)
-    dy = tl.load(p_offset + o_offset + 2 * k + 1, mask=valid, other=0.0).to(tl.float32)
-    center_x = i_x * SW + (DW * (KW // 2) - PW)
-    center_y = i_y * SH + (DH * (KH // 2) - PH)
-    l_x = center_x.to(tl.float32) + offset_scale * (grid_x + dx)
-    l_y = center_y.to(tl.float32) + offset_scale * (grid_y + dy)
-    # Beyond one pixel outside the image nothing is read; clamping keeps the integers in range.
-    l_x = tl.minimum(tl.maximum(l_x, -2.0), W + 1.0)
-    l_y = tl.minimum(tl.maximum(l_y, -2.0), H + 1.0)
-    x0 = tl.floor(l_x)
-    y0 = tl.floor(l_y)
-    return y0.to(tl.int32), x0.to(tl.int32), l_y - y0, l_x - x0
+    dx, dy = _load_pair(p_pair + 2 * k, PAIRED)
+    return center_y + offset_scale * (grid_y + dy), center_x + offset_scale * (grid_x + dx)
 
 
 @triton.jit
-def _corner(y, x, H, W, s_h, s_w, valid, WIDE: tl.constexpr):
-    """Element offset of pixel (y, x) inside its image, and whether it is inside."""
-    inside = valid & (y >= 0) & (y < H) & (x >= 0) & (x < W)
+def _center(i, K: tl.constexpr, S: tl.constexpr, P: tl.constexpr, D: tl.constexpr):
+    """Kernel's centre on one axis at output index i; K, S, P, D as in a convolution."""
+    return (i * S + (D * (K // 2) - P)).to(tl.float32)
+
+
+@triton.jit
+def _is_inside(i, size):
+    return i.to(tl.uint32, bitcast=True) < size.to(tl.uint32, bitcast=True)
+
+
+@triton.jit
+def _neighbours(location):
+    """Pixels left and right of a location on one axis: (first index, fraction).
+
+    Far outside, the conversion to an integer saturates, which is outside as well.
+    """
+    first = tl.floor(location)
+    return first.to(tl.int32), location - first
+
+
+@triton.jit
+def _clamped(i, size, stride, WIDE: tl.constexpr):
+    """Element offset of index i on one axis, moved into the image where it is outside."""
+    i = tl.minimum(tl.maximum(i, 0), size - 1)
     if WIDE:
-        return y.to(tl.int64) * s_h + x.to(tl.int64) * s_w, inside
-    return y * s_h + x * s_w, inside
+        return i.to(tl.int64) * stride
+    return i * stride
 
 
 @triton.jit
-def _load_corner(p_row, o_pixel, i_d, inside, D: tl.constexpr, FULL: tl.constexpr):
-    """Read channels i_d of one corner of every row, zero outside, as float32 (R, len(i_d))."""
-    p = p_row[:, None] + (o_pixel[:, None] + i_d[None, :])
-    mask = inside[:, None]
+def _load_chunk(p, i_d, D: tl.constexpr, FULL: tl.constexpr, WORDS: tl.constexpr):
+    """Read units i_d of every row as float32, zero beyond D: (values, values of upper halves).
+
+    With WORDS a unit is two bfloat16 channels in 32 bits. Taking them apart by hand costs one
+    instruction a channel; the compiler's conversion of 16-bit values costs one and a half.
+    """
+    mask = None
     if not FULL:
-        mask = mask & (i_d < D)[None, :]
-    return tl.load(p, mask=mask, other=0.0).to(tl.float32)
+        mask = (i_d < D)[None, :]
+    b = tl.load(p, mask=mask)
+    if WORDS:
+        return (b << 16).to(tl.float32, bitcast=True), (b & -65536).to(tl.float32, bitcast=True)
+    else:  # without it the compiler would see two kinds of result
+        return b.to(tl.float32), 0.0
+
+
+@triton.jit
+def _add_corner(b_y, b_z, p, i_d, w, D: tl.constexpr, FULL: tl.constexpr, WORDS: tl.constexpr):
+    """Add one weighted corner to units i_d of every row."""
+    v, u = _load_chunk(p, i_d, D, FULL, WORDS)
+    b_y += w[:, None] * v
+    if WORDS:
+        b_z += w[:, None] * u
+    return b_y, b_z
 
 
 @triton.jit
 def _add_corners(
-    b_y, p_row, i_d, o00, o01, o10, o11, in00, in01, in10, in11, w00, w01, w10, w11,
-    D: tl.constexpr, FULL: tl.constexpr,
+    b_y, b_z, p00, p01, p10, p11, i_d, w00, w01, w10, w11,
+    D: tl.constexpr, FULL: tl.constexpr, WORDS: tl.constexpr,
 ):  # fmt: skip
-    """Add the weighted corners of one point to channels i_d of every row."""
-    v00 = _load_corner(p_row, o00, i_d, in00, D, FULL)
-    v01 = _load_corner(p_row, o01, i_d, in01, D, FULL)
-    v10 = _load_corner(p_row, o10, i_d, in10, D, FULL)
-    v11 = _load_corner(p_row, o11, i_d, in11, D, FULL)
-    b_y += w00[:, None] * v00
-    b_y += w01[:, None] * v01
-    b_y += w10[:, None] * v10
-    b_y += w11[:, None] * v11
-    return b_y
+    """Add the weighted corners of one point to units i_d of every row."""
+    b_y, b_z = _add_corner(b_y, b_z, p00, i_d, w00, D, FULL, WORDS)
+    b_y, b_z = _add_corner(b_y, b_z, p01, i_d, w01, D, FULL, WORDS)
+    b_y, b_z = _add_corner(b_y, b_z, p10, i_d, w10, D, FULL, WORDS)
+    return _add_corner(b_y, b_z, p11, i_d, w11, D, FULL, WORDS)
+
+
+@triton.jit
+def _bits(b):
+    """Round to bfloat16; the bits in the lower half of an int32."""
+    return b.to(tl.bfloat16).to(tl.int16, bitcast=True).to(tl.int32) & 0xFFFF
 
 
 @triton.jit
 def _finish_row(
-    b_y, p_row, p_out, i_d, o_here, valid, gate, normaliser,
-    D: tl.constexpr, FULL: tl.constexpr, GATED: tl.constexpr,
+    b_y, b_z, p_here, p_out, i_d, valid, scale, gate,
+    D: tl.constexpr, FULL: tl.constexpr, GATED: tl.constexpr, WORDS: tl.constexpr,
 ):  # fmt: skip
-    """Normalise, blend with the centre feature and store channels i_d of every row."""
-    b_y *= normaliser[:, None]
+    """Normalise, blend with the centre feature and store units i_d of every row."""
+    b_y *= scale[:, None]
+    b_z *= scale[:, None]
     if GATED:
-        b_y += gate[:, None] * (_load_corner(p_row, o_here, i_d, valid, D, FULL) - b_y)
+        b_y, b_z = _add_corner(b_y, b_z, p_here, i_d, gate, D, FULL, WORDS)
     mask = valid[:, None]
     if not FULL:
         mask = mask & (i_d < D)[None, :]
-    tl.store(p_out[:, None] + i_d[None, :], b_y.to(p_out.dtype.element_ty), mask=mask)
+    if WORDS:
+        tl.store(p_out, _bits(b_y) | (_bits(b_z) << 16), mask=mask)
+    else:
+        tl.store(p_out, b_y.to(p_out.dtype.element_ty), mask=mask)
 
 
 @triton.jit
-def _softmax_max(p_mask, o_mask, valid, K: tl.constexpr, BLOCK_R: tl.constexpr):
-    """Largest logit of every row, (R,); point by point, which keeps the layout of the rows."""
-    b_max = tl.full((BLOCK_R,), -float("inf"), tl.float32)
-    for k in tl.static_range(K):
-        logit = tl.load(p_mask + o_mask + k, mask=valid, other=0.0).to(tl.float32)
-        b_max = tl.maximum(b_max, logit)
-    return b_max
+def _softmax_max(p_logit, K: tl.constexpr):
+    """Largest logit of every row in units of log(2); one by one, which keeps the rows' layout."""
+    b_max = tl.load(p_logit).to(tl.float32)
+    for k in tl.static_range(1, K):
+        b_max = tl.maximum(b_max, tl.load(p_logit + k).to(tl.float32))
+    return b_max * LOG2_E
+
+
+@triton.jit
+def _weight(p_weight, k, b_max, LOGITS: tl.constexpr):
+    """Weight of point k of every row; with LOGITS not yet divided by the sum over points."""
+    m = tl.load(p_weight + k).to(tl.float32)
+    if LOGITS:
+        m = tl.exp2(m * LOG2_E - b_max)
+    return m
 
 
 @triton.jit(do_not_specialize=_SIZES)
@@ -151,116 +212,139 @@ def dcnv3_forward_kernel(
     G: tl.constexpr, D: tl.constexpr, KH: tl.constexpr, KW: tl.constexpr,
     SH: tl.constexpr, SW: tl.constexpr, PH: tl.constexpr, PW: tl.constexpr,
     DH: tl.constexpr, DW: tl.constexpr, REMOVE_CENTER: tl.constexpr,
-    LOGITS: tl.constexpr, GATED: tl.constexpr, WIDE: tl.constexpr,
-    BLOCK_P: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_D: tl.constexpr,
-    SPLIT: tl.constexpr, UNROLL: tl.constexpr,
+    LOGITS: tl.constexpr, GATED: tl.constexpr, WIDE: tl.constexpr, PAIRED: tl.constexpr,
+    WORDS: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_D: tl.constexpr, SPLIT: tl.constexpr,
+    UNROLL: tl.constexpr,
 ):  # fmt: skip
-    """Write y (N, Ho, Wo, C); see the module's formula."""
+    """Write y (N, Ho, Wo, C); see the module's formula.
+
+    With WORDS, x and y are bfloat16 read as int32, which needs channels per group, strides and
+    first address to be multiples of 8 elements; all strides still count elements.
+    """
     K: tl.constexpr = KH * KW - REMOVE_CENTER
     BLOCK_R: tl.constexpr = BLOCK_P * BLOCK_G
     FULL: tl.constexpr = SPLIT * BLOCK_D == D
+    UNITS: tl.constexpr = D // 2 if WORDS else D
+    BLOCK_U: tl.constexpr = BLOCK_D // 2 if WORDS else BLOCK_D
+    if WORDS:
+        s_xn = tl.multiple_of(s_xn // 2, 4)
+        s_xh = tl.multiple_of(s_xh // 2, 4)
+        s_xw = tl.multiple_of(s_xw // 2, 4)
     i_n, i_y, i_x, i_g, i_position, valid = _rows(Ho, Wo, positions, G, BLOCK_P, BLOCK_G)
-    i_d = tl.arange(0, BLOCK_D)
-    p_row = p_x + i_n * s_xn + i_g * D
-    o_offset = i_n * s_on + i_y.to(tl.int64) * s_oh + i_x.to(tl.int64) * s_ow + i_g * (2 * K)
-    o_mask = i_n * s_mn + i_y.to(tl.int64) * s_mh + i_x.to(tl.int64) * s_mw + i_g * K
+    i_d = tl.arange(0, BLOCK_U)
+    p_row = (p_x + i_n * s_xn + i_g * UNITS)[:, None] + i_d[None, :]
+    wide_y, wide_x = i_y.to(tl.int64), i_x.to(tl.int64)
+    p_pair = p_offset + (i_n * s_on + wide_y * s_oh + wide_x * s_ow) + i_g * (2 * K)
+    p_weight = p_mask + (i_n * s_mn + wide_y * s_mh + wide_x * s_mw) + i_g * K
+    center_y, center_x = _center(i_y, KH, SH, PH, DH), _center(i_x, KW, SW, PW, DW)
+    b_max = tl.zeros((BLOCK_R,), tl.float32)
+    b_sum = tl.zeros((BLOCK_R,), tl.float32)
     if LOGITS:
-        b_max = _softmax_max(p_mask, o_mask, valid, K, BLOCK_R)
-        b_sum = tl.zeros((BLOCK_R,), tl.float32)
-    b_y = tl.zeros((BLOCK_R, BLOCK_D), tl.float32)
-    if SPLIT == 2:
-        b_y2 = tl.zeros((BLOCK_R, BLOCK_D), tl.float32)
+        b_max = _softmax_max(p_weight, K)
+    b_y = tl.zeros((BLOCK_R, BLOCK_U), tl.float32)
+    b_z, b_y2, b_z2 = b_y, b_y, b_y  # upper halves of words; the second chunk of a row
 
     for k in tl.range(0, K, loop_unroll_factor=UNROLL):
-        y0, x0, ty, tx = _location(
-            p_offset, o_offset, k, i_y, i_x, valid, H, W, offset_scale,
-            KH, KW, SH, SW, PH, PW, DH, DW, REMOVE_CENTER,
-        )  # fmt: skip
-        m = tl.load(p_mask + o_mask + k, mask=valid, other=0.0).to(tl.float32)
-        if LOGITS:
-            m = tl.exp(m - b_max)
-            b_sum += m
-        o00, in00 = _corner(y0, x0, H, W, s_xh, s_xw, valid, WIDE)
-        o01, in01 = _corner(y0, x0 + 1, H, W, s_xh, s_xw, valid, WIDE)
-        o10, in10 = _corner(y0 + 1, x0, H, W, s_xh, s_xw, valid, WIDE)
-        o11, in11 = _corner(y0 + 1, x0 + 1, H, W, s_xh, s_xw, valid, WIDE)
-        w11 = m * ty * tx
-        w10 = m * ty - w11
-        w01 = m * tx - w11
-        w00 = m - m * ty - w01
-        b_y = _add_corners(
-            b_y, p_row, i_d, o00, o01, o10, o11, in00, in01, in10, in11, w00, w01, w10, w11,
-            D, FULL,
-        )  # fmt: skip
+        l_y, l_x = _location(
+            p_pair, k, center_y, center_x, offset_scale, KH, KW, DH, DW, REMOVE_CENTER, PAIRED
+        )
+        m = _weight(p_weight, k, b_max, LOGITS)
+        b_sum += m
+        y0, b = _neighbours(l_y)
+        x0, t = _neighbours(l_x)
+        b *= m
+        a = tl.where(_is_inside(y0, H), m - b, 0.0)
+        b = tl.where(_is_inside(y0 + 1, H), b, 0.0)
+        u = tl.where(_is_inside(x0, W), 1 - t, 0.0)
+        t = tl.where(_is_inside(x0 + 1, W), t, 0.0)
+        o_y0 = _clamped(y0, H, s_xh, WIDE)
+        o_y1 = _clamped(y0 + 1, H, s_xh, WIDE)
+        o_x0 = _clamped(x0, W, s_xw, WIDE)
+        o_x1 = _clamped(x0 + 1, W, s_xw, WIDE)
+        p00 = p_row + (o_y0 + o_x0)[:, None]
+        p01 = p_row + (o_y0 + o_x1)[:, None]
+        p10 = p_row + (o_y1 + o_x0)[:, None]
+        p11 = p_row + (o_y1 + o_x1)[:, None]
+        w00, w01, w10, w11 = a * u, a * t, b * u, b * t
+        b_y, b_z = _add_corners(
+            b_y, b_z, p00, p01, p10, p11, i_d, w00, w01, w10, w11, UNITS, FULL, WORDS
+        )
         if SPLIT == 2:
-            b_y2 = _add_corners(
-                b_y2, p_row, i_d + BLOCK_D, o00, o01, o10, o11, in00, in01, in10, in11,
-                w00, w01, w10, w11, D, FULL,
+            b_y2, b_z2 = _add_corners(
+                b_y2, b_z2, p00 + BLOCK_U, p01 + BLOCK_U, p10 + BLOCK_U, p11 + BLOCK_U, i_d + BLOCK_U,
+                w00, w01, w10, w11, UNITS, FULL, WORDS,
             )  # fmt: skip
 
-    normaliser = tl.full((BLOCK_R,), 1.0, tl.float32)
+    scale = tl.full((BLOCK_R,), 1.0, tl.float32)
     if LOGITS:
-        normaliser = 1 / b_sum
-    gate = normaliser
-    o_here = i_x
+        scale = 1 / b_sum
+    gate = scale
+    p_here = p_row
     if GATED:
-        p_gate += i_n * s_gn + i_y.to(tl.int64) * s_gh + i_x.to(tl.int64) * s_gw + i_g
-        gate = tl.load(p_gate, mask=valid, other=0.0).to(tl.float32)
-        o_here, _ = _corner(i_y, i_x, H, W, s_xh, s_xw, valid, WIDE)
-    p_out = p_y + i_position * (G * D) + i_g * D
-    _finish_row(b_y, p_row, p_out, i_d, o_here, valid, gate, normaliser, D, FULL, GATED)
+        p_gate += i_n * s_gn + wide_y * s_gh + wide_x * s_gw + i_g
+        gate = tl.load(p_gate).to(tl.float32)
+        scale *= 1 - gate
+        p_here += (_clamped(i_y, H, s_xh, WIDE) + _clamped(i_x, W, s_xw, WIDE))[:, None]
+    p_out = (p_y + i_position * (G * UNITS) + i_g * UNITS)[:, None] + i_d[None, :]
+    _finish_row(b_y, b_z, p_here, p_out, i_d, valid, scale, gate, UNITS, FULL, GATED, WORDS)
     if SPLIT == 2:
-        i_d += BLOCK_D
-        _finish_row(b_y2, p_row, p_out, i_d, o_here, valid, gate, normaliser, D, FULL, GATED)
+        p_here += BLOCK_U
+        p_out += BLOCK_U
+        i_d += BLOCK_U
+        _finish_row(b_y2, b_z2, p_here, p_out, i_d, valid, scale, gate, UNITS, FULL, GATED, WORDS)
 
 
 @triton.jit
-def _channels(p_row, i_d, valid, D: tl.constexpr, FULL: tl.constexpr):
-    """Read channels i_d of every row as float32 (R, len(i_d))."""
-    mask = valid[:, None]
-    if not FULL:
-        mask = mask & (i_d < D)[None, :]
-    return tl.load(p_row[:, None] + i_d[None, :], mask=mask, other=0.0).to(tl.float32)
+def _chunks(p, i_d, SPLIT: tl.constexpr, BLOCK: tl.constexpr, D: tl.constexpr, WORDS: tl.constexpr):
+    """Read all chunks of every row as a tuple: value, upper half, value, upper half, ..."""
+    chunks = ()
+    for c in tl.static_range(SPLIT):
+        chunks += _load_chunk(p + c * BLOCK, i_d + c * BLOCK, D, SPLIT * BLOCK == D, WORDS)
+    return chunks
 
 
 @triton.jit
-def _corner_dots(
-    b_g, p_row, i_d, o00, o01, o10, o11, in00, in01, in10, in11,
-    D: tl.constexpr, FULL: tl.constexpr,
+def _dot(
+    chunks, p, i_d,
+    SPLIT: tl.constexpr, BLOCK: tl.constexpr, D: tl.constexpr, WORDS: tl.constexpr,
 ):  # fmt: skip
-    """Dot products of the incoming gradient with the four corners, each (R,)."""
-    d00 = tl.sum(b_g * _load_corner(p_row, o00, i_d, in00, D, FULL), axis=1)
-    d01 = tl.sum(b_g * _load_corner(p_row, o01, i_d, in01, D, FULL), axis=1)
-    d10 = tl.sum(b_g * _load_corner(p_row, o10, i_d, in10, D, FULL), axis=1)
-    d11 = tl.sum(b_g * _load_corner(p_row, o11, i_d, in11, D, FULL), axis=1)
-    return d00, d01, d10, d11
+    """Dot product of every row of `chunks`, as from `_chunks`, with the row at p, (R,)."""
+    b = tl.zeros(chunks[0].shape, tl.float32)
+    for c in tl.static_range(SPLIT):
+        v, u = _load_chunk(p + c * BLOCK, i_d + c * BLOCK, D, SPLIT * BLOCK == D, WORDS)
+        b += chunks[2 * c] * v
+        if WORDS:
+            b += chunks[2 * c + 1] * u
+    return tl.sum(b, axis=1)
 
 
 @triton.jit
 def _scatter(
-    p_row, o_pixel, i_d, b, inside, unit,
-    D: tl.constexpr, FULL: tl.constexpr, FIXED_POINT: tl.constexpr,
+    p, i_d, chunks, w, inside, unit,
+    SPLIT: tl.constexpr, BLOCK: tl.constexpr, D: tl.constexpr, FIXED_POINT: tl.constexpr,
 ):  # fmt: skip
-    """Add b to channels i_d of one corner of every row; in units of 1 / unit when FIXED_POINT."""
-    p = p_row[:, None] + (o_pixel[:, None] + i_d[None, :])
-    mask = inside[:, None]
-    if not FULL:
-        mask = mask & (i_d < D)[None, :]
-    if FIXED_POINT:
-        b = (b * unit).to(tl.int64)
-    tl.atomic_add(p, b, mask=mask, sem="relaxed")
+    """Add w times `chunks` at p to every row inside; in units of 1 / unit when FIXED_POINT."""
+    for c in tl.static_range(SPLIT):
+        mask = inside[:, None]
+        if SPLIT * BLOCK != D:
+            mask = mask & (i_d + c * BLOCK < D)[None, :]
+        b = w[:, None] * chunks[2 * c]
+        if FIXED_POINT:
+            b = (b * unit).to(tl.int64)
+        tl.atomic_add(p + c * BLOCK, b, mask=mask, sem="relaxed")
 
 
 @triton.jit
-def _scatter_corners(
-    p_row, i_d, b_g, o00, o01, o10, o11, in00, in01, in10, in11, w00, w01, w10, w11, unit,
-    D: tl.constexpr, FULL: tl.constexpr, FIXED_POINT: tl.constexpr,
-):  # fmt: skip
-    """Add the weighted incoming gradient to the four corners of one point."""
-    _scatter(p_row, o00, i_d, w00[:, None] * b_g, in00, unit, D, FULL, FIXED_POINT)
-    _scatter(p_row, o01, i_d, w01[:, None] * b_g, in01, unit, D, FULL, FIXED_POINT)
-    _scatter(p_row, o10, i_d, w10[:, None] * b_g, in10, unit, D, FULL, FIXED_POINT)
-    _scatter(p_row, o11, i_d, w11[:, None] * b_g, in11, unit, D, FULL, FIXED_POINT)
+def _store_pair(p, first, second, mask):
+    """Write two neighbours (R,) of a contiguous tensor of pairs in one store."""
+    if p.dtype.element_ty == tl.float32:
+        low = first.to(tl.int32, bitcast=True).to(tl.int64) & 0xFFFFFFFF
+        high = second.to(tl.int32, bitcast=True).to(tl.int64) << 32
+        tl.store(p.to(tl.pointer_type(tl.int64)), low | high, mask=mask)
+    else:
+        low = first.to(p.dtype.element_ty).to(tl.int16, bitcast=True).to(tl.int32) & 0xFFFF
+        high = second.to(p.dtype.element_ty).to(tl.int16, bitcast=True).to(tl.int32) << 16
+        tl.store(p.to(tl.pointer_type(tl.int32)), low | high, mask=mask)
 
 
 @triton.jit(do_not_specialize=_SIZES)
@@ -271,9 +355,9 @@ def dcnv3_backward_kernel(
     G: tl.constexpr, D: tl.constexpr, KH: tl.constexpr, KW: tl.constexpr,
     SH: tl.constexpr, SW: tl.constexpr, PH: tl.constexpr, PW: tl.constexpr,
     DH: tl.constexpr, DW: tl.constexpr, REMOVE_CENTER: tl.constexpr,
-    LOGITS: tl.constexpr, GATED: tl.constexpr, WIDE: tl.constexpr, FIXED_POINT: tl.constexpr,
-    BLOCK_P: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_D: tl.constexpr,
-    SPLIT: tl.constexpr, UNROLL: tl.constexpr,
+    LOGITS: tl.constexpr, GATED: tl.constexpr, WIDE: tl.constexpr, PAIRED: tl.constexpr,
+    FIXED_POINT: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_G: tl.constexpr,
+    BLOCK_D: tl.constexpr, SPLIT: tl.constexpr, UNROLL: tl.constexpr,
 ):  # fmt: skip
     """Write the gradients of offset, mask and gate, and add that of x; see the module's formula.
 
@@ -284,102 +368,90 @@ def dcnv3_backward_kernel(
     K: tl.constexpr = KH * KW - REMOVE_CENTER
     C: tl.constexpr = G * D
     BLOCK_R: tl.constexpr = BLOCK_P * BLOCK_G
-    FULL: tl.constexpr = SPLIT * BLOCK_D == D
     i_n, i_y, i_x, i_g, i_position, valid = _rows(Ho, Wo, positions, G, BLOCK_P, BLOCK_G)
     i_d = tl.arange(0, BLOCK_D)
-    p_row = p_x + i_n * s_xn + i_g * D
-    p_dx_row = p_dx + i_n * s_dn + i_g * D
-    o_offset = i_n * s_on + i_y.to(tl.int64) * s_oh + i_x.to(tl.int64) * s_ow + i_g * (2 * K)
-    o_mask = i_n * s_mn + i_y.to(tl.int64) * s_mh + i_x.to(tl.int64) * s_mw + i_g * K
-    o_row = i_position * C + i_g * D
+    p_row = (p_x + i_n * s_xn + i_g * D)[:, None] + i_d[None, :]
+    p_dx_row = (p_dx + i_n * s_dn + i_g * D)[:, None] + i_d[None, :]
+    o_row = (i_position * C + i_g * D)[:, None] + i_d[None, :]
+    wide_y, wide_x = i_y.to(tl.int64), i_x.to(tl.int64)
+    p_pair = p_offset + (i_n * s_on + wide_y * s_oh + wide_x * s_ow) + i_g * (2 * K)
+    p_weight = p_mask + (i_n * s_mn + wide_y * s_mh + wide_x * s_mw) + i_g * K
+    p_dpair = p_doffset + i_position * (G * 2 * K) + i_g * (2 * K)
+    p_dweight = p_dmask + i_position * (G * K) + i_g * K
+    center_y, center_x = _center(i_y, KH, SH, PH, DH), _center(i_x, KW, SW, PW, DW)
     unit = 1.0
     if FIXED_POINT:
         unit = tl.load(p_unit)
-    b_g = _channels(p_grad + o_row, i_d, valid, D, FULL)
-    if SPLIT == 2:
-        b_g2 = _channels(p_grad + o_row, i_d + BLOCK_D, valid, D, FULL)
+    b_g = _chunks(p_grad + o_row, i_d, SPLIT, BLOCK_D, D, False)
 
     keep = tl.full((BLOCK_R,), 1.0, tl.float32)  # 1 - s
     g_x = tl.zeros((BLOCK_R,), tl.float32)  # <G, x> at the centre
     if GATED:
-        p_gate += i_n * s_gn + i_y.to(tl.int64) * s_gh + i_x.to(tl.int64) * s_gw + i_g
-        gate = tl.load(p_gate, mask=valid, other=0.0).to(tl.float32)
+        p_gate += i_n * s_gn + wide_y * s_gh + wide_x * s_gw + i_g
+        gate = tl.load(p_gate).to(tl.float32)
         keep = 1 - gate
-        o_here, _ = _corner(i_y, i_x, H, W, s_xh, s_xw, valid, WIDE)
-        o_dx, _ = _corner(i_y, i_x, H, W, s_dh, C, valid, WIDE)
-        g_x = tl.sum(b_g * _load_corner(p_row, o_here, i_d, valid, D, FULL), axis=1)
-        _scatter(p_dx_row, o_dx, i_d, gate[:, None] * b_g, valid, unit, D, FULL, FIXED_POINT)
-        if SPLIT == 2:
-            b = b_g2 * _load_corner(p_row, o_here, i_d + BLOCK_D, valid, D, FULL)
-            g_x += tl.sum(b, axis=1)
-            b = gate[:, None] * b_g2
-            _scatter(p_dx_row, o_dx, i_d + BLOCK_D, b, valid, unit, D, FULL, FIXED_POINT)
+        p = p_row + (_clamped(i_y, H, s_xh, WIDE) + _clamped(i_x, W, s_xw, WIDE))[:, None]
+        g_x = _dot(b_g, p, i_d, SPLIT, BLOCK_D, D, False)
+        p = p_dx_row + (_clamped(i_y, H, s_dh, WIDE) + _clamped(i_x, W, C, WIDE))[:, None]
+        _scatter(p, i_d, b_g, gate, valid, unit, SPLIT, BLOCK_D, D, FIXED_POINT)
+    b_max = tl.zeros((BLOCK_R,), tl.float32)
+    normaliser = tl.full((BLOCK_R,), 1.0, tl.float32)
+    h_y = tl.zeros((BLOCK_R,), tl.float32)
     if LOGITS:
-        b_max = _softmax_max(p_mask, o_mask, valid, K, BLOCK_R)
+        b_max = _softmax_max(p_weight, K)
         b_sum = tl.zeros((BLOCK_R,), tl.float32)
         for k in tl.static_range(K):
-            logit = tl.load(p_mask + o_mask + k, mask=valid, other=0.0).to(tl.float32)
-            b_sum += tl.exp(logit - b_max)
-        h_y = tl.sum(b_g * _channels(p_y + o_row, i_d, valid, D, FULL), axis=1)
-        if SPLIT == 2:
-            h_y += tl.sum(b_g2 * _channels(p_y + o_row, i_d + BLOCK_D, valid, D, FULL), axis=1)
-        h_y -= (1 - keep) * g_x
+            b_sum += _weight(p_weight, k, b_max, LOGITS)
+        normaliser = 1 / b_sum
+        h_y = _dot(b_g, p_y + o_row, i_d, SPLIT, BLOCK_D, D, False) - (1 - keep) * g_x
 
     g_y = tl.zeros((BLOCK_R,), tl.float32)  # <G, y> before the blend
     for k in tl.range(0, K, loop_unroll_factor=UNROLL):
-        y0, x0, ty, tx = _location(
-            p_offset, o_offset, k, i_y, i_x, valid, H, W, offset_scale,
-            KH, KW, SH, SW, PH, PW, DH, DW, REMOVE_CENTER,
-        )  # fmt: skip
-        m = tl.load(p_mask + o_mask + k, mask=valid, other=0.0).to(tl.float32)
-        if LOGITS:
-            m = tl.exp(m - b_max) / b_sum
-        o00, in00 = _corner(y0, x0, H, W, s_xh, s_xw, valid, WIDE)
-        o01, in01 = _corner(y0, x0 + 1, H, W, s_xh, s_xw, valid, WIDE)
-        o10, in10 = _corner(y0 + 1, x0, H, W, s_xh, s_xw, valid, WIDE)
-        o11, in11 = _corner(y0 + 1, x0 + 1, H, W, s_xh, s_xw, valid, WIDE)
-        d00, d01, d10, d11 = _corner_dots(
-            b_g, p_row, i_d, o00, o01, o10, o11, in00, in01, in10, in11, D, FULL,
-        )  # fmt: skip
-        if SPLIT == 2:
-            e00, e01, e10, e11 = _corner_dots(
-                b_g2, p_row, i_d + BLOCK_D, o00, o01, o10, o11, in00, in01, in10, in11, D, FULL,
-            )  # fmt: skip
-            d00 += e00
-            d01 += e01
-            d10 += e10
-            d11 += e11
-        dm = (1 - ty) * ((1 - tx) * d00 + tx * d01) + ty * ((1 - tx) * d10 + tx * d11)
+        l_y, l_x = _location(
+            p_pair, k, center_y, center_x, offset_scale, KH, KW, DH, DW, REMOVE_CENTER, PAIRED
+        )
+        # An infinite location has no fraction; two pixels outside nothing is read either.
+        y0, ty = _neighbours(tl.minimum(tl.maximum(l_y, -2.0), H + 1.0))
+        x0, tx = _neighbours(tl.minimum(tl.maximum(l_x, -2.0), W + 1.0))
+        m = _weight(p_weight, k, b_max, LOGITS) * normaliser
+        in_y0, in_y1 = valid & _is_inside(y0, H), valid & _is_inside(y0 + 1, H)
+        in_x0, in_x1 = _is_inside(x0, W), _is_inside(x0 + 1, W)
+        o_y0, o_y1 = _clamped(y0, H, s_xh, WIDE), _clamped(y0 + 1, H, s_xh, WIDE)
+        o_x0, o_x1 = _clamped(x0, W, s_xw, WIDE), _clamped(x0 + 1, W, s_xw, WIDE)
+        d00 = _dot(b_g, p_row + (o_y0 + o_x0)[:, None], i_d, SPLIT, BLOCK_D, D, False)
+        d01 = _dot(b_g, p_row + (o_y0 + o_x1)[:, None], i_d, SPLIT, BLOCK_D, D, False)
+        d10 = _dot(b_g, p_row + (o_y1 + o_x0)[:, None], i_d, SPLIT, BLOCK_D, D, False)
+        d11 = _dot(b_g, p_row + (o_y1 + o_x1)[:, None], i_d, SPLIT, BLOCK_D, D, False)
+        d00 = tl.where(in_y0 & in_x0, d00, 0.0)
+        d01 = tl.where(in_y0 & in_x1, d01, 0.0)
+        d10 = tl.where(in_y1 & in_x0, d10, 0.0)
+        d11 = tl.where(in_y1 & in_x1, d11, 0.0)
+        top, bottom = d00 + tx * (d01 - d00), d10 + tx * (d11 - d10)
+        dm = top + ty * (bottom - top)
         g_y += m * dm
         dm *= keep
         if LOGITS:
             dm = m * (dm - h_y)
         h = m * keep
-        ddx = offset_scale * h * ((1 - ty) * (d01 - d00) + ty * (d11 - d10))
-        ddy = offset_scale * h * ((1 - tx) * (d10 - d00) + tx * (d11 - d01))
-        p_pair = p_doffset + i_position * (G * 2 * K) + i_g * (2 * K) + 2 * k
-        tl.store(p_pair, ddx.to(p_doffset.dtype.element_ty), mask=valid)
-        tl.store(p_pair + 1, ddy.to(p_doffset.dtype.element_ty), mask=valid)
-        p_weight = p_dmask + i_position * (G * K) + i_g * K + k
-        tl.store(p_weight, dm.to(p_dmask.dtype.element_ty), mask=valid)
+        ddx = offset_scale * h * ((d01 - d00) + ty * ((d11 - d10) - (d01 - d00)))
+        ddy = offset_scale * h * (bottom - top)
+        _store_pair(p_dpair + 2 * k, ddx, ddy, valid)
+        tl.store(p_dweight + k, dm.to(p_dmask.dtype.element_ty), mask=valid)
 
-        o00, _ = _corner(y0, x0, H, W, s_dh, C, valid, WIDE)
-        o01, _ = _corner(y0, x0 + 1, H, W, s_dh, C, valid, WIDE)
-        o10, _ = _corner(y0 + 1, x0, H, W, s_dh, C, valid, WIDE)
-        o11, _ = _corner(y0 + 1, x0 + 1, H, W, s_dh, C, valid, WIDE)
-        w11 = h * ty * tx
-        w10 = h * ty - w11
-        w01 = h * tx - w11
-        w00 = h - h * ty - w01
-        _scatter_corners(
-            p_dx_row, i_d, b_g, o00, o01, o10, o11, in00, in01, in10, in11,
-            w00, w01, w10, w11, unit, D, FULL, FIXED_POINT,
-        )  # fmt: skip
-        if SPLIT == 2:
-            _scatter_corners(
-                p_dx_row, i_d + BLOCK_D, b_g2, o00, o01, o10, o11, in00, in01, in10, in11,
-                w00, w01, w10, w11, unit, D, FULL, FIXED_POINT,
-            )  # fmt: skip
+        o_y0, o_y1 = _clamped(y0, H, s_dh, WIDE), _clamped(y0 + 1, H, s_dh, WIDE)
+        o_x0, o_x1 = _clamped(x0, W, C, WIDE), _clamped(x0 + 1, W, C, WIDE)
+        b = h * ty
+        a = h - b
+        w01, w11 = a * tx, b * tx
+        w00, w10 = a - w01, b - w11
+        p = p_dx_row + (o_y0 + o_x0)[:, None]
+        _scatter(p, i_d, b_g, w00, in_y0 & in_x0, unit, SPLIT, BLOCK_D, D, FIXED_POINT)
+        p = p_dx_row + (o_y0 + o_x1)[:, None]
+        _scatter(p, i_d, b_g, w01, in_y0 & in_x1, unit, SPLIT, BLOCK_D, D, FIXED_POINT)
+        p = p_dx_row + (o_y1 + o_x0)[:, None]
+        _scatter(p, i_d, b_g, w10, in_y1 & in_x0, unit, SPLIT, BLOCK_D, D, FIXED_POINT)
+        p = p_dx_row + (o_y1 + o_x1)[:, None]
+        _scatter(p, i_d, b_g, w11, in_y1 & in_x1, unit, SPLIT, BLOCK_D, D, FIXED_POINT)
 
     if GATED:
         p = p_dgate + i_position * G + i_g

@@ -31,21 +31,23 @@ def choose_tiles(
     backward: bool,
     deterministic: bool = False,
     warp_size: int = 32,
+    itemsize: int = 2,
 ) -> Tiles:
     """Choose the launch parameters for groups of `channels` channels and `points` points.
 
     Every thread of a row repeats the arithmetic of its sampling location, so a row gets few threads
-    and each of them several channels, in two chunks where a group is wide. In the backward, 4
-    channels per thread and chunk (2 for the 64-bit sums of the deterministic one) is what 16-byte
-    vectors hold: with more, every tile would change layout through shared memory before it is
-    added, and registers would spill.
+    and each of them several channels, in chunks: two in the forward, up to four in the backward.
+    There, 4 channels per thread and chunk (2 for the 64-bit sums of the deterministic one) is what
+    16-byte vectors hold: with more, every tile would change layout through shared memory before it
+    is added. `itemsize` is that of x in bytes.
     """
     block_d = triton.next_power_of_2(channels)
-    split = 2 if block_d >= 32 else 1
+    split = min(4 if backward else 2, max(1, block_d // (8 if backward else 16)))
     block_d //= split
     per_thread = 2 if deterministic else 4 if backward else 8
     rows = max(1, _THREADS * per_thread // block_d)
-    unroll = 3 if points <= 9 and not backward else 1  # more would spill in the backward
+    # More would spill in the backward, and for the wider vectors of float32.
+    unroll = 3 if points <= 9 and not backward and itemsize == 2 else 1
     return Tiles(rows, 1, block_d, split, unroll, _THREADS // warp_size)
 
 
@@ -72,7 +74,9 @@ def dcnv3_op(
     N, H, W, C = x.shape
     y = x.new_empty((N, *geometry.output_size(H, W), C))
     tensors = _unit_channel_stride(x, offset, mask, center_scale)
-    tiles = choose_tiles(C // groups, geometry.points, backward=False, warp_size=_warp_size())
+    tiles = choose_tiles(
+        C // groups, geometry.points, False, warp_size=_warp_size(), itemsize=x.itemsize
+    )
     with torch.cuda.device_of(x):
         launch_forward(tensors, y, geometry, mask_is_logits, tiles)
     return y
@@ -172,16 +176,18 @@ def launch_forward(
     """Run the forward kernel into `y` with the given launch parameters."""
     x, offset, mask, center_scale = tensors
     scale = x if center_scale is None else center_scale
+    words = _is_words(x, geometry.groups)
     dcnv3_forward_kernel[_grid(y, geometry, tiles)](
-        x,
+        x.view(torch.int32) if words else x,
         offset,
         mask,
         scale,
-        y,
+        y.view(torch.int32) if words else y,
         *_strides(x, offset, mask, scale),
         *_sizes(x, y),
         geometry.offset_scale,
-        **_constants(x, geometry, mask_is_logits, center_scale),
+        **_constants(x, offset, geometry, mask_is_logits, center_scale),
+        WORDS=words,
         **tiles._asdict(),
         enable_fp_fusion=True,
     )
@@ -215,7 +221,7 @@ def launch_backward(
         W * C,
         *_sizes(x, y),
         geometry.offset_scale,
-        **_constants(x, geometry, mask_is_logits, center_scale),
+        **_constants(x, offset, geometry, mask_is_logits, center_scale),
         FIXED_POINT=unit is not None,
         **tiles._asdict(),
         enable_fp_fusion=True,
@@ -285,7 +291,11 @@ def _sizes(x: Tensor, y: Tensor) -> tuple[int, ...]:
 
 
 def _constants(
-    x: Tensor, geometry: Geometry, mask_is_logits: bool, center_scale: Tensor | None
+    x: Tensor,
+    offset: Tensor,
+    geometry: Geometry,
+    mask_is_logits: bool,
+    center_scale: Tensor | None,
 ) -> dict[str, int | bool]:
     _, H, W, C = x.shape
     extent = max(H * x.stride(1) + W * x.stride(2) + C, H * W * C + C)
@@ -298,7 +308,21 @@ def _constants(
         "LOGITS": mask_is_logits,
         "GATED": center_scale is not None,
         "WIDE": extent > _INT32_MAX,
+        "PAIRED": _is_paired(offset),
     }
+
+
+def _is_words(x: Tensor, groups: int) -> bool:
+    """Whether channels are pairs of bfloat16 that 16-byte vectors of words may read."""
+    if x.dtype != torch.bfloat16 or x.data_ptr() % 16 != 0:
+        return False
+    return all(n % 8 == 0 for n in (*x.stride()[:3], x.shape[-1] // groups))
+
+
+def _is_paired(offset: Tensor) -> bool:
+    """Whether every (dx, dy) lies where one load of twice the size may read it."""
+    strides = offset.stride()[:3]
+    return offset.data_ptr() % (2 * offset.itemsize) == 0 and all(s % 2 == 0 for s in strides)
 
 
 def _warp_size() -> int:
