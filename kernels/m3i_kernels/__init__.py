@@ -6,6 +6,7 @@ Every operator has a pure-torch reference (tests, benchmarks, CPU) and a Triton 
 from m3i_kernels._backend import active_backend, set_backend
 from m3i_kernels.block_mix import BlockMixed, block_mix
 from m3i_kernels.dcnv3 import dcnv3
+from m3i_kernels.depthwise import depthwise_norm_gelu
 from m3i_kernels.photometric import PhotometricParams, photometric
 
 __all__ = [
@@ -14,6 +15,7 @@ __all__ = [
     "active_backend",
     "block_mix",
     "dcnv3",
+    "depthwise_norm_gelu",
     "photometric",
     "set_backend",
 ]

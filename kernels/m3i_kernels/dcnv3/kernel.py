@@ -1,4 +1,4 @@
-# mypy: disable-error-code="no-untyped-def, no-untyped-call"
+# mypy: disable-error-code="no-untyped-def, no-untyped-call, assignment"
 """Triton kernels of deformable convolution v3.
 
 Forward, for output position p0, group g and its points k (zero outside the image):
@@ -135,7 +135,7 @@ def _load_chunk(p, i_d, D: tl.constexpr, FULL: tl.constexpr, WORDS: tl.constexpr
     b = tl.load(p, mask=mask)
     if WORDS:
         return (b << 16).to(tl.float32, bitcast=True), (b & -65536).to(tl.float32, bitcast=True)
-    else:  # without it the compiler would see two kinds of result
+    else:  # noqa: RET505  without it the compiler would see two kinds of result
         return b.to(tl.float32), 0.0
 
 
@@ -213,8 +213,8 @@ def dcnv3_forward_kernel(
     SH: tl.constexpr, SW: tl.constexpr, PH: tl.constexpr, PW: tl.constexpr,
     DH: tl.constexpr, DW: tl.constexpr, REMOVE_CENTER: tl.constexpr,
     LOGITS: tl.constexpr, GATED: tl.constexpr, WIDE: tl.constexpr, PAIRED: tl.constexpr,
-    WORDS: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_D: tl.constexpr, SPLIT: tl.constexpr,
-    UNROLL: tl.constexpr,
+    WORDS: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_D: tl.constexpr,
+    SPLIT: tl.constexpr, UNROLL: tl.constexpr,
 ):  # fmt: skip
     """Write y (N, Ho, Wo, C); see the module's formula.
 
@@ -271,8 +271,8 @@ def dcnv3_forward_kernel(
         )
         if SPLIT == 2:
             b_y2, b_z2 = _add_corners(
-                b_y2, b_z2, p00 + BLOCK_U, p01 + BLOCK_U, p10 + BLOCK_U, p11 + BLOCK_U, i_d + BLOCK_U,
-                w00, w01, w10, w11, UNITS, FULL, WORDS,
+                b_y2, b_z2, p00 + BLOCK_U, p01 + BLOCK_U, p10 + BLOCK_U, p11 + BLOCK_U,
+                i_d + BLOCK_U, w00, w01, w10, w11, UNITS, FULL, WORDS,
             )  # fmt: skip
 
     scale = tl.full((BLOCK_R,), 1.0, tl.float32)
