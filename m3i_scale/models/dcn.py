@@ -6,8 +6,10 @@ The sum, the softmax of the weights m and the blend with the undeformed value ar
 `m3i_kernels.dcnv3`; here live the layers that predict offsets, weights and blend.
 """
 
+from typing import cast
+
 import torch
-from m3i_kernels import dcnv3
+from m3i_kernels import dcnv3, depthwise_norm_gelu
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -21,7 +23,11 @@ from m3i_scale.models.layers import (
 
 
 class DCNv3(nn.Module):
-    """Deformable convolution, stride 1, (N, H, W, C) -> (N, H, W, C)."""
+    """Deformable convolution, stride 1, (N, H, W, C) -> (N, H, W, C).
+
+    `fused_offset_branch` computes depthwise convolution, LayerNorm and GELU by
+    `m3i_kernels.depthwise_norm_gelu` instead of torch's layers: the same parameters and function.
+    """
 
     def __init__(
         self,
@@ -33,6 +39,7 @@ class DCNv3(nn.Module):
         offset_scale: float = 1.0,
         remove_center: bool = False,
         center_feature_scale: bool = False,
+        fused_offset_branch: bool = False,
     ) -> None:
         super().__init__()
         require_divisible("channels", channels, "groups", groups)
@@ -44,6 +51,7 @@ class DCNv3(nn.Module):
         self.offset_scale = offset_scale
         self.remove_center = remove_center
         self.center_feature_scale = center_feature_scale
+        self.fused_offset_branch = fused_offset_branch
         if center_feature_scale:
             self.center_feature_scale_proj_weight = nn.Parameter(torch.zeros(groups, channels))
             self.center_feature_scale_proj_bias = nn.Parameter(torch.zeros(groups))
@@ -63,7 +71,7 @@ class DCNv3(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Convolve x (N, H, W, C)."""
         value = self.input_proj(x)
-        branch = self.dw_conv(x.permute(0, 3, 1, 2))  # (N, H, W, C)
+        branch = self._offset_branch(x)
         y = dcnv3(
             value,
             self.offset(branch),
@@ -77,6 +85,15 @@ class DCNv3(nn.Module):
             center_scale=self._center_scale(branch),
         )
         return self.output_proj(y)
+
+    def _offset_branch(self, x: Tensor) -> Tensor:
+        """Map x (N, H, W, C) to what offsets, weights and blend are predicted from."""
+        if not self.fused_offset_branch:
+            return self.dw_conv(x.permute(0, 3, 1, 2))
+        get = self.dw_conv.get_parameter
+        norm = cast(nn.LayerNorm, self.dw_conv.get_submodule("1.1"))
+        affine = norm.weight, norm.bias
+        return depthwise_norm_gelu(x, get("0.weight"), get("0.bias"), *affine, eps=norm.eps)
 
     def _center_scale(self, branch: Tensor) -> Tensor | None:
         if not self.center_feature_scale:

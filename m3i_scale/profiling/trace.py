@@ -206,10 +206,17 @@ def _dcnv3_flops(*inputs: Any, out_shape: torch.Size, **_: Any) -> int:
     return 2 * 5 * out_shape.numel() * (mask[-1] // groups)
 
 
+def _depthwise_flops(*inputs: Any, out_shape: torch.Size, **_: Any) -> int:
+    """Of the depthwise kernel; weight is (C, 1, K, K)."""
+    return 2 * out_shape.numel() * inputs[1][-1] ** 2
+
+
 def _formulas() -> dict[Any, Callable[..., int]]:
     formulas = {torch.ops.aten.grid_sampler_2d: _sampling_flops}
     if hasattr(torch.ops.m3i_kernels, "dcnv3"):  # the module of the kernel has been imported
         formulas[torch.ops.m3i_kernels.dcnv3] = _dcnv3_flops
+    if hasattr(torch.ops.m3i_kernels, "depthwise_conv"):
+        formulas[torch.ops.m3i_kernels.depthwise_conv] = _depthwise_flops
     return formulas
 
 
@@ -283,7 +290,8 @@ def count_flops(function: Callable[[], Any]) -> int:
 def _operators(kernels: bool) -> Iterator[None]:
     """The Triton operators, of which fake tensors see only shapes, or the plain torch ones."""
     if kernels:
-        import m3i_kernels.dcnv3.op  # noqa: F401  before its formula is looked up
+        import m3i_kernels.dcnv3.op
+        import m3i_kernels.depthwise.op  # noqa: F401  before their formulas are looked up
     before = active_backend()
     set_backend("triton" if kernels else "reference")
     try:

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 
+from m3i_scale.models.dcn import DCNv3
 from m3i_scale.models.intern_image import INTERN_IMAGE_VARIANTS, InternImage, intern_image
 
 GOLDEN = Path(__file__).parents[1] / "golden"
@@ -206,3 +207,18 @@ def test_bad_uses():
         model(torch.zeros(1, 3, 64, 64))
     with pytest.raises(ValueError, match=r"image height=80.*32"):
         InternImage(**SMALL, **PRETRAIN).features(torch.zeros(1, 3, 80, 64))
+
+
+def test_fused_offset_branch_is_the_same_function_of_the_same_parameters() -> None:
+    torch.manual_seed(0)
+    plain = DCNv3(8, 2, dw_kernel_size=5, center_feature_scale=True).double()
+    fused = DCNv3(8, 2, dw_kernel_size=5, center_feature_scale=True, fused_offset_branch=True)
+    state = {k: torch.randn_like(v) / 4 for k, v in plain.state_dict().items()}
+    plain.load_state_dict(state)
+    fused.double().load_state_dict(state)
+    x = torch.randn(2, 5, 6, 8, dtype=torch.float64)
+    torch.testing.assert_close(fused(x), plain(x))
+    gradients = [
+        torch.autograd.grad(m(x).square().sum(), list(m.parameters())) for m in (plain, fused)
+    ]
+    torch.testing.assert_close(gradients[1], gradients[0])
