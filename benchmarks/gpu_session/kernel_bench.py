@@ -45,7 +45,7 @@ def _one(
     """Rows of one implementation; whatever goes wrong with it is a row as well."""
     started = time.perf_counter()
     try:
-        found = measure.measure(operator, problem, batch, rows.DEVICE, bandwidth, (name,))
+        found = measure.measure(operator, problem, batch, rows.DEVICE, bandwidth, name)
     except Exception as error:
         message = f"{type(error).__name__}: {error}"[:400]
         rows.write(part, problem.name, implementation=name, ok=False, error=message)

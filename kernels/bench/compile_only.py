@@ -6,6 +6,8 @@ signature, constants, alignment hints and options.
 """
 
 import contextlib
+import functools
+import math
 import pathlib
 import re
 import subprocess
@@ -44,28 +46,30 @@ class Launch(NamedTuple):
     kernel: Any
     arguments: dict[str, Any]
     options: dict[str, Any]
+    programs: int
 
 
 class Resources(NamedTuple):
-    """What one compiled kernel takes."""
+    """What one compiled kernel takes; `in_loops` are the instructions within loops."""
 
     registers: int
     spilled_bytes: int
     shared_bytes: int
     instructions: int
+    in_loops: int = 0
 
 
 class _Recorder:
     def __init__(self, kernel: Any, launches: list[Launch]) -> None:
         self.kernel, self.launches = kernel, launches
 
-    def __getitem__(self, grid: object) -> Callable[..., None]:
-        return self._record
+    def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
+        return functools.partial(self._record, math.prod(grid))
 
-    def _record(self, *args: Any, **kwargs: Any) -> None:
+    def _record(self, programs: int, *args: Any, **kwargs: Any) -> None:
         options = {k: kwargs.pop(k) for k in _OPTIONS if k in kwargs}
         arguments = dict(zip(self.kernel.arg_names, args, strict=False)) | kwargs
-        self.launches.append(Launch(self.kernel, arguments, options))
+        self.launches.append(Launch(self.kernel, arguments, options, programs))
 
 
 @contextlib.contextmanager
@@ -133,8 +137,26 @@ def _read_cubin(compiled: Any) -> Resources:
         registers=int(fields["REG"]),
         spilled_bytes=int(fields["STACK"]) + int(fields["LOCAL"]),
         shared_bytes=max(int(fields["SHARED"]), compiled.metadata.shared),
-        instructions=len(re.findall(r"^\s+/\*[0-9a-f]{4,}\*/", sass, re.MULTILINE)),
+        **_count(sass),
     )
+
+
+def _count(sass: str) -> dict[str, int]:
+    """Count instructions, all and within loops: from the target of a backward branch to it."""
+    labels: dict[str, int] = {}
+    inside: set[int] = set()
+    n = 0
+    for line in sass.splitlines():
+        if label := re.match(r"\s*(\.L_?x?_?\w+):", line):
+            labels[label[1]] = n
+        elif code := re.match(r"\s+/\*[0-9a-f]{4,}\*/\s+(.*?);", line):
+            if "NOP" in code[1].split()[:1]:
+                continue
+            target = re.search(r"BRA.*`\((\.L\w+)\)", code[1])
+            if target and labels.get(target[1], n) < n:
+                inside.update(range(labels[target[1]], n + 1))
+            n += 1
+    return {"instructions": n, "in_loops": len(inside)}
 
 
 def _read_amdgcn(compiled: Any) -> Resources:

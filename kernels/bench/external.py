@@ -19,7 +19,10 @@ _IM2COL_STEP = 256
 
 
 def dcn_operators(groups: int, is_logits: bool) -> dict[str, Callable[..., Tensor]]:
-    """Map names to the official operators that can be imported, with our keywords."""
+    """Map names to the official operators that can be imported, with our keywords.
+
+    They are compared in float16: DCNv3 has no bfloat16, and DCNv4's backward refuses it.
+    """
     found: dict[str, Callable[..., Tensor]] = {}
     if importlib.util.find_spec("DCNv3") is not None:
         found["official DCNv3"] = _surrounded(_dcnv3(groups), groups, is_logits)

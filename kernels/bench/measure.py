@@ -1,24 +1,38 @@
-"""Check an implementation, then time it; nothing that fails its check is timed."""
+"""Check an implementation, then time it; nothing that fails its check is timed.
+
+Each call of a timing takes the next of several sets of inputs, together larger than the L2 cache.
+All calls are put into the queue behind a pause of the device, so that the events around each of
+them see the device work without waiting for Python; medians are reported.
+"""
 
 import datetime
+import functools
+import itertools
 import os
 import pathlib
 import statistics
 import subprocess
+import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
+import roofline
 import torch
 import triton
 from operators import Implementation, Operator, Problem
 from torch import Tensor
 
-_QUANTILES = (0.1, 0.5, 0.9)
+_CALLS = 30
+_MAX_SETS = 16
 
 
 class Timing(NamedTuple):
-    """One measurement; times in milliseconds, rates in 1e9 bytes per second."""
+    """One measurement; times in milliseconds, rates in 1e9 bytes per second.
+
+    `roofline_ms` is the least time that issue, L1 or DRAM allow (`roofline.py`), `limit` says which
+    of them; both only where a kernel of this library ran. `failed` says why there is no time.
+    """
 
     operator: str
     problem: str
@@ -34,6 +48,12 @@ class Timing(NamedTuple):
     gb_per_s: float
     copy_gb_per_s: float
     fraction_of_copy: float
+    limit: str
+    roofline_ms: float
+    fraction_of_roofline: float
+    base_ms_p50: float
+    speedup: float
+    failed: str
     device: str
     torch: str
     triton: str
@@ -53,19 +73,7 @@ def copy_bandwidth(device: str, nbytes: int = 1 << 30) -> float:
     return 2 * nbytes / (milliseconds * 1e-3)
 
 
-def quantiles(run: Callable[[], Any], device: str) -> tuple[float, float, float]:
-    """Milliseconds of a call: 10 %, median, 90 %; on a CPU of three calls, to rehearse."""
-    if device != "cpu":
-        p10, p50, p90 = triton.testing.do_bench(run, quantiles=list(_QUANTILES))
-        return p10, p50, p90
-    taken = []
-    for _ in range(3):
-        started = time.perf_counter()
-        run()
-        taken.append(1e3 * (time.perf_counter() - started))
-    return min(taken), statistics.median(taken), max(taken)
-
-
+@functools.cache
 def provenance(device: str) -> dict[str, str]:
     """Device, versions and commit, for every row; `$M3I_COMMIT` in a copy without history."""
     folder = pathlib.Path(__file__).parent
@@ -127,55 +135,159 @@ def _error(found: Tensor, expected: Tensor) -> float:
     return (difference / expected.double().norm().clamp(min=1e-30)).item()
 
 
+class Timer:
+    """One implementation of one problem, checked, with its sets of inputs in memory."""
+
+    def __init__(
+        self, operator: Operator, problem: Problem, batch: int, name: str, device: str
+    ) -> None:
+        self.device = device
+        self.implementation = operator.implementations(problem)[name]
+        self.error = check(operator, problem, self.implementation, name, device)
+        torch.manual_seed(0)
+        self.inputs = [operator.inputs(problem, batch, device)]
+        size = sum(t.nbytes for t in self.inputs[0].values())
+        cache = torch.cuda.get_device_properties(device).L2_cache_size if device == "cuda" else 0
+        sets = min(_MAX_SETS, max(2, -(-2 * cache // size)))
+        self.inputs += [operator.inputs(problem, batch, device) for _ in range(sets - 1)]
+        output = self.implementation(**self.inputs[0])
+        self.output_bytes = sum(
+            t.nbytes for t in ([output] if isinstance(output, Tensor) else output)
+        )
+
+    def milliseconds(self, direction: str) -> list[float]:
+        """Time `_CALLS` calls, one after the other on the device."""
+        calls = [_direction(self.implementation, tensors, direction) for tensors in self.inputs]
+        for call in calls:  # the first calls compile
+            call()
+        if self.device == "cpu":
+            return [_seconds(call) * 1e3 for call in calls]
+        torch.cuda.synchronize(self.device)
+        started = time.perf_counter()
+        for call in calls:
+            call()
+        torch.cuda.synchronize(self.device)
+        host = (time.perf_counter() - started) / len(calls) * _CALLS
+        events = [
+            tuple(torch.cuda.Event(enable_timing=True) for _ in range(2)) for _ in range(_CALLS)
+        ]
+        torch.cuda._sleep(int(min(host, 0.5) * clock_hz(self.device)))
+        for (start, end), call in zip(events, itertools.cycle(calls), strict=False):
+            start.record()
+            call()
+            end.record()
+        torch.cuda.synchronize(self.device)
+        return [start.elapsed_time(end) for start, end in events]
+
+
+def _seconds(call: Callable[[], Any]) -> float:
+    started = time.perf_counter()
+    call()
+    return time.perf_counter() - started
+
+
+def clock_hz(device: str) -> float:
+    """Highest clock of the device's processors, Hz."""
+    index = torch.device(device).index or torch.cuda.current_device()
+    utilities = triton.runtime.driver.active.utils
+    return float(utilities.get_device_properties(index)["sm_clock_rate"]) * 1e3
+
+
 def measure(
     operator: Operator,
     problem: Problem,
     batch: int,
     device: str,
     bandwidth: float,
-    only: tuple[str, ...] = (),
+    name: str,
+    base: Callable[[str], Sequence[float]] | None = None,
 ) -> list[Timing]:
-    """Check and time all implementations of one problem in all directions."""
-    rows = []
-    source = provenance(device)
+    """Check and time one implementation of one problem in all directions.
+
+    `base(direction)` times the same in another checkout; the two take turns, twice each.
+    """
     torch._dynamo.reset()  # past a number of recompilations torch.compile would stay eager
-    for name, implementation in operator.implementations(problem).items():
-        if only and name not in only:
-            continue
-        error = check(operator, problem, implementation, name, device)
-        inputs = operator.inputs(problem, batch, device)
-        output = implementation(**inputs)
-        outputs = [output] if isinstance(output, Tensor) else list(output)
-        written = sum(t.nbytes for t in outputs)
-        for direction in operator.directions:
-            run = _direction(implementation, inputs, outputs[0], direction)
-            p10, p50, p90 = quantiles(run, device)
-            nbytes = operator.minimal_bytes(inputs, written, direction)
-            rate = nbytes / (p50 * 1e-3)
-            rows.append(
-                Timing(
-                    operator=operator.name,
-                    problem=problem.name,
-                    batch=batch,
-                    dtype=str(problem.dtype).removeprefix("torch."),
-                    direction=direction,
-                    implementation=name,
-                    error=error,
-                    ms_p10=p10,
-                    ms_p50=p50,
-                    ms_p90=p90,
-                    minimal_bytes=nbytes,
-                    gb_per_s=rate * 1e-9,
-                    copy_gb_per_s=bandwidth * 1e-9,
-                    fraction_of_copy=rate / bandwidth,
-                    **source,
+    timer = Timer(operator, problem, batch, name, device)
+    rows = []
+    for direction in operator.directions:
+        times, base_times = list(timer.milliseconds(direction)), []
+        if base is not None:
+            base_times += base(direction)
+            times += timer.milliseconds(direction)
+            base_times += base(direction)
+        p10, *_, p90 = statistics.quantiles(times, n=10)
+        p50 = statistics.median(times)
+        base_p50 = statistics.median(base_times) if base_times else float("nan")
+        nbytes = operator.minimal_bytes(timer.inputs[0], timer.output_bytes, direction)
+        rate = nbytes / (p50 * 1e-3)
+        limit, least = "", float("nan")
+        if name.startswith("triton"):
+            try:
+                limit, least = roofline.least_ms(
+                    timer.implementation, timer.inputs[0], direction, nbytes, bandwidth
                 )
+            except Exception as error:  # the time is right all the same
+                print(f"no roofline for {name} on {problem.name}: {error!r}", file=sys.stderr)
+        rows.append(
+            _row(operator, problem, batch, name, direction, device)._replace(
+                error=timer.error,
+                ms_p10=p10,
+                ms_p50=p50,
+                ms_p90=p90,
+                minimal_bytes=nbytes,
+                gb_per_s=rate * 1e-9,
+                copy_gb_per_s=bandwidth * 1e-9,
+                fraction_of_copy=rate / bandwidth,
+                limit=limit,
+                roofline_ms=least,
+                fraction_of_roofline=least / p50,
+                base_ms_p50=base_p50,
+                speedup=base_p50 / p50,
             )
+        )
     return rows
 
 
+def failure(
+    operator: Operator, problem: Problem, batch: int, name: str, device: str, error: BaseException
+) -> Timing:
+    """A row that says in one sentence why an implementation was not timed."""
+    sentence = " ".join(str(error).split())[:300] or "no message"
+    row = _row(operator, problem, batch, name, "", device)
+    return row._replace(failed=f"{type(error).__name__}: {sentence}")
+
+
+def _row(
+    operator: Operator, problem: Problem, batch: int, name: str, direction: str, device: str
+) -> Timing:
+    nan = float("nan")
+    return Timing(
+        operator=operator.name,
+        problem=problem.name,
+        batch=batch,
+        dtype=str(problem.dtype).removeprefix("torch."),
+        direction=direction,
+        implementation=name,
+        error=nan,
+        ms_p10=nan,
+        ms_p50=nan,
+        ms_p90=nan,
+        minimal_bytes=0,
+        gb_per_s=nan,
+        copy_gb_per_s=nan,
+        fraction_of_copy=nan,
+        limit="",
+        roofline_ms=nan,
+        fraction_of_roofline=nan,
+        base_ms_p50=nan,
+        speedup=nan,
+        failed="",
+        **provenance(device),
+    )
+
+
 def _direction(
-    implementation: Implementation, inputs: dict[str, Tensor], output: Tensor, direction: str
+    implementation: Implementation, inputs: dict[str, Tensor], direction: str
 ) -> Callable[[], Any]:
     leaves = [t for t in inputs.values() if t.requires_grad]
     if direction == "forward":
@@ -185,6 +297,8 @@ def _direction(
                 return implementation(**inputs)
 
         return forward
+    output = implementation(**inputs)
+    output = output if isinstance(output, Tensor) else output[0]
     grad = torch.randn_like(output)
     if direction == "backward":
         return lambda: torch.autograd.grad(output, leaves, grad, retain_graph=True)

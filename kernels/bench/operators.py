@@ -4,11 +4,14 @@ An operator is a class with a name, a list of problems, and for each problem its
 implementations. Everything else (checking, timing, reports) is the same for all of them.
 """
 
+import functools
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple, Protocol
 
 import external
+import m3i_kernels
 import torch
+import torch.nn.functional as F
 from m3i_kernels import PhotometricParams, block_mix, dcnv3, photometric
 from torch import Tensor
 
@@ -108,14 +111,17 @@ class Dcnv3:
         return call
 
     def implementations(self, problem: Problem) -> dict[str, Implementation]:
-        """Ours, ours deterministic, eager and compiled reference, and the official ones if any."""
+        """Ours, ours deterministic, eager and compiled reference; in float16 the official ones."""
         reference = self._call(problem, "reference")
+        official = {}
+        if problem.dtype == torch.float16:
+            official = external.dcn_operators(problem.shape["groups"], not self.plain)
         return {
             "triton": self._call(problem, "triton"),
             "triton deterministic": self._call(problem, "triton", deterministic=True),
             "reference eager": reference,
             "reference compiled": torch.compile(reference),
-            **external.dcn_operators(problem.shape["groups"], is_logits=not self.plain),
+            **official,
         }
 
     def reference(self, problem: Problem) -> Implementation:
@@ -140,6 +146,71 @@ class Dcnv3Plain(Dcnv3):
 
     name = "dcnv3_plain"
     plain = True
+
+
+class Depthwise:
+    """Depthwise 5 x 5, LayerNorm and GELU, channels last: the offset branch of InternImage-H."""
+
+    name = "depthwise"
+    directions = ("forward", "backward", "both")
+
+    def problems(self, batch: int, dtype: torch.dtype) -> Iterator[Problem]:
+        """All four stages of H at 192 and 224 pixels."""
+        for resolution in (192, 224):
+            for stage in range(4):
+                shape = {"size": resolution // 4 >> stage, "channels": 320 << stage}
+                yield Problem(f"H {resolution} stage {stage + 1}", dtype, shape)
+
+    def inputs(self, problem: Problem, batch: int, device: str) -> dict[str, Tensor]:
+        """Normal values; weights so that the convolution's result is of order 1."""
+        s, C = problem.shape["size"], problem.shape["channels"]
+        shapes = {
+            "x": (batch, s, s, C),
+            "weight": (C, 1, 5, 5),
+            "bias": (C,),
+            "norm_weight": (C,),
+            "norm_bias": (C,),
+        }
+        inputs = {
+            k: torch.randn(shape, device=device, dtype=problem.dtype) for k, shape in shapes.items()
+        }
+        inputs["weight"] /= 5
+        return {k: v.requires_grad_() for k, v in inputs.items()}
+
+    def implementations(self, problem: Problem) -> dict[str, Implementation]:
+        """Ours, and torch's three layers as the model calls them, eager and compiled."""
+
+        def layers(
+            x: Tensor, weight: Tensor, bias: Tensor, norm_weight: Tensor, norm_bias: Tensor
+        ) -> Tensor:
+            z = F.conv2d(x.permute(0, 3, 1, 2), weight, bias, padding=2, groups=x.shape[-1])
+            u = F.layer_norm(z.permute(0, 2, 3, 1), norm_bias.shape, norm_weight, norm_bias, 1e-6)
+            return F.gelu(u)
+
+        return {
+            "triton": functools.partial(m3i_kernels.depthwise_norm_gelu, backend="triton"),
+            "torch eager": layers,
+            "torch compiled": torch.compile(layers),
+        }
+
+    def reference(self, problem: Problem) -> Implementation:
+        """Return the pure-torch operator."""
+        return functools.partial(m3i_kernels.depthwise_norm_gelu, backend="reference")
+
+    def minimal_bytes(self, inputs: dict[str, Tensor], outputs: int, direction: str) -> int:
+        """Forward: x read, the result written; backward: gradient and x read, one gradient written.
+
+        What the steps in between keep (the convolution's result) is not necessary, and not counted.
+        """
+        read = sum(t.nbytes for t in inputs.values())
+        backward = 2 * read + outputs
+        return {"forward": read + outputs, "backward": backward}.get(
+            direction, read + outputs + backward
+        )
+
+    def tolerance(self, dtype: torch.dtype) -> float:
+        """The rounding of the result and of the convolution's result before it."""
+        return {torch.float32: 2e-5, torch.float16: 3e-3, torch.bfloat16: 2.5e-2}[dtype]
 
 
 class BlockMix:
@@ -265,5 +336,5 @@ class Photometric:
 
 
 OPERATORS: dict[str, Operator] = {
-    op.name: op for op in (Dcnv3(), Dcnv3Plain(), BlockMix(), Photometric())
+    op.name: op for op in (Dcnv3(), Dcnv3Plain(), Depthwise(), BlockMix(), Photometric())
 }

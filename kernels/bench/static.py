@@ -18,6 +18,7 @@ DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch
 # The packages export functions of the same name, so the modules are fetched by their full name.
 dcnv3_op = importlib.import_module("m3i_kernels.dcnv3.op")
 block_mix_op = importlib.import_module("m3i_kernels.block_mix.op")
+depthwise_op = importlib.import_module("m3i_kernels.depthwise.op")
 photometric_op = importlib.import_module("m3i_kernels.photometric.op")
 
 
@@ -53,7 +54,7 @@ class Configuration(NamedTuple):
 
 def configurations() -> list[Configuration]:
     """List what the library launches for InternImage T to G and for M3I's batches."""
-    return [*_dcnv3_configurations(), *_image_configurations()]
+    return [*_dcnv3_configurations(), *_depthwise_configurations(), *_image_configurations()]
 
 
 def report(
@@ -91,7 +92,7 @@ def _compile(job: tuple[str, str, str]) -> list[StaticCount]:
                 launch.kernel.__name__,
                 target,
                 launch.options["num_warps"],
-                *resources,
+                *resources[:4],
                 round(chosen.requested_bytes, 2),
                 round(chosen.minimal_bytes, 2),
             )
@@ -126,7 +127,7 @@ def _dcnv3_bytes(channels: int, gated: bool, size: int, direction: str) -> tuple
     return read + scattered + row, 4 * size + 2 * row
 
 
-def _meta(*shape: int, dtype: torch.dtype) -> Tensor:
+def _meta(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
     return torch.empty(shape, dtype=dtype, device="meta")
 
 
@@ -152,6 +153,37 @@ def _record_dcnv3(
         dx = _meta(*x.shape, dtype=torch.int64 if fixed_point else torch.float32)
         gradients = (dx, offset, mask, x if scale is None else scale)
         dcnv3_op.launch_backward(x, x, tensors, unit, gradients, geometry, True, tiles)
+    return launches
+
+
+def _depthwise_configurations() -> Iterator[Configuration]:
+    """5 x 5 at the widths of H's first and last stage, and of B's first."""
+    for channels, size in ((320, 48), (2560, 6), (112, 48)):
+        for precision, dtype in DTYPES.items():
+            n = dtype.itemsize
+            for direction, requested, minimal in (
+                # a strip of 4 loads 8 columns a row; weights are float32; then z and y
+                ("forward", 10 * n + 25 + n + 2 * n, 2 * n),
+                ("backward", 3 * n + 10 * n + 25 + n + 5 * 3 * n, 3 * n),
+            ):
+                record = functools.partial(_record_depthwise, channels, size, dtype, direction)
+                name = f"{channels} {precision} {direction}"
+                yield Configuration("depthwise", name, record, requested, minimal)
+
+
+def _record_depthwise(
+    channels: int, size: int, dtype: torch.dtype, direction: str
+) -> list[compile_only.Launch]:
+    x = _meta(64, size, size, channels, dtype=dtype)
+    row, taps = _meta(channels, dtype=dtype), _meta(25, channels, dtype=torch.float32)
+    with compile_only.record(depthwise_op) as launches:
+        if direction == "forward":
+            depthwise_op.launch_conv(x, taps, row, x)
+            depthwise_op.launch_norm(x, row, row, 1e-6, x)
+            return launches
+        depthwise_op.launch_norm_backward(x, x, row, row, 1e-6, x, _meta(8, 2, channels))
+        depthwise_op.launch_conv(x, taps, None, x)
+        depthwise_op.launch_weight(x, x, _meta(8, 26, channels), 5)
     return launches
 
 
