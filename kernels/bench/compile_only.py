@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 
 import torch
 import triton
+from m3i_kernels.dcnv3 import matrix_op
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
@@ -86,6 +87,19 @@ def record(module: ModuleType) -> Iterator[list[Launch]]:
             setattr(module, name, kernel)
 
 
+@contextlib.contextmanager
+def record_matrix() -> Iterator[list[Launch]]:
+    """Record the launches of DCNv3's matrix kernels, instead of running them."""
+    launches: list[Launch] = []
+    kernels = matrix_op.kernels
+    recorders = {k: _Recorder(kernel, launches) for k, kernel in kernels().items()}
+    try:
+        matrix_op.kernels = lambda: recorders  # type: ignore[assignment]
+        yield launches
+    finally:
+        matrix_op.kernels = kernels
+
+
 def compile_launch(launch: Launch, target: str) -> Resources:
     """Compile a recorded launch for a target, one of `TARGETS`.
 
@@ -93,14 +107,21 @@ def compile_launch(launch: Launch, target: str) -> Resources:
     half as many, as it does at run time.
     """
     gpu = TARGETS[target]
-    options = dict(launch.options)
-    options["num_warps"] = max(1, options["num_warps"] * 32 // gpu.warp_size)
-    compiled = triton.compile(_source(launch), target=gpu, options=options)
+    compiled = compiled_for(launch, target)
     read = _read_cubin if gpu.backend == "cuda" else _read_amdgcn
     return read(compiled)
 
 
-def _source(launch: Launch) -> ASTSource:
+def compiled_for(launch: Launch, target: str) -> Any:
+    """Compile a recorded launch for a target, as Triton returns it."""
+    gpu = TARGETS[target]
+    options = dict(launch.options)
+    options["num_warps"] = max(1, options["num_warps"] * 32 // gpu.warp_size)
+    return triton.compile(source(launch), target=gpu, options=options)
+
+
+def source(launch: Launch) -> ASTSource:
+    """Return what Triton would compile for a launch: signature, constants and alignment hints."""
     signature: dict[str, str] = {}
     constants: dict[str, Any] = {}
     hints: dict[tuple[int], list[list[Any]]] = {}
@@ -114,7 +135,11 @@ def _source(launch: Launch) -> ASTSource:
         aligned = isinstance(value, torch.Tensor) or (isinstance(value, int) and value % 16 == 0)
         if specialised and aligned:
             hints[(i,)] = [["tt.divisibility", 16]]
-    return ASTSource(launch.kernel, signature, constexprs=constants, attrs=hints)
+    if not launch.kernel.is_gluon():
+        return ASTSource(launch.kernel, signature, constexprs=constants, attrs=hints)
+    from triton.experimental.gluon._runtime import GluonASTSource  # not in the first Tritons
+
+    return GluonASTSource(launch.kernel, signature, constexprs=constants, attrs=hints)
 
 
 def _type_of(value: Any) -> str:

@@ -7,6 +7,7 @@ from m3i_kernels._backend import active_backend, set_backend
 from m3i_kernels.block_mix import BlockMixed, block_mix
 from m3i_kernels.dcnv3 import dcnv3
 from m3i_kernels.depthwise import depthwise_norm_gelu
+from m3i_kernels.dcnv3.choice import set_algorithm as set_dcnv3_algorithm
 from m3i_kernels.photometric import PhotometricParams, photometric
 
 __all__ = [
@@ -18,4 +19,5 @@ __all__ = [
     "depthwise_norm_gelu",
     "photometric",
     "set_backend",
+    "set_dcnv3_algorithm",
 ]

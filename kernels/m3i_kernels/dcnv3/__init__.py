@@ -7,6 +7,7 @@ from torch import Tensor
 
 from m3i_kernels import _backend
 from m3i_kernels._checks import FLOATS, dtype_of, tensor_like
+from m3i_kernels.dcnv3 import choice
 from m3i_kernels.dcnv3.geometry import Geometry, make_geometry
 from m3i_kernels.dcnv3.reference import dcnv3_reference
 
@@ -29,6 +30,7 @@ def dcnv3(
     center_scale: Tensor | None = None,
     deterministic: bool | None = None,
     backend: str = "auto",
+    algorithm: str = "auto",
 ) -> Tensor:
     """Deformable convolution v3 (InternImage, arXiv 2211.05778, equation 2).
 
@@ -55,6 +57,8 @@ def dcnv3(
         deterministic: make the gradients bit-identical from run to run. None follows
             `torch.are_deterministic_algorithms_enabled()`.
         backend: `auto`, `triton` or `reference`; `auto` follows `set_backend`.
+        algorithm: of the Triton backend, `auto`, `gather` or `matrix`; `auto` follows
+            `set_dcnv3_algorithm` and then the rule of `m3i_kernels.dcnv3.choice`.
 
     Inputs may be strided and may differ in dtype; everything is accumulated in float32.
 
@@ -67,15 +71,20 @@ def dcnv3(
     geometry = make_geometry(
         kernel_size, stride, padding, dilation, groups, offset_scale, remove_center
     )
+    algorithm = choice.asked(algorithm)
     chosen = _backend.resolve(backend, x.device)
     _check_tensors(x, offset, mask, center_scale, geometry, chosen)
     if chosen == "reference":
         return dcnv3_reference(x, offset, mask, geometry, mask_is_logits, center_scale)
     if deterministic is None:
         deterministic = torch.are_deterministic_algorithms_enabled()
+    if algorithm == "matrix":
+        choice.resolve(algorithm, x, offset, mask, center_scale, geometry, mask_is_logits)
     from m3i_kernels.dcnv3.op import dcnv3_op  # Triton is only needed from here on
 
-    return dcnv3_op(x, offset, mask, center_scale, *geometry, mask_is_logits, deterministic)
+    return dcnv3_op(
+        x, offset, mask, center_scale, *geometry, mask_is_logits, deterministic, algorithm
+    )
 
 
 def _check_tensors(

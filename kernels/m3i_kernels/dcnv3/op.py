@@ -7,8 +7,10 @@ import torch
 import triton
 from torch import Tensor
 
+from m3i_kernels.dcnv3 import choice
 from m3i_kernels.dcnv3.geometry import Geometry
 from m3i_kernels.dcnv3.kernel import dcnv3_backward_kernel, dcnv3_forward_kernel
+from m3i_kernels.dcnv3.matrix_op import launch_matrix_backward, launch_matrix_forward
 
 _THREADS = 128
 _INT32_MAX = 2**31 - 1
@@ -66,6 +68,7 @@ def dcnv3_op(
     remove_center: bool,
     mask_is_logits: bool,
     deterministic: bool,
+    algorithm: str = "auto",
 ) -> Tensor:
     """Forward of `m3i_kernels.dcnv3`; arguments already checked."""
     geometry = _geometry(
@@ -73,6 +76,11 @@ def dcnv3_op(
     )
     N, H, W, C = x.shape
     y = x.new_empty((N, *geometry.output_size(H, W), C))
+    inputs = (x, offset, mask, center_scale)
+    if choice.resolve(algorithm, *inputs, geometry, mask_is_logits) == "matrix":
+        with torch.cuda.device_of(x):
+            launch_matrix_forward(inputs, y, geometry)
+        return y
     tensors = _unit_channel_stride(x, offset, mask, center_scale)
     tiles = choose_tiles(
         C // groups, geometry.points, False, warp_size=_warp_size(), itemsize=x.itemsize
@@ -111,19 +119,26 @@ def dcnv3_backward_op(
     remove_center: bool,
     mask_is_logits: bool,
     deterministic: bool,
+    algorithm: str = "auto",
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of x, offset, mask and center_scale (empty where there is none)."""
     geometry = _geometry(
         kernel_size, stride, padding, dilation, groups, offset_scale, remove_center
     )
     grad = grad.contiguous()
-    tensors = _unit_channel_stride(x, offset, mask, center_scale)
-    unit = _fixed_point_unit(grad, mask, geometry, mask_is_logits) if deterministic else None
-    accumulator = torch.int64 if deterministic else torch.float32
-    dx = torch.zeros(x.shape, dtype=accumulator, device=x.device)
     doffset = torch.empty(offset.shape, dtype=offset.dtype, device=x.device)
     dmask = torch.empty(mask.shape, dtype=mask.dtype, device=x.device)
     dscale = _empty_gradient(center_scale, x)
+    inputs = (x, offset, mask, center_scale)
+    if choice.resolve(algorithm, *inputs, geometry, mask_is_logits) == "matrix":
+        dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+        with torch.cuda.device_of(x):
+            launch_matrix_backward(grad, inputs, (dx, doffset, dmask, dscale), geometry)
+        return dx, doffset, dmask, dscale
+    tensors = _unit_channel_stride(*inputs)
+    unit = _fixed_point_unit(grad, mask, geometry, mask_is_logits) if deterministic else None
+    accumulator = torch.int64 if deterministic else torch.float32
+    dx = torch.zeros(x.shape, dtype=accumulator, device=x.device)
     channels = x.shape[3] // groups
     tiles = choose_tiles(channels, geometry.points, True, deterministic, _warp_size())
     gradients = (dx, doffset, dmask, dscale)
