@@ -187,7 +187,8 @@ class Shared:
 
     def store(self, value: Value) -> None:
         """Write all of it."""
-        assert list(self.raw.shape) == value.shape and _OF[self.raw.dtype] is value.dtype
+        assert list(self.raw.shape) == value.shape
+        assert _OF[self.raw.dtype] is value.dtype
         self.raw.copy_(value.raw)
 
     def load(self, layout: object = None) -> Value:
@@ -324,10 +325,8 @@ def _mma_v2(a: Value, b: Value, c: Value) -> Value:
     return Value(c.raw + a.raw.float() @ b.raw.float(), float32)
 
 
-def _layout(*_: object, **__: object) -> object:
-    return None
-
-
+_LAYOUTS = ("BlockedLayout", "SliceLayout", "DotOperandLayout", "NVMMADistributedLayout",
+            "SwizzledSharedLayout")  # fmt: skip
 _program = 0
 _SIZED: dict[str, Callable[..., Any]] = {
     "arange": lambda a, b, layout=None: Value(torch.arange(a, b), int32),
@@ -355,16 +354,7 @@ _LANGUAGE: dict[str, Any] = {
     "sum": lambda a, axis: Value(a.raw.sum(axis), a.dtype),
     "convert_layout": lambda a, layout, assert_trivial=False: a,
     "barrier": lambda: None,
-    **{
-        name: _layout
-        for name in (
-            "BlockedLayout",
-            "SliceLayout",
-            "DotOperandLayout",
-            "NVMMADistributedLayout",
-            "SwizzledSharedLayout",
-        )
-    },
+    **dict.fromkeys(_LAYOUTS, lambda *_, **__: None),
 }
 
 
@@ -414,7 +404,7 @@ class Emulated:
     def _run(self, programs: int, args: tuple[Any, ...], constants: dict[str, Any]) -> None:
         global _program
         arguments = [_argument(a) for a in args]
-        for _program in range(programs):  # noqa: B007 (read by program_id)
+        for _program in range(programs):  # read by program_id
             self.kernel(*arguments, **constants)
 
 

@@ -8,8 +8,8 @@ The rule depends on shapes, dtypes and versions alone, so it can be read off bef
     gather  everything else
 
 `m3i_kernels.set_dcnv3_algorithm("gather" | "matrix" | "auto")` for the process, or
-`dcnv3(..., algorithm=)` for a call, forces either one. A forced matrix kernel that cannot run raises
-`ValueError`; nothing falls back. The choice is logged once for each shape.
+`dcnv3(..., algorithm=)` for a call, forces either one. A forced matrix kernel that cannot run
+raises `ValueError`; nothing falls back. The choice is logged once for each shape.
 """
 
 import importlib

@@ -1,4 +1,4 @@
-# mypy: disable-error-code="no-untyped-def, no-untyped-call, misc"
+# mypy: disable-error-code="no-untyped-def, no-untyped-call, misc, assignment"
 """DCNv3 as products of matrices, in Gluon: shared device functions and the forward kernel.
 
 For one image and group the operator is linear in the pixels, y = S x: row p of the sampling matrix
@@ -79,7 +79,7 @@ def copy_image(
     H: gl.constexpr, W: gl.constexpr, WW: gl.constexpr, QUSED: gl.constexpr,
     D: gl.constexpr, NW: gl.constexpr,
 ):  # fmt: skip
-    """Start copying an image to shared memory (QUSED / 16, 16, D), rows of WW pixels, zero beyond."""
+    """Start copying an image to shared memory (QUSED / 16, 16, D): rows of WW, zero beyond."""
     L: gl.constexpr = gl.BlockedLayout([1, 8], [32 * 8 // D, D // 8], [NW, 1], [1, 0])
     i_d = gl.arange(0, D, layout=gl.SliceLayout(0, L))
     for r in gl.static_range(QUSED // 16):
@@ -134,10 +134,11 @@ def locate(
     H: gl.constexpr, W: gl.constexpr, WW: gl.constexpr,
     KH: gl.constexpr, KW: gl.constexpr, DH: gl.constexpr, DW: gl.constexpr,
 ):  # fmt: skip
-    """Place point k: pixel index q of the top left corner, and the bilinear weights of the lower
-    and upper row and the right and left column, zero where these are outside the image.
+    """Place point k: pixel index q of its top left corner, and weights of its rows and columns.
 
-    `pair` holds (dx, dy) as bfloat16. Returns (q, wy0, wy1, wx0, wx1, and whether each is inside).
+    `pair` holds (dx, dy) as bfloat16. Returns q, the bilinear weights (wy0, wy1, wx0, wx1) of the
+    upper and lower row and the left and right column, zero where these are outside the image, and
+    whether each is inside.
     """
     dx = (pair << 16).to(gl.float32, bitcast=True)
     dy = (pair & -65536).to(gl.float32, bitcast=True)
@@ -156,11 +157,13 @@ def locate(
     in_y1 = inside(y0 + 1, H)
     in_x0 = inside(x0, W)
     in_x1 = inside(x0 + 1, W)
-    wy0 = gl.where(in_y0, 1 - ty, 0.0)
-    wy1 = gl.where(in_y1, ty, 0.0)
-    wx0 = gl.where(in_x0, 1 - tx, 0.0)
-    wx1 = gl.where(in_x1, tx, 0.0)
-    return y0 * WW + x0, wy0, wy1, wx0, wx1, in_y0, in_y1, in_x0, in_x1
+    bilinear = (
+        gl.where(in_y0, 1 - ty, 0.0),
+        gl.where(in_y1, ty, 0.0),
+        gl.where(in_x0, 1 - tx, 0.0),
+        gl.where(in_x1, tx, 0.0),
+    )
+    return y0 * WW + x0, bilinear, (in_y0, in_y1, in_x0, in_x1)
 
 
 @gluon.jit
@@ -173,7 +176,7 @@ def clear(m_w, P: gl.constexpr, QUSED: gl.constexpr, NW: gl.constexpr):
 
 @gluon.jit
 def add_point(
-    m_w, h, q, wy0, wy1, wx0, wx1,
+    m_w, h, q, bilinear,
     WW: gl.constexpr, Q: gl.constexpr, P: gl.constexpr, SLOTS: gl.constexpr, NW: gl.constexpr,
 ):  # fmt: skip
     """Add weight h of one point to pixels q, q + 1, q + WW, q + WW + 1 of every row of S.
@@ -185,6 +188,7 @@ def add_point(
     L: gl.constexpr = gl.BlockedLayout([1, 1, 4], [32, 1, 1], [P // 32, SLOTS, 1], [2, 1, 0])
     LS: gl.constexpr = gl.SliceLayout(2, L)
     magic = MAGIC + gl.zeros_like(h)
+    wy0, wy1, wx0, wx1 = bilinear
     a = h * wy0
     b = h * wy1
     v00 = gl.convert_layout(gl.fma(a, wx0, magic), LS, assert_trivial=True)[:, :, None]
@@ -272,12 +276,12 @@ def dcnv3_matrix_forward_kernel(
             factor += poison
             add_center(m_w, gate, i_y, i_x, slot, WW, Q)
         for j in gl.static_range(STEPS):
-            q, wy0, wy1, wx0, wx1, in_y0, in_y1, in_x0, in_x1 = locate(
+            q, bilinear, _ = locate(
                 pairs[j], j * SLOTS + slot, i_y[:, None], i_x[:, None], offset_scale,
                 H, W, WW, KH, KW, DH, DW,
             )  # fmt: skip
             h = pick(exps, j, slot, K, SLOTS) * unit[:, None]
-            add_point(m_w, h, q, wy0, wy1, wx0, wx1, WW, Q, P, SLOTS, NW)
+            add_point(m_w, h, q, bilinear, WW, Q, P, SLOTS, NW)
 
         async_copy.wait_group(0)
         gl.barrier()

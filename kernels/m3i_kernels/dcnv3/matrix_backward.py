@@ -1,4 +1,4 @@
-# mypy: disable-error-code="no-untyped-def, no-untyped-call, misc"
+# mypy: disable-error-code="no-untyped-def, no-untyped-call, misc, assignment"
 """The backward kernel of DCNv3 as products of matrices; see `matrix` for S, layouts and limits.
 
 With the incoming gradient `grad` of one image and group (positions x channels):
@@ -43,10 +43,11 @@ def _pack_pair(low, high):
 
 @gluon.jit
 def _point_gradients(
-    m_d, q, wy0, wy1, wx0, wx1, in_y0, in_y1, in_x0, in_x1,
-    WW: gl.constexpr, Q: gl.constexpr,
+    m_d, q, bilinear, within, WW: gl.constexpr, Q: gl.constexpr,
 ):  # fmt: skip
-    """Derivatives of <grad, sampled value> of one point: of its weight, of x and of y; (P, SLOTS)."""
+    """Derivatives of one point's <grad, sampled value>: by its weight, x and y; all (P, SLOTS)."""
+    wy0, wy1, wx0, wx1 = bilinear
+    in_y0, in_y1, in_x0, in_x1 = within
     d00 = gl.where(in_x0 & in_y0, m_d.gather(q & (Q - 1), axis=1), 0.0)
     d01 = gl.where(in_x1 & in_y0, m_d.gather((q + 1) & (Q - 1), axis=1), 0.0)
     d10 = gl.where(in_x0 & in_y1, m_d.gather((q + WW) & (Q - 1), axis=1), 0.0)
@@ -148,12 +149,10 @@ def dcnv3_matrix_backward_kernel(
         partial = gl.zeros([P, SLOTS], gl.float32, layout=L2)
         for j in gl.static_range(STEPS):
             k = j * SLOTS + slot
-            q, wy0, wy1, wx0, wx1, in_y0, in_y1, in_x0, in_x1 = locate(
+            q, bilinear, within = locate(
                 pairs[j], k, i_y[:, None], i_x[:, None], offset_scale, H, W, WW, KH, KW, DH, DW
             )
-            dm, ddx, ddy = _point_gradients(
-                m_d, q, wy0, wy1, wx0, wx1, in_y0, in_y1, in_x0, in_x1, WW, Q
-            )
+            dm, ddx, ddy = _point_gradients(m_d, q, bilinear, within, WW, Q)
             m = pick(exps, j, slot, K, SLOTS) * inverse[:, None]
             h = offset_scale * (m * keep[:, None])
             m_o.scatter(_pack_pair(h * ddx, h * ddy), k, axis=1)
@@ -183,12 +182,12 @@ def dcnv3_matrix_backward_kernel(
         m_s = m_w._reinterpret(gl.int16, [P, Q], gl.SwizzledSharedLayout(8, 1, 8, [1, 0]))
         clear(m_w, P, QUSED, NW)
         for j in gl.static_range(STEPS):
-            q, wy0, wy1, wx0, wx1, in_y0, in_y1, in_x0, in_x1 = locate(
+            q, bilinear, within = locate(
                 pairs[j], j * SLOTS + slot, i_y[:, None], i_x[:, None], offset_scale,
                 H, W, WW, KH, KW, DH, DW,
             )  # fmt: skip
             h = weights[j] * (keep[:, None] * SCALE)
-            add_point(m_w, h, q, wy0, wy1, wx0, wx1, WW, Q, P, SLOTS, NW)
+            add_point(m_w, h, q, bilinear, WW, Q, P, SLOTS, NW)
         if GATED:
             add_center(m_w, gl.where(valid, gate, 0.0), i_y, i_x, slot, WW, Q)
         b_g = m_g.load(LB)
