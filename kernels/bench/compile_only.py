@@ -38,6 +38,7 @@ _POINTERS = {
     torch.int64: "*i64",
     torch.bool: "*i1",
 }
+_TOOLS = pathlib.Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 _OPTIONS = ("num_warps", "num_stages", "enable_fp_fusion")
 
 
@@ -108,8 +109,34 @@ def compile_launch(launch: Launch, target: str) -> Resources:
     """
     gpu = TARGETS[target]
     compiled = compiled_for(launch, target)
-    read = _read_cubin if gpu.backend == "cuda" else _read_amdgcn
+    read = read_cubin if gpu.backend == "cuda" else _read_amdgcn
     return read(compiled)
+
+
+def executed_instructions(cubin: bytes, trips: int) -> int:
+    """Count the instructions a warp issues in a kernel whose longest loop runs `trips` times.
+
+    Everything outside of that loop counts once, whichever way its branches go.
+    """
+    lines = _disassemble(cubin)
+    labels: dict[str, int] = {}
+    loop, count = 0, 0
+    for line in lines:
+        if found := re.match(r"\s*(\.L_\w+):", line):
+            labels[found[1]] = count
+        elif re.match(r"^\s+/\*[0-9a-f]{4,}\*/", line) and "NOP" not in line:
+            count += 1
+            target = re.search(r"BRA.*`\((\.L_\w+)\)", line)
+            if target and target[1] in labels:
+                loop = max(loop, count - labels[target[1]])
+    return count + (trips - 1) * loop if loop > 1 else count
+
+
+def _disassemble(cubin: bytes) -> list[str]:
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        return _output(_TOOLS / "nvdisasm", "-c", file.name).splitlines()
 
 
 def compiled_for(launch: Launch, target: str) -> Any:
@@ -150,19 +177,18 @@ def _type_of(value: Any) -> str:
     return "fp32"
 
 
-def _read_cubin(compiled: Any) -> Resources:
-    tools = pathlib.Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+def read_cubin(compiled: Any) -> Resources:
+    """Read registers, spills, shared memory and size from a compiled kernel's machine code."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
         cubin.write(compiled.asm["cubin"])
         cubin.flush()
-        usage = _output(tools / "cuobjdump", "--dump-resource-usage", cubin.name)
-        sass = _output(tools / "nvdisasm", "-c", cubin.name)
+        usage = _output(_TOOLS / "cuobjdump", "--dump-resource-usage", cubin.name)
     fields = dict(re.findall(r"(REG|STACK|SHARED|LOCAL):(\d+)", usage))
     return Resources(
         registers=int(fields["REG"]),
         spilled_bytes=int(fields["STACK"]) + int(fields["LOCAL"]),
         shared_bytes=max(int(fields["SHARED"]), compiled.metadata.shared),
-        **_count(sass),
+        **_count("\n".join(_disassemble(compiled.asm["cubin"]))),
     )
 
 

@@ -3,12 +3,13 @@
     python kernels/bench/matrix_check.py                    # on a GPU, Triton 3.8 or later
     python kernels/bench/matrix_check.py --compile FOLDER   # without a GPU, Triton 3.8 or later
     python kernels/bench/matrix_check.py --cubins FOLDER    # on an sm_90 GPU, any Triton
+    python kernels/bench/matrix_check.py --static           # without a GPU, Triton 3.8 or later
 
 InternImage-H's stages 3 and 4 at 192 and 224 pixels in bfloat16, with gate. One JSON object a line:
 first the errors (||found - expected|| / ||expected|| against float64, outputs filled with NaN
 before) for offsets of one pixel and of eight, then medians in milliseconds with the L2 cache
 flushed, and shares of a device copy's bandwidth. It stops by itself after --seconds, and exits
-with 1 where an error is above the limit.
+with 1 where an error is above the limit. `--problems` restricts `--static` alone.
 """
 
 import argparse
@@ -245,6 +246,30 @@ def timed(
     return lambda: matrix_op.launch_matrix_backward(grad, inputs, gradients, geometry, tiles)
 
 
+def static_rows(names: list[str], targets: list[str]) -> Iterator[dict[str, Any]]:
+    """Compile the shipped tiles and read the machine code; nothing here needs a GPU."""
+    import compile_only  # needs Triton 3.8
+
+    for name in names:
+        size, groups = PROBLEMS[name]
+        inputs, grad = make_inputs(128, size, groups, 1.0, "meta")
+        for direction in NAMES:
+            with compile_only.record_matrix() as launches:
+                launch(direction, inputs, grad, groups, None)
+            constants = launches[0].arguments
+            P, warps = constants["P"], constants["NW"]
+            for target in targets:
+                compiled = compile_only.compiled_for(launches[0], target)
+                found = compile_only.read_cubin(compiled)
+                trips = -(-size * size // P)
+                issued = compile_only.executed_instructions(compiled.asm["cubin"], trips)
+                per_result = issued * warps * 32 / (size * size * D)
+                yield {"static": name, "direction": direction, "target": target, "P": P,
+                       "NW": warps, "registers": found.registers,
+                       "spilled_bytes": found.spilled_bytes, "shared_bytes": found.shared_bytes,
+                       "instructions_per_result": round(per_result, 1)}  # fmt: skip
+
+
 def compile_all(folder: pathlib.Path) -> None:
     """Compile all problems and tiles for sm_90."""
     import compile_only
@@ -263,11 +288,17 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--compile", type=pathlib.Path, metavar="FOLDER")
     parser.add_argument("--cubins", type=pathlib.Path, metavar="FOLDER")
+    parser.add_argument("--static", action="store_true", help="read the machine code")
+    parser.add_argument("--problems", nargs="*", choices=list(PROBLEMS), default=list(PROBLEMS))
     parser.add_argument("--batch", type=int, default=128, help="images of a timing")
     parser.add_argument("--seconds", type=float, default=55.0, help="stop after this long")
     options = parser.parse_args()
     if options.compile:
         compile_all(options.compile)
+        return 0
+    if options.static:
+        for row in static_rows(options.problems, ["sm_80", "sm_90", "sm_100"]):
+            print(json.dumps(row), flush=True)
         return 0
     started = time.monotonic()
     if not torch.cuda.is_available():

@@ -2,6 +2,7 @@
 
 import csv
 import importlib
+import json
 import os
 import pathlib
 import subprocess
@@ -46,6 +47,24 @@ def test_kernels_compile_for_every_target_without_spills(tmp_path: pathlib.Path)
         assert 0 < int(row["registers"]) <= 512, row
         assert int(row["instructions"]) > 50, row
         assert float(row["requested_bytes"]) > float(row["minimal_bytes"]) > 0, row
+
+
+def test_matrix_kernels_stay_within_their_instructions() -> None:
+    """At 12 x 12: at most 50 instructions a result forward and 110 backward, nothing spilled."""
+    pytest.importorskip("triton", "3.8", reason="the matrix kernels need Triton 3.8")
+    done = subprocess.run(
+        [sys.executable, BENCH / "matrix_check.py", "--static", "--problems", "192 stage 3"],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "TRITON_INTERPRET": "0"},
+    )
+    assert done.returncode == 0, done.stderr
+    rows = [json.loads(line) for line in done.stdout.splitlines()]
+    assert len(rows) == 6
+    for row in rows:
+        limit = {"forward": 50, "backward": 110}[row["direction"]]
+        assert 20 < row["instructions_per_result"] <= limit, row
+        assert row["spilled_bytes"] == 0, row
 
 
 def test_a_spilling_kernel_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
