@@ -34,13 +34,9 @@ class DType:
         """Bring a result into the range and precision of this type."""
         if not self.integer:
             return raw.to(self.storage)
-        raw = raw.to(torch.int64)
-        if self.bits == 64:
-            return raw
-        raw = raw & ((1 << self.bits) - 1)
         if self.unsigned:
-            return raw
-        return torch.where(raw >> (self.bits - 1) != 0, raw - (1 << self.bits), raw)
+            return raw.to(torch.int64) & ((1 << self.bits) - 1)
+        return raw.to(self.storage).to(torch.int64)
 
 
 int1 = DType("int1", torch.bool)

@@ -78,7 +78,7 @@ def dcnv3(
         return dcnv3_reference(x, offset, mask, geometry, mask_is_logits, center_scale)
     if deterministic is None:
         deterministic = torch.are_deterministic_algorithms_enabled()
-    if algorithm == "matrix":
+    if algorithm == "matrix" and not torch.compiler.is_compiling():  # else the operator says so
         choice.resolve(algorithm, x, offset, mask, center_scale, geometry, mask_is_logits)
     from m3i_kernels.dcnv3.op import dcnv3_op  # Triton is only needed from here on
 
