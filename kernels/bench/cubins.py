@@ -13,6 +13,7 @@ import re
 from collections.abc import Callable, Iterable
 from typing import Any
 
+import m3i_kernels
 import torch
 
 _TYPES = {"i32": ctypes.c_int32, "i64": ctypes.c_int64, "fp32": ctypes.c_float}
@@ -22,7 +23,7 @@ _SHARED_BYTES, _DEFAULT_SHARED = 8, 48 << 10  # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SH
 
 def fingerprint() -> str:
     """Hash the sources of the matrix kernels: cubins of other sources are refused."""
-    folder = pathlib.Path(__file__).parent.parent / "m3i_kernels" / "dcnv3"
+    folder = pathlib.Path(m3i_kernels.__file__).parent / "dcnv3"
     sources = (folder / f"{name}.py" for name in ("matrix", "matrix_backward", "matrix_op"))
     return hashlib.sha256(b"".join(s.read_bytes() for s in sources)).hexdigest()[:16]
 
