@@ -69,7 +69,7 @@ PARTS = {
         "_post_step": "post-step",
         "step": "rest of ZeRO's step",
     },
-    "m3i_scale.engine.momentum:ShardedTeacher": {"update": "EMA"},
+    "m3i_scale.engine.momentum:Momentum": {"update": "EMA"},
     "m3i_scale.engine.metrics:Figures": {"reduce": "figures"},
     "deepspeed.runtime.engine:DeepSpeedEngine": {
         "forward": "forward",
@@ -99,10 +99,10 @@ class Finding(NamedTuple):
 # ---------------------------------------------------------------------------------- process group
 
 
-def join_silent_group(ranks: int) -> Counter[str]:
+def join_silent_group(ranks: int) -> Counter[str]:  # noqa: C901  one method per collective
     """Make this process rank 0 of a group that sends nothing; returns the count of its collectives.
 
-    What is gathered is this rank's own contribution, over and over: finite, of the right size.
+    What is gathered is this rank's own contribution and zeros for the others': finite.
     """
     import torch
     import torch.distributed as dist
@@ -122,7 +122,8 @@ def join_silent_group(ranks: int) -> Counter[str]:
 
         def all_gather_single(self, output: Any, local: Any, *_: Any, **__: Any) -> Any:
             own = local.reshape(1, -1).clone()  # it may be a part of the output
-            output.view(self.size(), -1).copy_(own)
+            table = output.view(self.size(), -1).zero_()
+            table[:1] = own
             return self._done("all-gather", output)
 
         def allgather(self, outputs: Any, local: Any, *_: Any, **__: Any) -> Any:

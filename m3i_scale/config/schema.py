@@ -177,9 +177,15 @@ class Zero(Node):
 
 
 class Engine(Node):
-    """How it is run."""
+    """How it is run.
+
+    `teacher`: the teacher's weights, whole on every GPU (2 bytes a parameter in bf16, one
+    all-gather a step) or sharded by ZeRO-3 like the student's (least memory; gathered block by
+    block whenever it runs). Values and checkpoints are the same.
+    """
 
     precision: Literal["bf16", "fp16", "fp32"] = "bf16"
+    teacher: Literal["whole", "sharded"] = "whole"
     device: Literal["auto", "cpu", "cuda"] = "auto"
     kernels: Literal["auto", "triton", "reference"] = "auto"
     zero: Zero = Zero()

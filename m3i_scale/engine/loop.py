@@ -18,12 +18,12 @@ from m3i_scale.config import Config
 from m3i_scale.engine.checkpoint import CheckpointError
 from m3i_scale.engine.metrics import Figures, MetricLog, Speed, machine_values, memory
 from m3i_scale.engine.pictures import save_mixes
-from m3i_scale.engine.saver import Saver, any_rank
+from m3i_scale.engine.saver import Saver
 from m3i_scale.engine.schedules import BatchSplit, Schedule
 from m3i_scale.engine.state import Progress, snapshot
 from m3i_scale.engine.stop import StopFlag
 from m3i_scale.engine.watchdog import Watchdog
-from m3i_scale.engine.zero import DTYPES, Sharded, set_learning_rate
+from m3i_scale.engine.zero import DTYPES, Sharded, module_stack_kept, set_learning_rate
 from m3i_scale.objective.balance import LossBalance
 from m3i_scale.objective.inputs import MixedBatch, build_input
 from m3i_scale.objective.momentum import ema_coefficient
@@ -62,6 +62,8 @@ class Run:
     saver: Saver
     save_every: int
     speed: Speed | None = None  # on rank 0, which writes the metrics
+    stop: StopFlag | None = None  # of this rank
+    stopping: bool = False  # whether any rank was asked to stop, when the last step ended
     progress: Progress = field(default_factory=Progress)
 
     @property
@@ -94,6 +96,7 @@ def pretrain(run: Run, stop: StopFlag, metrics: MetricLog) -> bool:
 
 def _train(run: Run, stop: StopFlag, metrics: MetricLog, watchdog: Watchdog) -> bool:
     config, progress = run.config, run.progress
+    run.stop = stop
     batches = open_batches(run)
     skipped_in_a_row, average_loss = 0, RunningMean()
     while progress.step < run.schedule.total:
@@ -108,11 +111,10 @@ def _train(run: Run, stop: StopFlag, metrics: MetricLog, watchdog: Watchdog) -> 
         progress.position += run.split.batch
 
         run.saver.poll()
-        stopping = any_rank(stop.raised_by is not None, run.world)
         last = progress.step == run.schedule.total
-        if stopping or last or progress.step % run.save_every == 0:
+        if run.stopping or last or progress.step % run.save_every == 0:
             save(run)
-        if stopping:
+        if run.stopping:
             break
     if not run.saver.finish():
         raise CheckpointError("the last checkpoint could not be written; see the messages above")
@@ -136,14 +138,20 @@ def train_step(run: Run, batches: Timed) -> tuple[dict[str, float], bool]:
         begun = time.perf_counter()
         view = _prepare(run, next(batches))
         alone += time.perf_counter() - begun  # from here on ranks wait for each other
-        outputs = engine(view, weight)
-        engine.backward(outputs["loss"])
+        with module_stack_kept():
+            outputs = engine(view, weight)
+            engine.backward(outputs["loss"])
         engine.step()  # updates at the end of the accumulation only
         figures.add(_figures(run, outputs, weight))
     updated = engine.skipped_steps == skipped_before
     device = run.world.device
-    values, own = figures.reduce(run.world, [alone, batches.take_wait(), *memory(device)])
-    values |= machine_values(own, device) | _step_values(run, values, rate, weight)
+    asked = run.stop is not None and run.stop.raised_by is not None
+    norm = engine.get_global_grad_norm()  # the same on all ranks; read with the other figures
+    machine = [alone, batches.take_wait(), *memory(device)]
+    values, own = figures.reduce(run.world, [*machine, float(asked), 0.0 if norm is None else norm])
+    run.stopping = bool(own[:, -2].any())
+    values["gradient/all_parameters"] = float(own[run.world.rank, -1])
+    values |= machine_values(own[:, :-2], device) | _step_values(run, values, rate, weight)
 
     if updated:
         coefficient = _teacher_momentum(run)
@@ -217,7 +225,6 @@ def _step_values(run: Run, means: dict[str, float], rate: float, weight: float) 
     return {
         "gradient/ssp": math.sqrt(means.pop("gradient_square/ssp") / parts),
         "gradient/sp": math.sqrt(means.pop("gradient_square/sp") / parts),
-        "gradient/all_parameters": float(run.sharded.engine.get_global_grad_norm() or 0.0),
         "balance/lambda": weight,
         "learning_rate": rate,
     }

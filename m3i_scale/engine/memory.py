@@ -32,7 +32,7 @@ def held_memory(sharded: Sharded) -> dict[str, int]:
         MASTER: sharded.engine.optimizer.fp32_partitioned_groups_flat,
         MOMENTS: _moments(sharded),
         GRADIENTS: [sharded.engine.optimizer.grad_partitions_flat_buffer],
-        ENCODER: (p.ds_tensor for p in _parameters(sharded.model) if not p.requires_grad),
+        ENCODER: _frozen(sharded),
         AVERAGES: sharded.teacher.averages.values() if sharded.teacher else [],
         BUFFERS: _buckets(sharded),
         GATHERED: (p.data for p in _parameters(sharded.model) if p.ds_status.name == "AVAILABLE"),
@@ -54,6 +54,13 @@ def _new_bytes(tensors: Iterable[Tensor], seen: set[int]) -> int:
 def _parameters(model: nn.Module) -> Iterator[Any]:
     """Parameters, with the attributes that ZeRO-3 has given them."""
     return iter(model.parameters())
+
+
+def _frozen(sharded: Sharded) -> Iterator[Tensor]:
+    """Weights without gradient, of which nearly all are the teacher's."""
+    yield from (p.ds_tensor for p in _parameters(sharded.model) if not p.requires_grad)
+    if sharded.teacher is not None:
+        yield from (p.data for p in sharded.teacher.teacher.parameters())
 
 
 def _moments(sharded: Sharded) -> Iterator[Tensor]:

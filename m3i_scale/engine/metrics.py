@@ -51,12 +51,16 @@ class Figures:
         for name, pair in pairs.items():
             self._pairs[name] = self._pairs[name] + pair if name in self._pairs else pair
 
-    def reduce(self, world: World, own: Sequence[float]) -> tuple[dict[str, float], Tensor]:
-        """Means over micro-steps and ranks, and what every rank says of itself (one collective).
+    def reduce(
+        self, world: World, own: Sequence[float | Tensor]
+    ) -> tuple[dict[str, float], Tensor]:
+        """Means over micro-steps and ranks, and what every rank says of itself.
+
+        One collective and one wait for the device.
 
         Args:
             world: this rank.
-            own: K numbers of this rank.
+            own: K numbers of this rank, on the host or scalars on the device.
 
         Returns:
             The means by name; the numbers of all ranks, float64 (ranks, K) in CPU memory.
@@ -64,12 +68,14 @@ class Figures:
         names = sorted(self._pairs)
         pairs = torch.stack([self._pairs[name] for name in names]).double()  # (M, 2)
         each = pairs.new_zeros(world.size, len(own))
-        each[world.rank] = each.new_tensor(own)
+        each[world.rank] = torch.stack(
+            [v.to(pairs) if isinstance(v, Tensor) else pairs.new_full((), v) for v in own]
+        )
         table = torch.cat([pairs.flatten(), each.flatten()])  # a sum with zeros gathers
         if world.size > 1:
             dist.all_reduce(table)
         table = table.cpu()
-        sums, counts = table[: pairs.numel()].view_as(pairs.cpu()).T.tolist()
+        sums, counts = table[: pairs.numel()].view(-1, 2).T.tolist()
         means = {
             n: s / c if c else float("nan") for n, s, c in zip(names, sums, counts, strict=True)
         }

@@ -1,4 +1,4 @@
-"""Views of this rank's ZeRO-3 shards: fp32 weights, Adam moments, teacher weights.
+"""Views of this rank's ZeRO-3 shards: fp32 weights, Adam moments, compute-precision weights.
 
 DeepSpeed keeps of every parameter with N elements the slice `[rank * k, (rank + 1) * k)` of the
 flattened tensor, `k = ceil(N / ranks)`, padded at the end. The views here include the padding;
@@ -7,11 +7,10 @@ flattened tensor, `k = ceil(N / ranks)`, padded at the end. The views here inclu
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from deepspeed.utils import safe_get_local_fp32_param, safe_get_local_optimizer_state
 from torch import Tensor, nn
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -22,14 +21,37 @@ def trained(module: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
     return ((name, p) for name, p in module.named_parameters() if p.requires_grad)
 
 
-def local_weight(parameter: nn.Parameter) -> Tensor:
-    """fp32 master shard, a view."""
-    return safe_get_local_fp32_param(parameter)
+def local_weight(zero_optimizer: Any, parameter: nn.Parameter) -> Tensor:
+    """fp32 master shard: a view of the optimiser's storage, on the device where it lives.
+
+    DeepSpeed's `safe_get_local_fp32_param` gives a copy of what is offloaded; written to, it would
+    change nothing.
+    """
+    return _view(zero_optimizer, parameter, lambda flat: flat)
 
 
-def local_moment(parameter: nn.Parameter, moment: str) -> Tensor:
-    """Adam moment shard, a view."""
-    return safe_get_local_optimizer_state(parameter, moment)
+def local_moment(zero_optimizer: Any, parameter: nn.Parameter, moment: str) -> Tensor:
+    """Adam moment shard: a view of the optimiser's storage."""
+    states = zero_optimizer.optimizer.state
+    return _view(zero_optimizer, parameter, lambda flat: states[flat][moment])
+
+
+def _view(
+    zero_optimizer: Any, parameter: nn.Parameter, storage: Callable[[Tensor], Tensor]
+) -> Tensor:
+    group, offset, count = zero_optimizer.grad_position[zero_optimizer.get_param_id(parameter)]
+    return storage(zero_optimizer.fp32_partitioned_groups_flat[group]).narrow(0, offset, count)
+
+
+def shard(parameter: nn.Parameter) -> Tensor:
+    """Compute-precision shard (k,) of a partitioned parameter, a view."""
+    return parameter.ds_tensor.data  # type: ignore[attr-defined,no-any-return]
+
+
+def cut(shards: Tensor, parameter: nn.Parameter) -> Tensor:
+    """The whole tensor of a partitioned parameter, a view of all ranks' shards (W, k)."""
+    flat = shards.view(-1)[: parameter.ds_numel]  # type: ignore[attr-defined]
+    return flat.view(parameter.ds_shape)  # type: ignore[attr-defined]
 
 
 def share_weights(zero_optimizer: Any) -> None:
@@ -82,17 +104,19 @@ def publish_weights(zero_optimizer: Any) -> None:
         zero_optimizer._reassign_or_swap_out_partitioned_parameters(group)
     zero_optimizer.checkpoint_event_prologue()
     zero_optimizer.checkpoint_event_epilogue()
+    # Partitioning gathered parameters has renewed the node's copies (hpZ) from the old weights.
+    zero_optimizer.invalidate_secondary_tensor()
 
 
 def copy_shard(source: nn.Parameter, target: nn.Parameter) -> None:
     """Copy the compute-precision shard of one partitioned parameter to another's."""
-    target.ds_tensor.data.copy_(source.ds_tensor.data)  # type: ignore[attr-defined]
+    shard(target).copy_(shard(source))
 
 
-def write_shard(parameter: nn.Parameter, value: Tensor) -> None:
-    """Overwrite the compute-precision shard of a frozen parameter and forget gathered copies."""
-    parameter.ds_tensor.data.copy_(value)  # type: ignore[attr-defined]
-    parameter.ds_secondary_tensor = None  # type: ignore[attr-defined]
+def forget_gathered(parameter: nn.Parameter) -> None:
+    """Drop gathered copies of a frozen parameter whose shard is about to change."""
     if parameter.ds_status.name == "AVAILABLE":  # type: ignore[attr-defined]
         # A small parameter that ZeRO keeps gathered would go on serving the old value.
         parameter.partition()  # type: ignore[attr-defined]
+    # Last: partitioning makes the node's copy (hpZ) anew, from the old value.
+    parameter.ds_secondary_tensor = None  # type: ignore[attr-defined]

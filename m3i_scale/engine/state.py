@@ -108,11 +108,12 @@ def buffer_shapes(model: nn.Module) -> dict[str, list[int]]:
 
 def _local_tensors(sharded: Sharded, world: World) -> Iterator[tuple[str, Tensor, Extent]]:
     """Key, view of the padded local shard and its extent, of everything a checkpoint holds."""
+    optimizer = sharded.engine.optimizer
     for name, parameter in shards.trained(sharded.model):
         own = extent(parameter.ds_numel, world.rank, world.size)  # type: ignore[attr-defined]
-        yield f"weight/{name}", shards.local_weight(parameter), own
+        yield f"weight/{name}", shards.local_weight(optimizer, parameter), own
         for moment in shards.MOMENTS:
-            yield f"{moment}/{name}", shards.local_moment(parameter, moment), own
+            yield f"{moment}/{name}", shards.local_moment(optimizer, parameter, moment), own
         average = _average_of(sharded, name)
         if average is not None:
             yield f"teacher/{name}", average, own

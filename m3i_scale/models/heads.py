@@ -38,7 +38,8 @@ class Temperature(nn.Module):
     def forward(self, scores: Tensor) -> tuple[Tensor, Tensor]:
         """Scores of any shape divided by tau, in float32; and tau itself, a scalar."""
         if self.log_scale is None:
-            scale = scores.new_tensor(self.fixed, dtype=torch.float32)
+            # Filled on the device: a tensor made of a number would be copied, and waited for.
+            scale = scores.new_full((), self.fixed, dtype=torch.float32)
         else:
             scale = self.log_scale.float().clamp(max=math.log(100)).exp()[0]
         return scores.float() * scale, 1 / scale.detach()

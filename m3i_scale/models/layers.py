@@ -6,6 +6,7 @@ third-party layer brings its own initialisation, the owner re-draws with `Module
 constructor, the one traversal that such contexts support.
 """
 
+from collections.abc import Iterator
 from functools import partial
 
 import torch
@@ -107,6 +108,16 @@ def drop_path_rates(rate: float, depth: int, schedule: str) -> list[float]:
     if schedule == "linear":
         return [rate * i / max(depth - 1, 1) for i in range(depth)]
     raise ValueError(f"drop_path_type={schedule!r}: must be 'linear' or 'uniform'")
+
+
+def residual_blocks(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Names and blocks of all Transformers and convolutional stages inside, by their list's name.
+
+    These are the units that checkpointing recomputes.
+    """
+    for name, block in module.named_modules():
+        if name.rpartition(".")[0].endswith(("blocks", "encoder.layer")):
+            yield name, block
 
 
 def run_block(

@@ -60,7 +60,7 @@ def position_share(predictions: Tensor) -> Tensor:
 def _centre(vectors: Tensor, present: Tensor | None) -> tuple[Tensor, Tensor]:
     """Deviations from the mean over the present samples, 0 elsewhere; and the number of samples."""
     if present is None:
-        return vectors - vectors.mean(0), vectors.new_tensor(float(len(vectors)))
+        return vectors - vectors.mean(0), vectors.new_full((), float(len(vectors)))
     weight = present.float().view(-1, *[1] * (vectors.dim() - 1))
     count = present.float().sum()
     mean = (vectors * weight).sum(0) / count.clamp(min=1)

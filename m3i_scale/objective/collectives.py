@@ -30,23 +30,44 @@ def rank_and_size() -> tuple[int, int]:
     return 0, 1
 
 
+def _gather_into(output: Tensor, local: Tensor) -> None:
+    """`all_gather` of equal parts into one tensor, by the name the installed torch has for it."""
+    collective = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+    collective(output, local)
+
+
+def _reduce_scatter_into(output: Tensor, whole: Tensor) -> None:
+    """Sum over ranks of equal parts; each rank gets its part."""
+    collective = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+    collective(output, whole)
+
+
+def gather_rows(local: Tensor) -> Tensor:
+    """Equal flat tensors (K,) of all ranks as (size, K), without gradient."""
+    _, size = rank_and_size()
+    if size == 1:
+        return local.view(1, -1)
+    table = local.new_empty(size, local.numel())
+    _gather_into(table.view(-1), local)
+    return table
+
+
 class _GatherWithGradient(torch.autograd.Function):
     @staticmethod
     def forward(ctx: torch.autograd.function.FunctionCtx, local: Tensor) -> Tensor:
         _, size = rank_and_size()
-        parts = [torch.empty_like(local) for _ in range(size)]
-        dist.all_gather(parts, local.contiguous())
-        ctx.rows = local.shape[0]  # type: ignore[attr-defined]
-        return torch.cat(parts)
+        local = local.contiguous()
+        whole = local.new_empty(size * local.shape[0], *local.shape[1:])
+        _gather_into(whole, local)
+        return whole
 
     @staticmethod
     def backward(ctx: torch.autograd.function.FunctionCtx, gradient: Tensor) -> Tensor:
         # Every rank's loss depends on this rank's rows: their gradients add up.
-        gradient = gradient.contiguous()
-        dist.all_reduce(gradient)
-        rows = ctx.rows  # type: ignore[attr-defined]
-        rank, _ = rank_and_size()
-        return gradient[rank * rows : (rank + 1) * rows]
+        _, size = rank_and_size()
+        own = gradient.new_empty(gradient.shape[0] // size, *gradient.shape[1:])
+        _reduce_scatter_into(own, gradient.contiguous())
+        return own
 
 
 def gather(local: Tensor) -> Tensor:

@@ -19,7 +19,7 @@ from m3i_scale.models.backbone import build_backbone
 from m3i_scale.models.category_head import CategoryHead
 from m3i_scale.models.heads import MLP, Temperature
 from m3i_scale.models.image_decoder import ImageDecoder
-from m3i_scale.models.layers import XavierLinear
+from m3i_scale.models.layers import XavierLinear, residual_blocks
 from m3i_scale.models.positions import relative_positions
 from m3i_scale.models.text_tower import TextTower
 from m3i_scale.objective.balance import GradientProbe
@@ -40,10 +40,12 @@ from m3i_scale.objective.roles import (
     view_of,
 )
 from m3i_scale.objective.terms import (
+    Candidates,
     Pair,
     Term,
     classification_term,
     collapse_figures,
+    gather_candidates,
     image_term,
     mean_term,
     softmax_term,
@@ -63,6 +65,7 @@ class Targets(NamedTuple):
 
     images: dict[tuple[str, View], Encoding]  # by (encoder, view)
     texts: Tensor | None  # (B, E), unit length
+    candidates: Candidates | None  # those of all ranks, where a text target asks for them
 
 
 class Encoder(nn.Module):
@@ -176,6 +179,27 @@ class M3I(nn.Module):
             self.teacher.eval()
         return self
 
+    def separate_teacher(self) -> nn.Module:
+        """Take the teacher out of the module tree; the forward pass goes on using it.
+
+        For an engine that shards what is in the tree and keeps the teacher's weights by itself.
+        """
+        teacher = self._modules.pop("teacher")
+        object.__setattr__(self, "teacher", teacher)
+        assert isinstance(teacher, nn.Module)
+        return teacher
+
+    def blocks_run_once(self) -> list[nn.Module]:
+        """Residual blocks that run exactly once with gradient in a forward pass.
+
+        Not the decoder's, which runs for every dense target, nor the student's where it makes
+        targets that carry a gradient.
+        """
+        parts = [self.text_tower] if hasattr(self, "text_tower") else []
+        if not self._trains_targets("student"):
+            parts.append(self.student.backbone)
+        return [block for part in parts for _, block in residual_blocks(part)]
+
     def forward(self, mixed: MixedBatch, supervised_weight: float = 1.0) -> dict[str, Tensor]:
         """The loss of one micro-batch of this rank, under "loss", and figures as (sum, count).
 
@@ -236,7 +260,18 @@ class M3I(nn.Module):
         texts = None
         if hasattr(self, "text_tower"):
             texts = normalise(self.text_tower(mixed.tokens, mixed.token_mask), "l2")
-        return Targets(images, texts)
+        return Targets(images, texts, self._text_candidates(texts, mixed))
+
+    def _text_candidates(self, texts: Tensor | None, mixed: MixedBatch) -> Candidates | None:
+        """The texts of all ranks, gathered once for all groups."""
+        likelihoods = [t.likelihood for t in self.objective.targets if t.representation == "text"]
+        wanted = any(
+            isinstance(likelihood, Boltzmann) and likelihood.candidates == "global"
+            for likelihood in likelihoods
+        )
+        if texts is None or not wanted:
+            return None
+        return gather_candidates(texts, mixed.has_text)
 
     def _encode(self, encoder: str, views: list[View], mixed: MixedBatch) -> list[Encoding]:
         """Encode clean views, all in one pass: sharded weights are gathered once."""
@@ -350,7 +385,10 @@ class M3I(nn.Module):
         assert texts is not None
         z_hat = self.predict_text(features, role)
         z, present = texts[role.sample], mixed.has_text[role.sample]
-        term = softmax_term(likelihood, z_hat, z, present, self.temperatures["text"])
+        gathered = targets.candidates and (targets.candidates, role.sample)
+        term = softmax_term(
+            likelihood, z_hat, z, present, self.temperatures["text"], gathered=gathered
+        )
         return term._replace(figures=term.figures | collapse_figures(z_hat, z, present))
 
     def _category_term(

@@ -105,6 +105,18 @@ def _gaussian_term(
     return Term(loss, {"loss": figure(loss)})
 
 
+class Candidates(NamedTuple):
+    """Targets of all ranks, gathered once for several groups."""
+
+    keys: Tensor  # (C, D)
+    exists: Tensor  # bool (C,)
+
+
+def gather_candidates(keys: Tensor, exists: Tensor) -> Candidates:
+    """Targets (B, D) of all ranks and which of them exist (B,); a collective, with gradient."""
+    return Candidates(gather(keys), gather(exists))
+
+
 def softmax_term(
     likelihood: Boltzmann,
     z_hat: Tensor,
@@ -112,9 +124,14 @@ def softmax_term(
     present: Tensor,
     temperature: nn.Module,
     queue: KeyQueue | None = None,
+    gathered: tuple[Candidates, Tensor] | None = None,
 ) -> Term:
-    """Boltzmann form; row r of z_hat (R, D) belongs to row r of z (R, D) where present (R,)."""
-    scores, exists, positive = _scores(likelihood, z_hat, z, present, queue)
+    """Boltzmann form; row r of z_hat (R, D) belongs to row r of z (R, D) where present (R,).
+
+    `gathered` are the candidates of all ranks, where they are known, and the row (R,) of each z
+    among those of this rank.
+    """
+    scores, exists, positive = _scores(likelihood, z_hat, z, present, queue, gathered)
     scores, tau = temperature(scores)  # (R, C)
     losses = boltzmann(
         scores, positive, candidate_exists=exists, label_smoothing=likelihood.label_smoothing
@@ -132,7 +149,12 @@ def softmax_term(
 
 
 def _scores(
-    likelihood: Boltzmann, z_hat: Tensor, z: Tensor, present: Tensor, queue: KeyQueue | None
+    likelihood: Boltzmann,
+    z_hat: Tensor,
+    z: Tensor,
+    present: Tensor,
+    queue: KeyQueue | None,
+    gathered: tuple[Candidates, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Scores (R, C) against the candidates, which of them exist (C,), and the own one's column."""
     everywhere = likelihood.candidates == "global"
@@ -140,11 +162,16 @@ def _scores(
         scores = (z_hat * z).sum(-1, keepdim=True)
         exists = torch.ones(1, dtype=torch.bool, device=z.device)
         columns = torch.zeros(len(z), dtype=torch.int64, device=z.device)
-    else:
-        candidates = gather(z) if everywhere else z
-        exists = gather(present) if everywhere else present
+    elif everywhere:
+        (candidates, exists), rows = gathered or (
+            gather_candidates(z, present),
+            torch.arange(len(z), device=z.device),
+        )
         scores = z_hat @ candidates.T
-        columns = own_columns(torch.arange(len(z), device=z.device), gathered=everywhere)
+        columns = own_columns(rows, gathered=True)
+    else:
+        scores, exists = z_hat @ z.T, present
+        columns = torch.arange(len(z), device=z.device)
     if queue is not None:
         scores = torch.cat([scores, z_hat @ queue.keys.to(z_hat.dtype).T], 1)
         exists = torch.cat([exists, queue.exists])
@@ -188,4 +215,6 @@ def collapse_figures(
 def figure(value: Tensor, count: int | Tensor = 1) -> Tensor:
     """A (sum, count) pair, so that means over ranks and steps are exact."""
     value = value.detach().float()
-    return torch.stack([value, torch.as_tensor(count, device=value.device).float()])
+    if not isinstance(count, Tensor):
+        count = torch.full_like(value, count)  # a tensor made of a number would wait for the GPU
+    return torch.stack([value, count.float()])

@@ -22,6 +22,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from m3i_scale.config import Config, Model
+from m3i_scale.models.layers import residual_blocks
 from m3i_scale.objective.collectives import alone
 from m3i_scale.objective.inputs import MixedBatch
 from m3i_scale.objective.m3i import M3I
@@ -114,14 +115,11 @@ class _Record:
                     Weight(f"{name}.{own}", name, parameter.numel(), parameter.requires_grad)
                 )
             self._watch(name, module)
-        for name, module in model.named_modules():
-            if name.rpartition(".")[0].endswith(("blocks", "encoder.layer")):
-                self._watch_block(name, module, recomputed=name.startswith(recomputed))
+        for name, module in residual_blocks(model):
+            self._watch_block(name, module, recomputed=name.startswith(recomputed))
 
     def run(self, forward: Callable[[], Any]) -> None:
         """Record one forward pass."""
-        if hasattr(self._model, "text_tower"):
-            self._model.text_tower.bert.register_forward_pre_hook(_forget_mask, with_kwargs=True)
         keep = torch.autograd.graph.saved_tensors_hooks(self._keep, lambda tensor: tensor)
         with self._counter, keep:
             forward()
@@ -298,11 +296,6 @@ def _operators(kernels: bool) -> Iterator[None]:
         yield
     finally:
         set_backend(before)
-
-
-def _forget_mask(_: nn.Module, inputs: Any, named: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-    """Pre-forward hook: take texts as unpadded; of a mask, BERT would look at the values."""
-    return inputs, named | {"attention_mask": None}
 
 
 def _strip(options: dict[str, Any]) -> dict[str, Any]:

@@ -64,13 +64,16 @@ def open_small(
 
 
 def full_weights(run: loop.Run) -> dict[str, torch.Tensor]:
-    """All parameters in full, gathered (a collective)."""
+    """All parameters in full, gathered (a collective), a whole teacher's among them."""
     import deepspeed
 
     weights = {}
     for name, parameter in run.sharded.model.named_parameters():
         with deepspeed.zero.GatheredParameters([parameter]):
             weights[name] = parameter.detach().clone()
+    if run.sharded.teacher is not None and run.config.engine.teacher == "whole":
+        for name, parameter in run.sharded.teacher.teacher.named_parameters():
+            weights[f"teacher.{name}"] = parameter.detach().clone()
     return weights
 
 
