@@ -13,7 +13,7 @@ from torch import nn
 
 from m3i_scale.cluster.launch import World
 from m3i_scale.config import Config, ConfigError, Zero
-from m3i_scale.engine import coalesced, shards
+from m3i_scale.engine import quick, shards
 from m3i_scale.engine.momentum import Momentum, ShardedTeacher, WholeMomentum, start_equal
 from m3i_scale.engine.schedules import BatchSplit
 from m3i_scale.objective.m3i import M3I
@@ -92,7 +92,7 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, An
 def build(config: Config, world: World, split: BatchSplit) -> Sharded:
     """Construct the networks partitioned from the start, and the engine around them."""
     settings = deepspeed_config(config, split)
-    coalesced.install()
+    quick.prepare()
     # The same weights whatever the number of ranks: all ranks draw the same, and keep their slice.
     with torch.random.fork_rng(devices=[world.device] if world.device.type == "cuda" else []):
         torch.manual_seed(config.seed)
@@ -112,6 +112,7 @@ def build(config: Config, world: World, split: BatchSplit) -> Sharded:
     # DeepSpeed gathers these one by one after every step. Left alone they are gathered with the
     # blocks that need them first, and stay.
     engine.optimizer.persistent_parameters = []
+    quick.finish(model)
     shards.share_weights(engine.optimizer)
     shards.create_adam_state(engine.optimizer)
     engine.train()

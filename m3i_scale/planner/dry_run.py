@@ -15,14 +15,25 @@ def state_memory(run: Run) -> dict[str, int]:
     ranks = run.world.size
     width = DTYPES[run.config.engine.precision].itemsize
     trained = _elements(run.sharded.model, trained=True)
-    frozen = _elements(run.sharded.model, trained=False)
     return {
         "weights": trained * width // ranks,
         "fp32 master weights": trained * 4 // ranks if width < 4 else 0,
         "gradients (fp32)": trained * 4 // ranks,
         "Adam moments (fp32)": trained * 8 // ranks,
-        "teacher": frozen * width // ranks,
-        "teacher averages (fp32)": frozen * 4 // ranks,
+        **_teacher_memory(run),
+    }
+
+
+def _teacher_memory(run: Run) -> dict[str, int]:
+    teacher = getattr(run.sharded.model, "teacher", None)
+    if teacher is None:
+        return {}
+    weights = sum(_numel(p) for p in teacher.parameters())
+    width = DTYPES[run.config.engine.precision].itemsize
+    copies = run.world.size if run.config.engine.teacher == "sharded" else 1
+    return {
+        f"teacher ({run.config.engine.teacher})": weights * width // copies,
+        "teacher averages (fp32)": 4 * weights // run.world.size,
     }
 
 
@@ -34,7 +45,10 @@ def describe(run: Run, sources: dict[str, dict[str, int | float | str]]) -> str:
 def _networks(run: Run) -> Iterator[str]:
     model = run.sharded.model
     yield f"networks ({run.config.model.backbone.name}, tokens {model.grid[0]} x {model.grid[1]})"
-    for name, part in model.named_children():
+    parts = dict(model.named_children())
+    if hasattr(model, "teacher"):
+        parts["teacher"] = model.teacher  # a whole teacher is no child
+    for name, part in parts.items():
         count = sum(_numel(p) for p in part.parameters())
         if count:
             yield f"  {name:24s} {count / 1e6:12.3f} M"
@@ -46,7 +60,7 @@ def _memory(run: Run) -> Iterator[str]:
     precision = run.config.engine.precision
     yield f"memory per rank on {run.world.size} ranks in {precision}, without activations"
     for kind, size in {**kinds, "in all": sum(kinds.values())}.items():
-        yield f"  {kind:24s} {size / 2**30:12.3f} GiB"
+        yield f"  {kind:26s} {size / 2**30:12.3f} GiB"
 
 
 def _length(run: Run) -> Iterator[str]:

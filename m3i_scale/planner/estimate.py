@@ -157,7 +157,8 @@ def make_plan(
     )
     deepspeed = deepspeed_config(config, batch)
     widths = Widths.of(config, deepspeed)
-    state = state_memory(traced.weights, cluster.ranks, widths, deepspeed)
+    whole = config.engine.teacher == "whole"
+    state = state_memory(traced.weights, cluster.ranks, widths, deepspeed, whole=whole)
     offloaded = (memory.MASTER, memory.MOMENTS, memory.GRADIENTS)
     host = {k: state.pop(k) for k in offloaded if config.engine.zero.offload_optimizer}
     flow = step_flow(config, traced, cluster.ranks, batch, deepspeed, checkpointed=checkpointed)
@@ -182,7 +183,10 @@ def make_plan(
         state=state,
         host=host,
         passing=passing,
-        update=0 if host else min(group, owned) * widths.master,
+        update=max(
+            0 if host else min(group, owned) * widths.master,
+            refresh_size(config, traced.weights, cluster.ranks) * widths.compute,
+        ),
         flow=flow,
         waiting_parameters=flow.waiting * widths.compute,
         flops=flops_of(traced),
@@ -228,21 +232,29 @@ def averaged_weights(weights: list[Weight]) -> list[Weight]:
     ]
 
 
+def refresh_size(config: Config, weights: list[Weight], ranks: int) -> int:
+    """Elements of all ranks' shards of a whole teacher, which are gathered after every step."""
+    if config.engine.teacher == "sharded" or ranks == 1:
+        return 0
+    return sum(ranks * shard(w.elements, ranks) for w in averaged_weights(weights))
+
+
 def state_memory(
-    weights: list[Weight], ranks: int, widths: Widths, deepspeed: dict[str, Any]
+    weights: list[Weight], ranks: int, widths: Widths, deepspeed: dict[str, Any], *, whole: bool
 ) -> dict[str, float]:
-    """Bytes per rank of what lives as long as the run, by the kinds of `memory.held_memory`."""
+    """Bytes per rank of what lives as long as the run, by the kinds of `memory.held_memory`.
+
+    `whole`: the teacher is.
+    """
     zero = deepspeed["zero_optimization"]
     owned = sum(shard(w.elements, ranks) for w in weights if w.trained)
-    frozen = sum(shard(w.elements, ranks) for w in weights if not w.trained)
+    frozen = sum(
+        shard(w.elements, ranks) * (ranks if whole and w.name.startswith("teacher.") else 1)
+        for w in weights
+        if not w.trained
+    )
     averaged = sum(shard(w.elements, ranks) for w in averaged_weights(weights))
     threshold, hpz = zero["stage3_param_persistence_threshold"], zero["zero_hpz_partition_size"]
-    # The teacher's small parameters are partitioned again whenever they are written.
-    kept = sum(
-        ranks * shard(w.elements, ranks)
-        for w in weights
-        if w.elements <= threshold and not w.name.startswith("teacher.")
-    )
     state: dict[str, float] = {
         memory.PARAMETERS: owned * widths.compute,
         memory.MASTER: owned * widths.master if widths.master != widths.compute else 0,
@@ -251,10 +263,10 @@ def state_memory(
         memory.ENCODER: frozen * widths.compute,
         memory.AVERAGES: 4 * averaged,
         memory.BUFFERS: zero["reduce_bucket_size"] * widths.reduced,
-        memory.GATHERED: kept * widths.compute if ranks > 1 else 0,
     }
     if hpz > 1:
-        large = (w.elements for w in weights if w.elements > threshold)
+        gathered = (w for w in weights if not (whole and w.name.startswith("teacher.")))
+        large = (w.elements for w in gathered if w.elements > threshold)
         state[HPZ] = sum(shard(elements, hpz) for elements in large) * widths.compute
     return state
 
@@ -291,10 +303,14 @@ def step_flow(
         return Flow([])
     settings, widths = Settings.of(deepspeed), Widths.of(config, deepspeed)
     hpz = deepspeed["zero_optimization"]["zero_hpz_partition_size"]
-    replay = Replay(traced.weights, uses(traced, checkpointed=checkpointed), settings, hpz=hpz > 1)
-    small = {w.name for w in traced.weights if w.elements <= settings.persistence_threshold}
-    first = replay.micro_step({name for name in small if not name.startswith("teacher.")})
-    later = replay.micro_step(small)
+    whole = config.engine.teacher == "whole"
+    weights = [w for w in traced.weights if not (whole and w.name.startswith("teacher."))]
+    steps = uses(traced, checkpointed=checkpointed, teacher=not whole)
+    replay = Replay(weights, steps, settings, traced=traced, hpz=hpz > 1)
+    small = {w.name: w.elements for w in weights if w.elements <= settings.persistence_threshold}
+    # Gathered by the first micro-step, small parameters stay until the update.
+    first, later = replay.micro_step(set()), replay.micro_step(set(small))
+    kept = sum(small.values()) if batch.accumulation > 1 else 0
     times = batch.accumulation - 1
     found: list[Traffic] = []
 
@@ -312,8 +328,10 @@ def step_flow(
         )
         gather(phase, sizes, ranks, local=False)
         gather(f"{phase}, inside nodes", inside, hpz, local=True)
-    sizes = Counter(w.elements for w in traced.weights if w.name in small)
-    gather("small parameters after the update", sizes, ranks, local=False)
+    refreshed = refresh_size(config, traced.weights, ranks)
+    gather("teacher after the update", Counter(), ranks, local=False)
+    size = refreshed * widths.compute
+    found[-1] = found[-1]._replace(size=size, sent=size * (ranks - 1) / ranks)
 
     reduced = sum(ranks * shard(w.elements, ranks) for w in traced.weights if w.trained)
     size = batch.accumulation * reduced * widths.reduced
@@ -323,11 +341,11 @@ def step_flow(
     found += _contrast(config, traced, ranks, batch)
     bucket = int(deepspeed["zero_optimization"]["reduce_bucket_size"])
     buckets = batch.accumulation * math.ceil(reduced / bucket)
-    collectives = first.collectives + times * later.collectives + buckets + 1
+    collectives = first.collectives + times * later.collectives + buckets + bool(refreshed)
     return Flow(
         [t for t in found if t.size],
         collectives,
-        max(first.live, later.live),
+        max(first.live, later.live + kept),
         max(first.at_turn, later.at_turn),
     )
 
@@ -335,6 +353,7 @@ def step_flow(
 def _contrast(config: Config, traced: Trace, ranks: int, batch: BatchSplit) -> Iterator[Traffic]:
     """Targets that are gathered from all ranks for a softmax, and their gradients."""
     gathered = reduced = 0.0
+    texts = False  # were gathered for another group
     for target in config.objective.targets:
         likelihood = target.likelihood
         if not isinstance(likelihood, Boltzmann) or likelihood.candidates != "global":
@@ -343,12 +362,14 @@ def _contrast(config: Config, traced: Trace, ranks: int, batch: BatchSplit) -> I
             continue
         rows = ranks * batch.micro * batch.accumulation * (traced.tokens if target.dense else 1)
         size = 4 * rows * _target_width(config, traced, target)
-        carries = target.representation == "text"  # image targets carry no gradient
-        gathered += size * (1 + likelihood.symmetric) + rows
-        reduced += size * (carries + likelihood.symmetric)
+        text = target.representation == "text"  # image targets carry no gradient
+        once = 0 if text and texts else 1
+        gathered += once * (size + rows) + size * likelihood.symmetric
+        reduced += size * (once * text + likelihood.symmetric)
+        texts = texts or text
     share = (ranks - 1) / ranks
     yield Traffic("all-gather, targets of the softmax", gathered, gathered * share, local=False)
-    yield Traffic("all-reduce, their gradients", reduced, 2 * reduced * share, local=False)
+    yield Traffic("reduce-scatter, their gradients", reduced, reduced * share, local=False)
 
 
 def _target_width(config: Config, traced: Trace, target: Target) -> int:

@@ -61,13 +61,23 @@ class Gathers:
     at_turn: int = 0  # elements alive between forward and backward
 
 
-def uses(traced: Trace, *, checkpointed: bool | None = None) -> list[Use]:
+def uses(traced: Trace, *, checkpointed: bool | None = None, teacher: bool = True) -> list[Use]:
     """One micro-step: the forward pass, and the backward pass with what it recomputes.
 
-    `checkpointed` None follows the configuration. A backward pass runs through the modules in the
-    opposite order; the one of a checkpointed block begins with its forward pass.
+    `checkpointed` None follows the configuration; `teacher` False leaves out the teacher,
+    which is not ZeRO's where it is whole. A backward pass runs through the modules in the opposite
+    order; the one of a checkpointed block begins with its forward pass, which ends before the block
+    is left. Inside of a leaf nothing is gathered or released.
     """
-    forward = [Use(call.module, call.enter, "forward") for call in traced.calls]
+    watched = [teacher or not c.module.startswith("teacher.") for c in traced.calls]
+    watched = [
+        w and leaf_of(c.module, traced) is None for w, c in zip(watched, traced.calls, strict=True)
+    ]
+    forward = [
+        Use(call.module, call.enter, "forward")
+        for call, counts in zip(traced.calls, watched, strict=True)
+        if counts
+    ]
     blocks = {
         block.calls.stop - 1: block.calls
         for block in traced.blocks
@@ -77,24 +87,41 @@ def uses(traced: Trace, *, checkpointed: bool | None = None) -> list[Use]:
     for position in reversed(range(len(traced.calls))):
         call = traced.calls[position]
         if position in blocks:
-            again = (traced.calls[p] for p in blocks[position])
-            backward += [Use(c.module, c.enter, "backward") for c in again]
-        if call.grad:
+            again = [p for p in blocks[position] if watched[p]]
+            if call.module in traced.leaves:
+                again.remove(position)
+            backward += [
+                Use(traced.calls[p].module, traced.calls[p].enter, "backward") for p in again
+            ]
+        if call.grad and watched[position]:
             backward.append(Use(call.module, not call.enter, "backward"))
     return forward + backward
+
+
+def leaf_of(module: str, traced: Trace) -> str | None:
+    """The leaf that a module lies in, itself not counted."""
+    parts = module.split(".")
+    outer = (".".join(parts[:n]) for n in range(1, len(parts)))
+    return next((name for name in outer if name in traced.leaves), None)
 
 
 class Replay:
     """The coordinator's state while it goes through the uses of one micro-step."""
 
     def __init__(
-        self, weights: list[Weight], steps: list[Use], settings: Settings, *, hpz: bool = False
+        self,
+        weights: list[Weight],
+        steps: list[Use],
+        settings: Settings,
+        *,
+        traced: Trace,
+        hpz: bool = False,
     ) -> None:
         self._settings, self._steps, self._hpz = settings, steps, hpz
         self._sizes = {w.name: w.elements for w in weights}
         self._of: dict[str, list[str]] = defaultdict(list)
         for weight in weights:
-            self._of[weight.module].append(weight.name)
+            self._of[leaf_of(weight.module, traced) or weight.module].append(weight.name)
         self._persistent = {w.name for w in weights if w.elements <= settings.persistence_threshold}
         order = [use.module for use in steps if use.fetch]
         self._order = [

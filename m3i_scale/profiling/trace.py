@@ -66,6 +66,7 @@ class Trace:
     weights: list[Weight] = field(default_factory=list)
     calls: list[Call] = field(default_factory=list)
     blocks: list[Block] = field(default_factory=list)
+    leaves: set[str] = field(default_factory=set)  # modules that ZeRO gathers as one
     outside: float = 0.0  # bytes per sample that autograd keeps outside of blocks
     width: int = 0  # of the features
     tokens: int = 0  # of one image
@@ -115,6 +116,8 @@ class _Record:
                     Weight(f"{name}.{own}", name, parameter.numel(), parameter.requires_grad)
                 )
             self._watch(name, module)
+        whole = {id(block) for block in model.blocks_run_once()}
+        self.trace.leaves = {name for name, m in model.named_modules() if id(m) in whole}
         for name, module in residual_blocks(model):
             self._watch_block(name, module, recomputed=name.startswith(recomputed))
 

@@ -1,0 +1,74 @@
+"""What DeepSpeed's ZeRO-3 does in Python again and again with the same result, done once.
+
+A step of InternImage-H visits some thousand modules and parameters; at every one DeepSpeed (0.19)
+asks which rank it is before it prints nothing, walks through submodules for a list that never
+changes, opens NVTX ranges, and inspects signatures. None of this changes a value. Collectives are
+the subject of `coalesced`.
+"""
+
+from __future__ import annotations
+
+import inspect
+import itertools
+from collections.abc import Iterable
+from typing import Any
+
+from deepspeed.runtime.zero import (
+    linear,
+    parameter_offload,
+    partition_parameters,
+    partitioned_param_coordinator,
+    stage3,
+)
+from deepspeed.utils import nvtx
+from torch import nn
+
+from m3i_scale.engine import coalesced
+
+_ALL = "_all_parameters"  # attribute of a module, once its parameters were listed
+
+
+def prepare() -> None:
+    """Before the networks are built: replace what costs time at every module or parameter."""
+    coalesced.install()
+    nvtx.enable_nvtx = False
+    for module in (partition_parameters, partitioned_param_coordinator, parameter_offload, stage3):
+        if hasattr(module, "print_rank_0"):
+            module.print_rank_0 = _print_if_asked
+        if hasattr(module, "iter_params"):
+            module.iter_params = _parameters
+    _remember_signature(linear.LinearFunctionForZeroStage3)
+
+
+def finish(model: nn.Module) -> None:
+    """After `deepspeed.initialize`: its hooks are there, their signatures will not change."""
+    for module in model.modules():
+        for name in ("pre_bwd_fn", "post_bwd_fn"):
+            if name in module.__dict__:
+                _remember_signature(module.__dict__[name])
+
+
+def _remember_signature(function: Any) -> None:
+    """Of an autograd function, which torch inspects at every call."""
+    function.forward.__signature__ = inspect.signature(function.forward)
+
+
+def _print_if_asked(message: Any, debug: bool = False, force: bool = False) -> None:
+    """`print_rank_0`, which asks for the rank even where there is nothing to print."""
+    if debug or force:
+        _print_rank_0(message, debug=debug, force=force)
+
+
+_print_rank_0 = partition_parameters.print_rank_0
+
+
+def _parameters(module: nn.Module, recurse: bool = False) -> Iterable[nn.Parameter]:
+    """`iter_params`: a module's parameters, with those inside or not, and registered others."""
+    if recurse:
+        own = module.__dict__.get(_ALL)
+        if own is None:
+            own = module.__dict__[_ALL] = tuple(module.parameters())
+    else:
+        own = [p for p in module._parameters.values() if p is not None]
+    others: dict[str, Any] = module.__dict__.get("_external_params") or {}
+    return itertools.chain(own, others.values())
