@@ -3,7 +3,7 @@
 A step of InternImage-H visits some thousand modules and parameters; at every one DeepSpeed (0.19)
 asks which rank it is before it prints nothing, walks through submodules for a list that never
 changes, opens NVTX ranges, and inspects signatures. None of this changes a value. Collectives are
-the subject of `coalesced`.
+the subject of `coalesced`, linear layers that of `linear`.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ from collections.abc import Iterable
 from typing import Any
 
 from deepspeed.runtime.zero import (
-    linear,
     parameter_offload,
     partition_parameters,
     partitioned_param_coordinator,
@@ -23,7 +22,7 @@ from deepspeed.runtime.zero import (
 from deepspeed.utils import nvtx
 from torch import nn
 
-from m3i_scale.engine import coalesced
+from m3i_scale.engine import coalesced, linear
 
 _ALL = "_all_parameters"  # attribute of a module, once its parameters were listed
 
@@ -37,7 +36,7 @@ def prepare() -> None:
             module.print_rank_0 = _print_if_asked
         if hasattr(module, "iter_params"):
             module.iter_params = _parameters
-    _remember_signature(linear.LinearFunctionForZeroStage3)
+    partition_parameters.zero3_linear_wrap = linear.linear
 
 
 def finish(model: nn.Module) -> None:
