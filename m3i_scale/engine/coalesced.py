@@ -21,7 +21,7 @@ from torch import Tensor
 
 log = logging.getLogger("m3i")
 
-_Handle = partition_parameters.AllGatherCoalescedHandle
+_Handle: Any = partition_parameters.AllGatherCoalescedHandle
 
 
 def install() -> None:
@@ -80,8 +80,10 @@ def _fill(table: Tensor, row: Tensor) -> None:
         table[full, : row.numel() - full * width].copy_(row[full * width :])
 
 
-class RowsHandle(_Handle):  # type: ignore[misc]
+class RowsHandle(_Handle):
     """A coalesced all-gather under way; `wait` puts the parameters together."""
+
+    complete: bool
 
     def wait(self, handle_dependency: bool = True) -> None:
         """Wait for the data, and give every parameter its whole tensor."""

@@ -195,9 +195,9 @@ class M3I(nn.Module):
         Not the decoder's, which runs for every dense target, nor the student's where it makes
         targets that carry a gradient.
         """
-        parts = [self.text_tower] if hasattr(self, "text_tower") else []
+        parts: list[nn.Module] = [self.text_tower] if hasattr(self, "text_tower") else []
         if not self._trains_targets("student"):
-            parts.append(self.student.backbone)
+            parts.append(self.student.get_submodule("backbone"))
         return [block for part in parts for _, block in residual_blocks(part)]
 
     def forward(self, mixed: MixedBatch, supervised_weight: float = 1.0) -> dict[str, Tensor]:
