@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 
 from m3i_scale.config import ConfigError
+from m3i_scale.engine.numerics import prepare_allocator
 
 log = logging.getLogger("m3i")
 
@@ -127,6 +128,7 @@ def start(device: str, precision: str, seed: int, timeout_minutes: float) -> Wor
     # would wait for it for ever.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     if chosen.type == "cuda":
+        prepare_allocator()
         torch.cuda.set_device(chosen)
     deepspeed.init_distributed(
         dist_backend="nccl" if chosen.type == "cuda" else "gloo",

@@ -181,11 +181,13 @@ class Engine(Node):
 
     `teacher`: the teacher's weights, whole on every GPU (2 bytes a parameter in bf16, one
     all-gather a step) or sharded by ZeRO-3 like the student's (least memory; gathered block by
-    block whenever it runs). Values and checkpoints are the same.
+    block whenever it runs). Values and checkpoints are the same. `deterministic`: steps and resumed
+    runs are equal bit for bit on GPUs too, at some cost in speed (on CPUs they always are).
     """
 
     precision: Literal["bf16", "fp16", "fp32"] = "bf16"
     teacher: Literal["whole", "sharded"] = "whole"
+    deterministic: bool = False
     device: Literal["auto", "cpu", "cuda"] = "auto"
     kernels: Literal["auto", "triton", "reference"] = "auto"
     zero: Zero = Zero()

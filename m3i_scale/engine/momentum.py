@@ -50,10 +50,9 @@ class Momentum(ABC):
     @torch.no_grad()
     def update(self, coefficient: float) -> None:
         """Apply the rule with `m = coefficient`; call it after every real optimiser step."""
-        students = self._students
-        first = students[0]
-        if (first.dtype, first.device) != (self._flat.dtype, self._flat.device):
-            students = [s.to(self._flat.device, torch.float32, non_blocking=True) for s in students]
+        # Copies of what is offloaded or not in fp32, the views themselves otherwise.
+        place = self._flat.device
+        students = [s.to(place, torch.float32, non_blocking=True) for s in self._students]
         torch._foreach_lerp_(list(self.averages.values()), students, 1 - coefficient)
         self.publish()
 

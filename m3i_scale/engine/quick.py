@@ -10,9 +10,10 @@ from __future__ import annotations
 
 import inspect
 import itertools
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
+from deepspeed.accelerator import get_accelerator
 from deepspeed.runtime.zero import (
     parameter_offload,
     partition_parameters,
@@ -39,12 +40,25 @@ def prepare() -> None:
     partition_parameters.zero3_linear_wrap = linear.linear
 
 
-def finish(model: nn.Module) -> None:
-    """After `deepspeed.initialize`: its hooks are there, their signatures will not change."""
+def finish(zero_optimizer: Any, model: nn.Module) -> None:
+    """After `deepspeed.initialize`: its hooks and its streams are there."""
     for module in model.modules():
         for name in ("pre_bwd_fn", "post_bwd_fn"):
             if name in module.__dict__:
                 _remember_signature(module.__dict__[name])
+    stream = zero_optimizer.reduce_and_partition_stream
+    # Offloaded gradients are read by the host, which has to wait for them.
+    if stream is not None and not zero_optimizer.offload_optimizer:
+        order_by_device(stream, get_accelerator().current_stream)
+
+
+def order_by_device(stream: Any, current: Callable[[], Any]) -> None:
+    """Where the host would wait for a stream, let the current stream wait for it instead.
+
+    DeepSpeed waits so at the end of every backward pass for the last gradients, which the device
+    alone goes on to use.
+    """
+    stream.synchronize = lambda: current().wait_stream(stream)
 
 
 def _remember_signature(function: Any) -> None:

@@ -15,6 +15,7 @@ from m3i_scale.cluster.launch import World
 from m3i_scale.config import Config, ConfigError, Zero
 from m3i_scale.engine import quick, shards
 from m3i_scale.engine.momentum import Momentum, ShardedTeacher, WholeMomentum, start_equal
+from m3i_scale.engine.numerics import set_numerics
 from m3i_scale.engine.schedules import BatchSplit
 from m3i_scale.objective.m3i import M3I
 
@@ -48,7 +49,14 @@ def deepspeed_config(config: Config, split: BatchSplit) -> dict[str, Any]:
     }
     if precision != "fp32":
         generated[precision] = {"enabled": True}
-    return _merge(generated, config.engine.zero.extra)
+    settings = _merge(generated, config.engine.zero.extra)
+    offload = settings["zero_optimization"].get("offload_optimizer") or {}
+    if offload.get("device") == "nvme":
+        raise ConfigError(
+            "engine.zero.extra offloads the optimizer to NVMe: its states would be missing in "
+            "checkpoints; offload to the host's memory with engine.zero.offload_optimizer=true"
+        )
+    return settings
 
 
 def _zero_section(zero: Zero) -> dict[str, Any]:
@@ -92,6 +100,7 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, An
 def build(config: Config, world: World, split: BatchSplit) -> Sharded:
     """Construct the networks partitioned from the start, and the engine around them."""
     settings = deepspeed_config(config, split)
+    set_numerics(deterministic=config.engine.deterministic)
     quick.prepare()
     # The same weights whatever the number of ranks: all ranks draw the same, and keep their slice.
     with torch.random.fork_rng(devices=[world.device] if world.device.type == "cuda" else []):
@@ -112,7 +121,7 @@ def build(config: Config, world: World, split: BatchSplit) -> Sharded:
     # DeepSpeed gathers these one by one after every step. Left alone they are gathered with the
     # blocks that need them first, and stay.
     engine.optimizer.persistent_parameters = []
-    quick.finish(model)
+    quick.finish(engine.optimizer, model)
     shards.share_weights(engine.optimizer)
     shards.create_adam_state(engine.optimizer)
     engine.train()

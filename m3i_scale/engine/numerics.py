@@ -1,0 +1,45 @@
+"""How the device computes: precision, determinism, memory formats, allocator; set here, with reasons.
+
+| setting | value | why |
+| --- | --- | --- |
+| allocator | `expandable_segments:True` | gathered parameters come in all sizes; whole pages that can be joined leave no holes between them |
+| float32 products | full ("highest") | the networks run in bf16; what is left in float32 are losses and, with `engine.precision: fp32`, all that was asked for in fp32 |
+| convolutions in float32 | full, no TF32 | the same |
+| `cudnn.benchmark` | on, unless deterministic | shapes never change within a run, so that the fastest algorithm is searched once |
+| memory format | (N, H, W, C), views of it where a convolution wants (N, C, H, W) | the blocks of InternImage work on (N, H, W, C): nothing is transposed |
+| `engine.deterministic` | off | steps and resumed runs are then equal bit for bit on CPUs only: on GPUs atomics add in another order each time |
+"""  # noqa: E501  rows of a table
+
+from __future__ import annotations
+
+import os
+
+import torch
+
+ALLOCATOR = "expandable_segments:True"
+CUBLAS = ":4096:8"  # of the two settings with which cuBLAS is deterministic, the faster one
+
+
+def prepare_allocator() -> None:
+    """Before the first tensor on a GPU: choose how memory is cut; what the user has set stays."""
+    if not {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"} & os.environ.keys():
+        os.environ["PYTORCH_CUDA_ALLOC_CONF"] = ALLOCATOR
+
+
+def set_numerics(*, deterministic: bool) -> None:
+    """Before the networks are built: set everything else of this module's table.
+
+    With `deterministic`, the same steps give the same bits on the same number and kind of GPUs:
+    DCNv3 sums in integers, `gather` and indexing add in a fixed order, cuDNN and cuBLAS choose
+    deterministic algorithms. An operator that has no deterministic form raises and is named.
+    """
+    torch.set_float32_matmul_precision("highest")
+    torch.backends.cudnn.allow_tf32 = False
+    torch.backends.cudnn.benchmark = not deterministic
+    torch.backends.cudnn.deterministic = deterministic
+    # The kernels of this project ask torch for this mode.
+    torch.use_deterministic_algorithms(deterministic)
+    # It would also fill every empty tensor: a cost, and what is read is written before.
+    torch.utils.deterministic.fill_uninitialized_memory = False
+    if deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", CUBLAS)
