@@ -69,7 +69,7 @@ PARTS = {
         "_post_step": "post-step",
         "step": "rest of ZeRO's step",
     },
-    "m3i_scale.engine.momentum:Momentum": {"update": "EMA"},
+    "m3i_scale.engine.momentum:Teacher": {"update": "EMA"},
     "m3i_scale.engine.metrics:Figures": {"reduce": "figures"},
     "deepspeed.runtime.engine:DeepSpeedEngine": {
         "forward": "forward",

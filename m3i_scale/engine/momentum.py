@@ -1,9 +1,9 @@
-"""The teacher (teacher) of the sharded student: its averages, and its weights.
+"""The teacher of the sharded student: its averages, and its weights.
 
 The averages `theta' <- m theta' + (1 - m) theta` are kept in fp32, because with m close to one
 nearly every update of a bf16 average would round to nothing. Each rank holds those of its own
 slices and moves them without communication. The weights that the forward pass uses are these
-averages in compute precision, either whole on every rank (`WholeMomentum`) or partitioned like the
+averages in compute precision, either whole on every rank (`WholeTeacher`) or partitioned like the
 student (`ShardedTeacher`); the values are the same, and so are the checkpoints.
 """
 
@@ -19,7 +19,7 @@ from m3i_scale.engine import shards
 from m3i_scale.objective.collectives import gather_rows
 
 
-class Momentum(ABC):
+class Teacher(ABC):
     """Averages of the student's shards; `publish` writes them into the teacher's weights.
 
     Args:
@@ -61,7 +61,7 @@ class Momentum(ABC):
         """Write the averages into the teacher's weights."""
 
 
-class ShardedTeacher(Momentum):
+class ShardedTeacher(Teacher):
     """The teacher is partitioned by ZeRO-3, and gathered block by block when it runs."""
 
     def __init__(
@@ -82,7 +82,7 @@ class ShardedTeacher(Momentum):
             torch.cuda.current_stream().synchronize()
 
 
-class WholeMomentum(Momentum):
+class WholeTeacher(Teacher):
     """The teacher is whole on every rank, outside of ZeRO; one all-gather renews its weights.
 
     `teacher` must not be a part of the module that DeepSpeed drives. Its parameters, partitioned by

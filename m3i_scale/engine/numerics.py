@@ -40,6 +40,6 @@ def set_numerics(*, deterministic: bool) -> None:
     # The kernels of this project ask torch for this mode.
     torch.use_deterministic_algorithms(deterministic)
     # It would also fill every empty tensor: a cost, and what is read is written before.
-    torch.utils.deterministic.fill_uninitialized_memory = False
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     if deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", CUBLAS)

@@ -14,7 +14,7 @@ from torch import nn
 from m3i_scale.cluster.launch import World
 from m3i_scale.config import Config, ConfigError, Zero
 from m3i_scale.engine import quick, shards
-from m3i_scale.engine.momentum import Momentum, ShardedTeacher, WholeMomentum, start_equal
+from m3i_scale.engine.momentum import ShardedTeacher, Teacher, WholeTeacher, start_equal
 from m3i_scale.engine.numerics import set_numerics
 from m3i_scale.engine.schedules import BatchSplit
 from m3i_scale.objective.m3i import M3I
@@ -27,7 +27,7 @@ class Sharded(NamedTuple):
 
     engine: deepspeed.DeepSpeedEngine
     model: M3I
-    teacher: Momentum | None
+    teacher: Teacher | None
 
 
 def deepspeed_config(config: Config, split: BatchSplit) -> dict[str, Any]:
@@ -107,11 +107,11 @@ def build(config: Config, world: World, split: BatchSplit) -> Sharded:
         torch.manual_seed(config.seed)
         with deepspeed.zero.Init(config_dict_or_path=settings):
             model = _networks(config)
-    kind: type[Momentum] = ShardedTeacher if config.engine.teacher == "sharded" else WholeMomentum
-    teacher = None
+    kind: type[Teacher] = ShardedTeacher if config.engine.teacher == "sharded" else WholeTeacher
+    copy = None
     if hasattr(model, "teacher"):
         start_equal(model.student, model.teacher)
-        teacher = model.separate_teacher() if kind is WholeMomentum else model.teacher
+        copy = model.separate_teacher() if kind is WholeTeacher else model.teacher
     _gather_blocks_at_once(model)
     engine, _, _, _ = deepspeed.initialize(
         model=model,
@@ -126,8 +126,8 @@ def build(config: Config, world: World, split: BatchSplit) -> Sharded:
     shards.create_adam_state(engine.optimizer)
     engine.train()
     teacher = None
-    if teacher is not None:
-        teacher = kind(engine.optimizer, model.student, teacher, world.device)
+    if copy is not None:
+        teacher = kind(engine.optimizer, model.student, copy, world.device)
     return Sharded(engine, model, teacher)
 
 
