@@ -9,10 +9,17 @@ import argparse
 import importlib
 import json
 import os
+import re
+import signal
 import sys
+import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from types import FrameType
 from typing import TYPE_CHECKING, Any
+
+from m3i_scale import paths
+from m3i_scale.arguments import count, count_or_zero
 
 if TYPE_CHECKING:
     from m3i_scale.config import Config
@@ -48,21 +55,88 @@ ELSEWHERE = {
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command, and turn what a user can mend into one sentence."""
     words = sys.argv[1:] if arguments is None else list(arguments)
-    options = build_parser(words).parse_args(words)
+    traceback = "--traceback" in words
+    stop = _Interrupt()
     try:
+        options = parse([word for word in words if word != "--traceback"])
         return int(options.run(options))
-    except KeyboardInterrupt:
-        return 130
-    except Exception as error:
-        if options.traceback or not _is_for_users(error):
+    except BaseException as error:
+        if stop.came:  # as what it arrives depends on what it interrupted
+            print("interrupted", file=sys.stderr, flush=True)
+            return 130
+        if traceback or not _is_for_users(error):
             raise
-        print(f"error: {error}", file=sys.stderr, flush=True)
+        print(f"error: {_words(error)}", file=sys.stderr, flush=True)
         return 2
+    finally:
+        stop.restore()
 
 
-def _is_for_users(error: Exception) -> bool:
+class _Interrupt:
+    """Remembers that Ctrl-C came, and raises KeyboardInterrupt as Python does."""
+
+    def __init__(self) -> None:
+        self.came = False
+        self._before = signal.getsignal(signal.SIGINT)
+        # Left alone in other threads, and where the shell has told a background job to ignore it.
+        self._ours = (
+            threading.current_thread() is threading.main_thread()
+            and self._before is signal.default_int_handler
+        )
+        if self._ours:
+            signal.signal(signal.SIGINT, self._stop)
+
+    def _stop(self, _number: int, _frame: FrameType | None) -> None:
+        self.came = True
+        raise KeyboardInterrupt
+
+    def restore(self) -> None:
+        """Handle the signal as before."""
+        if self._ours:
+            signal.signal(signal.SIGINT, self._before)
+
+
+def _is_for_users(error: BaseException) -> bool:
     """Whether the message is all a user needs: bad input, not a fault of the program."""
     return getattr(error, "for_users", False) or isinstance(error, ValueError | OSError)
+
+
+def _words(error: BaseException) -> str:
+    """The message in one line; of the operating system's errors, the file and what is wrong."""
+    if isinstance(error, OSError) and error.strerror:
+        names = [str(name) for name in (error.filename, error.filename2) if name is not None]
+        return ": ".join([*names, error.strerror])
+    return " ".join(str(error).split())
+
+
+def parse(words: Sequence[str]) -> argparse.Namespace:
+    """Read a command line; `a.b=value` may stand on both sides of options.
+
+    Raises:
+        ValueError: a path names a variable that is not set.
+    """
+    words = [_expand_path(word) for word in words]
+    parser = build_parser(words)
+    options, more = parser.parse_known_args(words)
+    odd = [word for word in more if not re.match(r"[^-=][^=]*=", word)]
+    if odd or (more and not hasattr(options, "overrides")):
+        parser.error(f"unrecognized arguments: {' '.join(odd or more)}")
+    if more:
+        options.overrides = [*options.overrides, *more]
+    return options
+
+
+def _expand_path(word: str) -> str:
+    """A word, or the value in `--option=value`, with the ~ or $NAME that it begins with expanded.
+
+    A shell has done that already but in `--option=~/path`; a Slurm array or a program may not use
+    one.
+    """
+    option, equals, value = word.partition("=") if word.startswith("--") else ("", "", word)
+    begins = re.match(r"(~[\w.-]*|\$[A-Za-z_]\w*|\$\{\w+\})(/|$)", value)
+    if not begins:
+        return word
+    return f"{option}{equals}{paths.expand(begins[1])}{value[len(begins[1]) :]}"
 
 
 def build_parser(words: Sequence[str]) -> argparse.ArgumentParser:
@@ -74,8 +148,11 @@ def build_parser(words: Sequence[str]) -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument(
-        "--traceback", action="store_true", help="show where in the program an error arose"
+        "--traceback",
+        action="store_true",
+        help="show where in the program an error arose (anywhere on the line)",
     )
+    parser.add_argument("--version", action=_Version, nargs=0, help="say which version this is")
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
     asked = next((word for word in words if not word.startswith("-")), None)
     for module, summaries in ELSEWHERE.items():
@@ -88,6 +165,19 @@ def build_parser(words: Sequence[str]) -> argparse.ArgumentParser:
     _add_eval(commands)
     _add_export(commands)
     return parser
+
+
+class _Version(argparse.Action):
+    """As argparse's own, but asks for the version only where it is wanted."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: object) -> None:
+        from importlib import metadata
+
+        try:
+            print("m3i_scale", metadata.version("m3i-scale"))
+        except metadata.PackageNotFoundError:
+            print("m3i_scale, from a source tree that is not installed")
+        parser.exit()
 
 
 def _command(
@@ -115,9 +205,9 @@ def _add_tokenizer(commands: Any) -> None:
         "The result is a tokenizer.json, and a function of the captions alone.",
     )
     parser.add_argument("index", nargs="+", metavar="INDEX", help="index files with captions")
-    parser.add_argument("--vocab-size", type=_positive, required=True, help="most tokens")
+    parser.add_argument("--vocab-size", type=count, required=True, help="most tokens")
     parser.add_argument("--out", required=True, metavar="FILE", help="the tokenizer.json to write")
-    parser.add_argument("--limit", type=_positive, metavar="N", help="read N samples of each index")
+    parser.add_argument("--limit", type=count, metavar="N", help="read N samples of each index")
 
 
 def make_tokenizer(options: argparse.Namespace) -> int:
@@ -149,7 +239,9 @@ def _captions(source: Source, limit: int | None) -> list[str]:
 
 def _add_run(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--run", dest="folder", required=True, type=Path, help="folder of the run")
-    parser.add_argument("--step", type=int, help="of the checkpoint (default: the newest)")
+    parser.add_argument(
+        "--step", type=count_or_zero, help="of the checkpoint (default: the newest)"
+    )
     parser.add_argument(
         "--which",
         choices=("student", "teacher"),
@@ -179,10 +271,10 @@ def _add_eval(commands: Any) -> None:
     )
     parser.add_argument("--probe", action="store_true", help="fit linear probes, too")
     parser.add_argument(
-        "--limit", type=_positive, metavar="N", help="use the first N images of each index"
+        "--limit", type=count, metavar="N", help="use the first N images of each index"
     )
-    parser.add_argument("--neighbours", type=_positive, default=20, help="of kNN (default 20)")
-    parser.add_argument("--batch", type=_positive, default=64, help="images at once (default 64)")
+    parser.add_argument("--neighbours", type=count, default=20, help="of kNN (default 20)")
+    parser.add_argument("--batch", type=count, default=64, help="images at once (default 64)")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     parser.add_argument(
         "--subject", default="caption subject", metavar="WORD",
@@ -203,6 +295,7 @@ def evaluate_run(options: argparse.Namespace) -> int:
     from m3i_scale.transfer import evaluation, loading
 
     config, reader = _open_run(options.folder, options.step)
+    paths.require_writable(options.folder)
     device = choose_device(options.device, "fp32", 0)
     set_backend(config.engine.kernels)
     networks = {
@@ -286,6 +379,7 @@ def export_run(options: argparse.Namespace) -> int:
 
     if options.out.suffix != ".safetensors":
         raise ValueError(f"--out {options.out}: the file is safetensors; name it *.safetensors")
+    _require_folder_of(options.out)
     config, reader = _open_run(options.folder, options.step)
     total = export.size(reader, config, part=options.part, dtype=options.dtype)
     with tqdm(total=total, desc="export", unit="B", unit_scale=True) as bar:
@@ -334,13 +428,9 @@ def _open_run(folder: Path, step: int | None) -> tuple[Config, CheckpointReader]
 def _require_folder_of(path: str | os.PathLike[str]) -> None:
     if not Path(path).parent.is_dir():
         raise ValueError(f"{path}: there is no folder {Path(path).parent}; make it first")
-
-
-def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not a positive number")
-    return value
+    if Path(path).is_dir():
+        raise ValueError(f"{path} is a folder; name a file")
+    paths.require_writable(Path(path).parent)
 
 
 if __name__ == "__main__":

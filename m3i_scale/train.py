@@ -82,7 +82,7 @@ def build_stream(config: Config) -> Stream:
             ),
             mask_sampler=PatchMask(side, side, masking.ratio, masking.mask),
             lanes=spec.lanes or config.optimizer.global_batch_size,
-            chunk_bytes=round(spec.chunk_megabytes * 2**20),
+            chunk_bytes=round(spec.chunk_mebibytes * 2**20),
             max_bad_rate=spec.max_bad_rate,
             storage=_storage(spec.storage),
         )
@@ -94,7 +94,7 @@ def _storage(spec: tree.Storage) -> Storage:
     from m3i_scale.data import Storage
     from m3i_scale.data.cache import DiskCache
 
-    cache = DiskCache(spec.cache, round(spec.cache_gigabytes * 1e9)) if spec.cache else None
+    cache = DiskCache(spec.cache, round(spec.cache_gibibytes * 2**30)) if spec.cache else None
     return Storage(
         attempts=spec.retries + 1, options=spec.options, cache=cache, allow_pipe=spec.allow_pipe
     )

@@ -16,20 +16,22 @@ PACKAGE = ROOT / "m3i_scale"
 
 # From the bottom to the top: a package imports those named with it, and nothing else of ours.
 ALLOWED: dict[str, set[str]] = {
+    "paths": set(),
+    "arguments": set(),
     "m3i_kernels": set(),
-    "config": set(),
+    "config": {"paths"},
     "models": {"m3i_kernels"},
     "objective": {"config", "models", "m3i_kernels"},
-    "data": set(),
-    "shards": {"data"},
+    "data": {"paths"},
+    "shards": {"data", "paths", "arguments"},
     "cluster": {"config"},
     "profiling": {"config", "objective", "m3i_kernels"},
     "engine": {"config", "objective", "models", "cluster", "profiling", "m3i_kernels"},
-    "planner": {"config", "objective", "profiling", "cluster", "engine", "m3i_kernels"},
-    "transfer": {"config", "objective", "models", "data", "m3i_kernels"},
+    "planner": {"config", "paths", "arguments", "objective", "profiling", "cluster", "engine", "m3i_kernels"},
+    "transfer": {"config", "paths", "objective", "models", "data", "m3i_kernels"},
     # Starts training and evaluation as processes; of the engine it asks which checkpoints are
     # complete and what an exit code means.
-    "sweep": {"config", "profiling", "engine"},
+    "sweep": {"config", "paths", "arguments", "profiling", "engine"},
 }
 ENTRY_POINTS = {"train", "cli"}  # import everything, and nobody imports them
 ALLOWED |= {entry: set(ALLOWED) for entry in ENTRY_POINTS}

@@ -1,4 +1,5 @@
 import json
+import signal
 import subprocess
 import sys
 
@@ -7,7 +8,7 @@ import torch
 from run_folder import networks, small_config, write_images, write_run
 from safetensors.torch import load_file
 
-from m3i_scale.cli import main
+from m3i_scale.cli import main, parse
 
 
 @pytest.fixture(scope="module")
@@ -163,6 +164,179 @@ def test_faults_of_the_program_are_not_hidden(run, monkeypatch):
     monkeypatch.setattr("m3i_scale.transfer.export.export", fault)
     with pytest.raises(KeyError):
         main(["export", "--run", str(run), "--out", "x.safetensors"])
+
+
+@pytest.mark.parametrize("place", [0, 1, 3, 5])
+def test_traceback_anywhere(tmp_path, place):
+    words = ["export", "--run", str(tmp_path), "--out", "x.safetensors"]
+    with pytest.raises(ValueError, match="cannot read the configuration"):
+        main([*words[:place], "--traceback", *words[place:]])
+
+
+def test_version(capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(["--version"])
+    assert stop.value.code == 0
+    assert capsys.readouterr().out.startswith("m3i_scale ")
+
+
+@pytest.mark.parametrize(
+    ("words", "file", "overrides"),
+    [
+        ("plan a=1 --config F b.c=2 --nodes 2 d=[1, e]", "config", ["a=1", "b.c=2", "d=[1,e]"]),
+        ("plan --config F --nodes 2 a=1 b=2", "config", ["a=1", "b=2"]),
+        ("plan --config F a=1 --out o a=--x", "config", ["a=1", "a=--x"]),
+        ("sweep F a=1 --dry-run b=2", "file", ["a=1", "b=2"]),
+        ("sweep --dry-run F a=1 --only 3 b=2", "file", ["a=1", "b=2"]),
+    ],
+)
+def test_overrides_stand_on_both_sides_of_options(words, file, overrides):
+    options = parse(words.replace("[1, e]", "[1,e]").split())
+    assert getattr(options, file) == "F"
+    assert options.overrides == overrides
+
+
+@pytest.mark.parametrize(
+    ("words", "unknown"),
+    [
+        ("plan --config F a=1 --nodse 2", "--nodse 2"),
+        ("plan --config F a=1 --nodes 2 --onn=3", "--onn=3"),
+        ("plan --config F a=1 --nodes 2 b", "b"),
+        ("export --run r --out o a=1", "a=1"),
+        ("shards show i a=1", "a=1"),
+    ],
+)
+def test_what_no_command_knows_is_refused(words, unknown, capsys):
+    with pytest.raises(SystemExit) as stop:
+        parse(words.split())
+    assert stop.value.code == 2
+    assert capsys.readouterr().err.endswith(f"error: unrecognized arguments: {unknown}\n")
+
+
+def test_paths_behind_an_equals_sign_are_expanded(monkeypatch, capsys):
+    monkeypatch.setenv("HOME", "/h")
+    monkeypatch.setenv("SCRATCH", "/s")
+    monkeypatch.delenv("NOWHERE", raising=False)
+    words = ["plan", "--config=~/c.yaml", "--out=$SCRATCH/o", "folder=~/runs"]
+    options = parse(words)
+    assert (options.config, str(options.out)) == ("/h/c.yaml", "/s/o")
+    assert options.overrides == ["folder=~/runs"]  # the configuration's own rule
+    assert parse(["shards", "index", "${SCRATCH}/*.tar", "--kind", "text", "-o", "~/i"]).shards == [
+        "/s/*.tar"
+    ]
+    assert parse(["shards", "index", "pipe:cat $X", "--kind", "text", "-o", "i"]).shards == [
+        "pipe:cat $X"
+    ]
+    assert main(["plan", "--config=$NOWHERE/c.yaml"]) == 2
+    assert "NOWHERE is not set" in capsys.readouterr().err
+
+
+IMPOSSIBLE = [
+    *(f"plan --config F --utilisation {n}" for n in ("0", "-1", "1.5", "nan", "inf", "x")),
+    *(f"plan --config F --network {n}" for n in ("0", "-1", "nan", "inf")),
+    *(f"plan --config F --sample-bytes {n}" for n in ("0", "-1", "inf")),
+    *(f"plan --config F --samples {n}" for n in ("0", "-1", "1.5", "inf")),
+    *(f"plan --config F {o} {n}" for o in ("--nodes", "--gpus-per-node") for n in ("0", "-8", "x")),
+    "sweep F --only -1",
+    "sweep F --only 1.5",
+    *(f"eval --run r --gallery g --queries q {o} {n}" for n in ("0", "-1", "1.5")
+      for o in ("--limit", "--neighbours", "--batch")),
+    "export --run r --out o --step -1",
+    *(f"tokenizer i --out o --vocab-size {n}" for n in ("0", "-1", "1e400")),
+    *(f"shards build s f {o} {n}" for n in ("0", "-1", "1.5", "x")
+      for o in ("--shard-samples", "--shard-mib", "--quality", "-j")),
+    "shards build s f --quality 101",
+    "shards build s f --resize -1",
+    "shards build s f --seed -1",
+    "shards index s -o i --kind text -j 0",
+    "shards show i --count 0",
+    "glyphs --image-size 0",
+    "glyphs --category-share 2",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("words", IMPOSSIBLE)
+def test_impossible_numbers_are_refused_before_any_work(words, capsys):
+    with pytest.raises(SystemExit) as stop:
+        parse(words.split())
+    assert stop.value.code == 2
+    last = capsys.readouterr().err.strip().splitlines()[-1]
+    assert words.split()[-1] in last
+    assert "invalid" not in last  # argparse's word where a type gives no reason
+
+
+def test_numbers_that_are_possible():
+    words = "plan --config F --utilisation 1 --samples 1.28e6 --network 12.5 --sample-bytes 3e4"
+    options = parse(words.split())
+    assert (options.utilisation, options.samples, options.network) == (1, 1_280_000, 12.5)
+
+
+@pytest.mark.parametrize(
+    ("error", "words"),
+    [
+        (OSError(28, "No space left on device"), "error: No space left on device"),
+        (PermissionError(13, "Permission denied", "/a/b"), "error: /a/b: Permission denied"),
+        (OSError(18, "Invalid cross-device link", "a", None, "b"), "error: a: b: Invalid cross"),
+        (ValueError("two\nlines"), "error: two lines"),
+    ],
+)
+def test_errors_of_the_system_are_one_sentence(run, folder, monkeypatch, capsys, error, words):
+    def fail(*arguments, **options):
+        raise error
+
+    monkeypatch.setattr("m3i_scale.transfer.export.export", fail)
+    assert main(["export", "--run", str(run), "--out", str(folder / "x.safetensors")]) == 2
+    assert capsys.readouterr().err.strip().splitlines()[-1].startswith(words)
+
+
+def test_a_folder_that_cannot_be_written_to_is_found_before_the_work(
+    run, indexes, folder, monkeypatch, capsys
+):
+    def refuse(path):
+        raise ValueError(f"{path}: nothing can be written there")
+
+    def never(*arguments, **options):
+        raise AssertionError("worked before it looked")
+
+    monkeypatch.setattr("m3i_scale.paths.require_writable", refuse)
+    for work in ("export.export", "evaluation.evaluate", "features.open_source"):
+        monkeypatch.setattr(f"m3i_scale.transfer.{work}", never)
+    gallery, queries = indexes
+    for words in (
+        ["eval", "--run", str(run), "--gallery", gallery, "--queries", queries],
+        ["export", "--run", str(run), "--out", str(folder / "x.safetensors")],
+        ["tokenizer", gallery, "--vocab-size", "45", "--out", str(folder / "t.json")],
+    ):
+        assert main(words) == 2
+        assert "nothing can be written there" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("becomes", [KeyboardInterrupt, ImportError, SystemError, ValueError])
+def test_ctrl_c_while_a_command_is_being_imported(monkeypatch, capsys, becomes):
+    def interrupted(words):
+        try:
+            signal.raise_signal(signal.SIGINT)
+        except KeyboardInterrupt:
+            raise becomes("in a half-imported module") from None
+
+    before = signal.getsignal(signal.SIGINT)
+    monkeypatch.setattr("m3i_scale.cli.build_parser", interrupted)
+    assert main(["glyphs"]) == 130
+    assert capsys.readouterr().err == "interrupted\n"
+    assert signal.getsignal(signal.SIGINT) is before
+
+
+def test_a_background_job_keeps_ignoring_ctrl_c(monkeypatch):
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        monkeypatch.setattr(
+            "m3i_scale.cli.build_parser", lambda words: signal.raise_signal(signal.SIGINT)
+        )
+        with pytest.raises(AttributeError):  # the parser's, not an interruption
+            main(["glyphs"])
+        assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def test_unknown_command(capsys):

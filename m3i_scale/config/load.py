@@ -1,32 +1,34 @@
 """Reading the configuration: YAML files and `a.b=c` overrides to a `Config`, errors to a sentence.
 
 A file may start from others with `base: other.yaml` or a list of them (paths relative to itself);
-later ones win, mappings are merged, lists and values replaced.
+later ones win, mappings are merged, lists and values replaced. One exception: a file that states
+`objective.targets` states the whole objective, and what lies below it has no say in `input` or
+`balance`. An override changes its key and nothing else.
+
+What is wrong is blamed on who said it: the line of a file, or the override.
 """
 
 from __future__ import annotations
 
-import difflib
-import types
-import typing
-from collections.abc import Iterable, Sequence
+import copy
+import json
+import os
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-import yaml
 from pydantic import ValidationError
 
+from m3i_scale import paths
+from m3i_scale.config.errors import dotted, example, first_problem, place_of, sentence
 from m3i_scale.config.schema import Config
 from m3i_scale.config.types import ConfigError, Node
+from m3i_scale.config.yaml_text import Place, dump, parse, parse_value
 
-# Keys of version 0.1, and what they are called now.
-RENAMED = {
-    "batch": "global_batch_size",
-    "length": "duration",
-    "ema": "teacher_momentum",
-    "ema_final": "teacher_momentum_final",
-    "guard": "regularisation",
-}
+N = TypeVar("N", bound=Node)
+
+# Sections that a file states whole as soon as it states one of their keys.
+WHOLE = {"objective": "targets"}
 
 
 def load_config(
@@ -34,135 +36,216 @@ def load_config(
 ) -> Config:
     """Read `path`, lay the files `over` it, apply `a.b=c` overrides (values are YAML), validate.
 
+    `~` and `$VARIABLES` are expanded in names given as `str`; a `Path` is taken as it is.
+
     Raises:
         ConfigError: with one sentence, for anything wrong.
     """
-    tree = read_tree(Path(path))
+    return load(Config, path, overrides, over=over)
+
+
+def load(
+    root: type[N],
+    path: str | Path,
+    overrides: Sequence[str] = (),
+    *,
+    over: Sequence[str | Path] = (),
+) -> N:
+    """As `load_config`, for a tree of any type `root`."""
+    files = _read(_path(path))
     for layer in over:
-        tree = _merge(tree, read_tree(Path(layer)))
-    for override in overrides:
-        apply_override(tree, override)
+        files.lay(_read(_path(layer)))
     try:
-        return Config.model_validate(tree)
+        return root.model_validate(files.changed(overrides, root).values)
     except ValidationError as error:
-        raise ConfigError(f"{path}: {sentence(error)}") from None
+        problem = first_problem(error)
+    raise ConfigError(f"{_culprit(root, files, overrides, place_of(problem)) or path}: "
+                      f"{sentence(problem, root)}")  # fmt: skip
 
 
 def dump_config(config: Config) -> str:
     """The resolved tree as YAML that `load_config` reads back."""
-    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
+    return dump(config.model_dump(mode="json"))
 
 
-def read_tree(path: Path, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
-    """The keys of a YAML file laid over those of its `base` files; `seen` are the files above it.
-
-    Raises:
-        ConfigError: a file cannot be read or is no mapping, or bases form a circle.
-    """
-    if path.resolve() in seen:
-        raise ConfigError(f"{path}: base files form a circle: {[str(p) for p in seen]}")
-    try:
-        tree = yaml.safe_load(path.read_text())
-    except OSError as error:
-        raise ConfigError(
-            f"{path}: cannot read the configuration file ({error.strerror})"
-        ) from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
-    if not isinstance(tree, dict):
-        raise ConfigError(
-            f"{path}: a mapping of keys to values is expected, found {type(tree).__name__}"
-        )
-    bases = tree.pop("base", [])
-    merged: dict[str, Any] = {}
-    for base in [bases] if isinstance(bases, str) else bases:
-        merged = _merge(merged, read_tree(path.parent / base, (*seen, path.resolve())))
-    return _merge(merged, tree)
+def override(key: str, value: str | int | float) -> str:
+    """The override that sets `key` to exactly this value."""
+    return f"{key}={json.dumps(value, ensure_ascii=False)}"
 
 
-def _merge(low: dict[str, Any], high: dict[str, Any]) -> dict[str, Any]:
+def merge(low: dict[str, Any], high: dict[str, Any]) -> dict[str, Any]:
+    """Mappings key by key, `high` over `low`; anything else is replaced."""
     both = {
-        key: _merge(low[key], value)
+        key: merge(low[key], value)
         for key, value in high.items()
         if isinstance(value, dict) and isinstance(low.get(key), dict)
     }
     return {**low, **high, **both}
 
 
-def apply_override(tree: dict[str, Any], override: str) -> None:
-    """Set one key of a tree, in place: `a.b=value`, where the value is YAML.
+class Layers:
+    """A tree laid together from files and overrides, which knows who set what."""
+
+    def __init__(self, values: dict[str, Any], origins: dict[Place, str]) -> None:
+        self.values, self._origins = values, origins
+
+    def lay(self, high: Layers) -> None:
+        """Lay another one over this one."""
+        for section, key in WHOLE.items():
+            if key in (high.values.get(section) or ()):
+                self.values.pop(section, None)
+        replaced = {
+            place
+            for place in high._origins
+            if not (isinstance(_at(self.values, place), dict)
+                    and isinstance(_at(high.values, place), dict))
+        }  # fmt: skip
+        kept = {
+            place: origin
+            for place, origin in self._origins.items()
+            if not any(place[:n] in replaced for n in range(1, len(place) + 1))
+        }
+        self.values = merge(self.values, high.values)
+        self._origins = kept | high._origins
+
+    def changed(self, overrides: Sequence[str], root: type[Node]) -> Layers:
+        """A copy with overrides applied.
+
+        Raises:
+            ConfigError: naming the one that has no place, or another form than `a.b=value`.
+        """
+        copied = Layers(copy.deepcopy(self.values), dict(self._origins))
+        for text in overrides:
+            try:
+                copied._set(text, root)
+            except ConfigError as error:
+                raise ConfigError(f"override {text!r}: {error}") from None
+        return copied
+
+    def origin(self, place: Place) -> str | None:
+        """Who set what stands at a place, or the nearest above it."""
+        above = (place[:n] for n in range(len(place), 0, -1))
+        return next((self._origins[p] for p in above if p in self._origins), None)
+
+    def _set(self, text: str, root: type[Node]) -> None:
+        path, equals, written = text.partition("=")
+        keys = path.strip().split(".")
+        if not equals or not all(keys):
+            raise ConfigError("not of the form a.b=value")
+        try:
+            value = parse_value(written)
+        except ConfigError as error:
+            raise ConfigError(
+                f"the value {written!r} cannot be read: {error}{example(keys, root)}"
+            ) from None
+        node: Any = self.values
+        place: Place = ()
+        for n, word in enumerate(keys):
+            key = _key_of(node, word, place)
+            place = (*place, key)
+            if n == len(keys) - 1:
+                node[key] = value
+            elif isinstance(node, dict) and node.get(key) is None:
+                node[key] = {}
+                self._origins[place] = f"override {text!r}"
+            node = node[key]
+        self._origins = {p: o for p, o in self._origins.items() if p[: len(place)] != place}
+        self._origins[place] = f"override {text!r}"
+
+
+def _key_of(node: Any, word: str, place: Place) -> str | int:
+    """The key or number that a word of an override's path means inside `node`."""
+    if isinstance(node, dict):
+        return word
+    if not isinstance(node, list):
+        raise ConfigError(f"{dotted(place)!r} is {node!r} and has no key {word!r}")
+    if not word.isdecimal() or int(word) >= len(node):
+        entries = f"entries 0 to {len(node) - 1}" if node else "no entries"
+        raise ConfigError(
+            f"nothing can be set at {word!r}: {dotted(place)!r} is a list with {entries}"
+        )
+    return int(word)
+
+
+def _at(values: Any, place: Place) -> Any:
+    for key in place:
+        if isinstance(values, dict):
+            values = values.get(key)
+        elif isinstance(values, list) and isinstance(key, int) and key < len(values):
+            values = values[key]
+        else:
+            return None
+    return values
+
+
+def _culprit(root: type[Node], files: Layers, overrides: Sequence[str], place: Place) -> str | None:
+    """Who is to blame for what is wrong at a place.
+
+    A rule among several keys has no line; then the overrides are named without which it holds.
+    """
+    origin = files.changed(overrides, root).origin(place)
+    if origin is not None and origin.startswith("override "):
+        return origin
+    guilty = []
+    for n in range(len(overrides)):
+        try:
+            root.model_validate(files.changed([*overrides[:n], *overrides[n + 1 :]], root).values)
+            guilty.append(overrides[n])
+        except (ValidationError, ConfigError):
+            continue
+    if guilty:
+        return f"override{'s' if guilty[1:] else ''} {' or '.join(map(repr, guilty))}"
+    return origin
+
+
+def _read(path: Path, above: tuple[str, ...] = ()) -> Layers:
+    """A YAML file laid over its `base` files; `above` are the files that lead to it.
 
     Raises:
-        ConfigError: it has another form, or there is no such place.
+        ConfigError: a file cannot be read or is no mapping, or bases form a circle.
     """
-    path, equals, text = override.partition("=")
-    if not equals or not path:
-        raise ConfigError(f"override {override!r} is not of the form a.b=value")
-    *parents, last = path.split(".")
-    node: Any = tree
+    real = os.path.realpath(path)
+    if real in above:
+        raise ConfigError(f"{path}: base files form a circle: {' -> '.join((*above, real))}")
     try:
-        for key in parents:
-            node = node[int(key)] if isinstance(node, list) else _child(node, key)
-        value = yaml.safe_load(text)
-        if isinstance(node, list):
-            node[int(last)] = value
-        else:
-            node[last] = value
-    except (TypeError, ValueError, IndexError, yaml.YAMLError):
-        raise ConfigError(f"override {override!r}: nothing can be set at {path!r}") from None
+        document = parse(path.read_bytes())
+    except OSError as error:
+        raise ConfigError(
+            f"{path}: cannot read the configuration file ({error.strerror})"
+        ) from None
+    except ConfigError as error:
+        line, colon, rest = str(error).removeprefix("line ").partition(": ")
+        where = f"{path}:{line}: {rest}" if colon and line.isdecimal() else f"{path}: {error}"
+        raise ConfigError(where) from None
+    values = document.value
+    if not isinstance(values, dict):
+        found = "nothing" if values is None else type(values).__name__
+        raise ConfigError(f"{path}: a mapping of keys to values is expected, found {found}")
+    whole = Layers({}, {})
+    if "base" in values:
+        where = f"{path}:{document.lines['base',]}: base: "
+        for base in _bases(values.pop("base"), where):
+            whole.lay(_read(path.parent / _path(base, where), (*above, real)))
+    origins = {p: f"{path}:{line}" for p, line in document.lines.items() if p[0] != "base"}
+    whole.lay(Layers(values, origins))
+    return whole
 
 
-def _child(node: dict[str, Any], key: str) -> Any:
-    if node.get(key) is None:
-        node[key] = {}
-    return node[key]
+def _path(name: str | Path, where: str = "") -> Path:
+    try:
+        expanded = Path(paths.expand(name) if isinstance(name, str) else name)
+    except ValueError as error:
+        raise ConfigError(f"{where}{error}") from None
+    if "\0" in str(expanded):
+        raise ConfigError(f"{where}{name!r} cannot be the name of a file")
+    return expanded
 
 
-def sentence(error: ValidationError, root: type[Node] = Config) -> str:
-    """The first problem of a tree of type `root` as one sentence."""
-    first = error.errors()[0]
-    location = [part for part in first["loc"] if part not in ("gaussian", "boltzmann")]
-    where = ".".join(str(part) for part in location)
-    if first["type"] == "extra_forbidden" and str(location[-1]) in RENAMED:
-        return f"{where!r} has another name since version 0.2: {RENAMED[str(location[-1])]!r}"
-    if first["type"] == "extra_forbidden":
-        return f"unknown key {where!r}{_did_you_mean(first['loc'], root)}"
-    if first["type"] == "missing":
-        return f"missing key {where!r}; give it a value"
-    message = first["msg"].removeprefix("Value error, ")
-    if first["type"] == "value_error":
-        return f"{where}: {message}" if where else message
-    return f"{where}: {message} (got {first['input']!r})"
-
-
-def _did_you_mean(location: tuple[int | str, ...], root: type[Node]) -> str:
-    names = list(_fields_at(location[:-1], root))
-    near = difflib.get_close_matches(str(location[-1]), names, n=1, cutoff=0.5)
-    return f"; did you mean {near[0]!r}?" if near else f"; valid keys are {', '.join(names)}"
-
-
-def _fields_at(location: Sequence[int | str], root: type[Node]) -> Iterable[str]:
-    kind: Any = root
-    for key in location:
-        if isinstance(key, int):
-            continue
-        if typing.get_origin(kind) is dict:  # a name of the user's own
-            kind = typing.get_args(kind)[1]
-            continue
-        options = [option for option in _models_in(kind) if key in option.model_fields]
-        if options:
-            kind = options[0].model_fields[key].annotation
-        else:  # the tag of a union ("gaussian")
-            kind = next(m for m in _models_in(kind) if m.model_fields["form"].default == key)
-    return [name for option in _models_in(kind) for name in option.model_fields]
-
-
-def _models_in(kind: Any) -> list[type[Node]]:
-    """The Node classes in `list[X]`, `X | None`, `A | B`."""
-    if (
-        isinstance(kind, type)
-        and not isinstance(kind, types.GenericAlias)
-        and issubclass(kind, Node)
-    ):
-        return [kind]
-    return [model for argument in typing.get_args(kind) for model in _models_in(argument)]
+def _bases(value: Any, where: str) -> list[str]:
+    bases = [value] if isinstance(value, str) else value
+    if not isinstance(bases, list) or not all(isinstance(base, str) and base for base in bases):
+        raise ConfigError(
+            f"{where}the name of a file, or a list of names, is expected (got {value!r}); "
+            "name one, or remove the key"
+        )
+    return bases

@@ -10,7 +10,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from m3i_scale.config.types import Count, Fraction, Node, Positive
+from m3i_scale.config.types import BelowOne, Count, Node, Positive
 
 
 class Gaussian(Node):
@@ -225,7 +225,7 @@ class Balance(Node):
     """`lambda = gamma g_ssp / g_sp`, `g` moving averages of gradient norms at the features."""
 
     gamma: Positive = 1.0
-    decay: Fraction = 0.99
+    decay: BelowOne = 0.99
 
 
 class Objective(Node):

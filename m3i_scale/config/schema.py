@@ -15,7 +15,18 @@ from pydantic import Field, model_validator
 from m3i_scale.config.objective import Objective
 
 # ruff: noqa: RUF012  (pydantic copies defaults)
-from m3i_scale.config.types import Count, Duration, Fraction, Node, Positive, Span
+from m3i_scale.config.types import (
+    BelowOne,
+    Count,
+    Duration,
+    Fraction,
+    Node,
+    PathText,
+    Positive,
+    RunName,
+    Span,
+    SpanOrZero,
+)
 
 # -------------------------------------------------------------------------------------------- model
 
@@ -40,7 +51,7 @@ class Decoder(Node):
 class TextTower(Node):
     """BERT-shaped text encoder and its tokenizer (a tokenizer.json path or a Hub name)."""
 
-    tokenizer: str
+    tokenizer: PathText
     vocab_size: Count = 30522
     depth: Count = 12
     width: Count = 768
@@ -80,7 +91,7 @@ class Source(Node):
     """One indexed set of WebDataset shards."""
 
     name: str
-    index: str
+    index: PathText
     kind: Literal["text", "category", "both"]
     weight: Positive | None = None
     epochs: Positive = 1.0
@@ -117,8 +128,8 @@ class Storage(Node):
     """How shards are read, as `m3i_scale.data.Storage`."""
 
     retries: Annotated[int, Field(ge=0)] = 4
-    cache: str | None = None
-    cache_gigabytes: Positive = 100.0
+    cache: PathText | None = None
+    cache_gibibytes: Positive = 93.0  # a little less than 100 GB
     allow_pipe: bool = False
     options: dict[str, Any] = {}  # of the file systems, for instance {s3: {endpoint_url: ...}}
 
@@ -135,7 +146,7 @@ class Data(Node):
     max_bad_rate: Fraction = 0.01
     # Lanes of the order, part of its identity. None: optimizer.global_batch_size.
     lanes: Count | None = None
-    chunk_megabytes: Positive = 4.0  # read in one piece; part of the order's identity too
+    chunk_mebibytes: Positive = 4.0  # read in one piece; part of the order's identity too
     storage: Storage = Storage()
 
 
@@ -153,10 +164,10 @@ class Optimizer(Node):
     global_batch_size: Count
     max_micro_batch: Annotated[int, Field(gt=0, multiple_of=2)]
     duration: Span
-    warmup: Span
+    warmup: SpanOrZero
     learning_rate: Positive = 1e-3
     final_learning_rate: Annotated[float, Field(ge=0)] = 0.0
-    betas: tuple[Fraction, Fraction] = (0.9, 0.95)
+    betas: tuple[BelowOne, BelowOne] = (0.9, 0.95)
     epsilon: Positive = 1e-8
     weight_decay: Annotated[float, Field(ge=0)] = 0.1
     clip_norm: Positive | None = 1.0
@@ -218,8 +229,8 @@ class Logging(Node):
 class Config(Node):
     """The whole tree."""
 
-    run: str
-    folder: str = "runs"
+    run: RunName
+    folder: PathText = "runs"
     seed: int = 0
     model: Model
     objective: Objective

@@ -13,6 +13,7 @@ from torch import nn
 
 from m3i_scale.cluster.launch import World
 from m3i_scale.config import Config, ConfigError, Zero
+from m3i_scale.config.load import merge
 from m3i_scale.engine import quick, shards
 from m3i_scale.engine.momentum import ShardedTeacher, Teacher, WholeTeacher, start_equal
 from m3i_scale.engine.numerics import set_numerics
@@ -49,7 +50,7 @@ def deepspeed_config(config: Config, split: BatchSplit) -> dict[str, Any]:
     }
     if precision != "fp32":
         generated[precision] = {"enabled": True}
-    settings = _merge(generated, config.engine.zero.extra)
+    settings = merge(generated, config.engine.zero.extra)
     offload = settings["zero_optimization"].get("offload_optimizer") or {}
     if offload.get("device") == "nvme":
         raise ConfigError(
@@ -73,15 +74,6 @@ def _zero_section(zero: Zero) -> dict[str, Any]:
     if zero.offload_optimizer:
         section["offload_optimizer"] = {"device": "cpu", "pin_memory": True}
     return section
-
-
-def _merge(low: dict[str, Any], high: dict[str, Any]) -> dict[str, Any]:
-    both = {
-        k: _merge(low[k], v)
-        for k, v in high.items()
-        if isinstance(v, dict) and isinstance(low.get(k), dict)
-    }
-    return {**low, **high, **both}
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:

@@ -7,7 +7,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from m3i_scale.arguments import count, positive, share
 from m3i_scale.config import Config, ConfigError, load_config
+from m3i_scale.paths import require_writable
 from m3i_scale.planner.gpus import GPUS, gpu
 
 DESCRIPTION = """Plan a run: memory, communication, FLOPs, time and data of a configuration on GPUs.
@@ -29,24 +31,24 @@ def register(commands: Any) -> None:
     )
     parser.add_argument("--config", required=True, metavar="FILE", help="YAML file; see configs/")
     parser.add_argument("--gpu", default="h100", help=f"{', '.join(GPUS)} (%(default)s)")
-    parser.add_argument("--nodes", type=_positive, default=1, help="(%(default)s)")
-    parser.add_argument("--gpus-per-node", type=_positive, default=8, help="(%(default)s)")
+    parser.add_argument("--nodes", type=count, default=1, help="(%(default)s)")
+    parser.add_argument("--gpus-per-node", type=count, default=8, help="(%(default)s)")
     parser.add_argument(
-        "--samples", type=float, metavar="N", help="in one epoch, where the length is in epochs"
+        "--samples", type=count, metavar="N", help="in one epoch, where the length is in epochs"
     )
     parser.add_argument(
         "--sweep", metavar="N,N,...", help="numbers of GPUs, multiples of --gpus-per-node"
     )
     parser.add_argument("--out", type=Path, metavar="FOLDER", help="for plan.txt and scaling.png")
     parser.add_argument(
-        "--utilisation", type=float, default=default.utilisation, metavar="SHARE",
+        "--utilisation", type=share, default=default.utilisation, metavar="SHARE",
         help="of the peak, reached while computing (%(default)s)",
     )  # fmt: skip
     parser.add_argument(
-        "--network", type=float, metavar="GBYTE_S", help="between nodes, per GPU (by GPU kind)"
+        "--network", type=positive, metavar="GBYTE_S", help="between nodes, per GPU (by GPU kind)"
     )
     parser.add_argument(
-        "--sample-bytes", type=float, default=default.sample_bytes, metavar="N",
+        "--sample-bytes", type=positive, default=default.sample_bytes, metavar="N",
         help="of a stored image with its caption (%(default)s)",
     )  # fmt: skip
     parser.add_argument("overrides", nargs="*", metavar="a.b=value", help="changes to the file")
@@ -60,24 +62,25 @@ def run(options: argparse.Namespace) -> int:
     from m3i_scale.profiling.trace import trace
 
     config = load_config(options.config, options.overrides)
+    counts = _node_counts(options.sweep, options.gpus_per_node) if options.sweep is not None else []
+    if options.out:
+        require_writable(options.out)
     unit = gpu(options.gpu)
     if options.network:
         unit = unit._replace(across=options.network * 1e9)
-    length = run_length(config, options.samples and round(options.samples))
+    length = run_length(config, options.samples)
     assumed = Assumptions(utilisation=options.utilisation, sample_bytes=options.sample_bytes)
     traced = trace(config, kernels=config.engine.kernels != "reference")
     cluster = Cluster(unit, options.nodes, options.gpus_per_node)
     plan = make_plan(config, traced, cluster, assumed)
     text = describe(plan, traced, length, [] if plan.fits else list(remedies(config, traced, plan)))
-    if options.sweep:
-        counts = _node_counts(options.sweep, options.gpus_per_node)
+    if counts:
         plans = [make_plan(config, traced, cluster._replace(nodes=n), assumed) for n in counts]
         text += "\n" + scaling_table(plans, length)
     print(text, end="")
     if options.out:
-        options.out.mkdir(parents=True, exist_ok=True)
         (options.out / "plan.txt").write_text(text)
-        if options.sweep:
+        if counts:
             scaling_plot(plans, length, options.out / "scaling.png")
     return 0
 
@@ -132,10 +135,3 @@ def _node_counts(text: str, per_node: int) -> list[int]:
     if odd:
         raise ValueError(f"--sweep: {odd[0]} GPUs are no whole nodes of {per_node} GPUs")
     return [n // per_node for n in gpus]
-
-
-def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not positive")
-    return value

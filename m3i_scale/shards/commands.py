@@ -9,6 +9,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+from m3i_scale.arguments import count, count_or_zero, percent, share
 from m3i_scale.data.storage import Storage
 
 Subparsers = Any  # argparse's own type for this is private
@@ -31,14 +32,18 @@ def _add_build(actions: Subparsers) -> None:
     )
     parser.add_argument("source", help="folder, .csv, .tsv or .parquet file, or glob of archives")
     parser.add_argument("folder", help="where the shards go; the index is <folder>.parquet")
-    parser.add_argument("--shard-samples", type=int, default=10_000, help="at most (%(default)s)")
-    parser.add_argument("--shard-mib", type=int, default=1024, help="about at most (%(default)s)")
-    parser.add_argument("--resize", type=int, default=0, help="shorter side in pixels, 0: keep")
+    parser.add_argument("--shard-samples", type=count, default=10_000, help="at most (%(default)s)")
+    parser.add_argument("--shard-mib", type=count, default=1024, help="about at most (%(default)s)")
+    parser.add_argument(
+        "--resize", type=count_or_zero, default=0, help="shorter side in pixels, 0: keep"
+    )
     parser.add_argument("--reencode", action="store_true", help="write every image as RGB JPEG")
-    parser.add_argument("--quality", type=int, default=90, help="of new JPEGs (%(default)s)")
+    parser.add_argument("--quality", type=percent, default=90, help="of new JPEGs (%(default)s)")
     parser.add_argument("--caption-column", help="column of a table that holds captions")
     parser.add_argument("--category-column", help="column of a table that holds categories")
-    parser.add_argument("--seed", type=int, default=0, help="of the shuffle (%(default)s)")
+    parser.add_argument(
+        "--seed", type=count_or_zero, default=0, help="of the shuffle (%(default)s)"
+    )
     _add_common(parser)
     parser.set_defaults(run=_build)
 
@@ -117,8 +122,8 @@ def _add_show(actions: Subparsers) -> None:
     parser = actions.add_parser("show", help="draw a contact sheet with captions and histograms")
     parser.add_argument("index", help="the Parquet index")
     parser.add_argument("--output", "-o", default="shards.png", help="PNG to write (%(default)s)")
-    parser.add_argument("--count", type=int, default=48, help="samples to draw (%(default)s)")
-    parser.add_argument("--seed", type=int, default=0, help="which ones (%(default)s)")
+    parser.add_argument("--count", type=count, default=48, help="samples to draw (%(default)s)")
+    parser.add_argument("--seed", type=count_or_zero, default=0, help="which ones (%(default)s)")
     parser.add_argument("--classes", help="JSON list of category names (build's classes.json)")
     _add_storage(parser)
     parser.set_defaults(run=_show)
@@ -143,13 +148,13 @@ def _show(args: argparse.Namespace) -> int:
 def _add_glyphs(subparsers: Subparsers) -> None:
     parser = subparsers.add_parser("glyphs", help="draw the small data set of the demo")
     parser.add_argument("--out", default="data_demo/glyphs", help="folder (%(default)s)")
-    parser.add_argument("--image-size", type=int, default=80, help="pixels (%(default)s)")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--image-size", type=count, default=80, help="pixels (%(default)s)")
+    parser.add_argument("--seed", type=count_or_zero, default=0)
     parser.add_argument("--all", action="store_true", help="all named glyphs, about 46,000")
     parser.add_argument("--plain", action="store_true", help="black on white, no colours")
     parser.add_argument(
         "--category-share",
-        type=float,
+        type=share,
         default=0.35,
         help="share of the training glyphs that have a category and no caption (%(default)s)",
     )
@@ -176,7 +181,7 @@ def _glyphs(args: argparse.Namespace) -> int:
 
 def _add_common(parser: argparse.ArgumentParser) -> None:
     cores = os.cpu_count() or 1
-    parser.add_argument("--processes", "-j", type=int, default=cores, help="(%(default)s)")
+    parser.add_argument("--processes", "-j", type=count, default=cores, help="(%(default)s)")
 
 
 def _add_storage(parser: argparse.ArgumentParser) -> None:

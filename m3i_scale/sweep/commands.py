@@ -7,6 +7,7 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
+from m3i_scale.arguments import count_or_zero
 from m3i_scale.config import ConfigError
 from m3i_scale.engine.stop import STOPPED
 from m3i_scale.sweep import checks, execute, progress, slurm
@@ -45,7 +46,10 @@ def register(subparsers: Any) -> None:
         "--slurm", action="store_true", help="write a Slurm array script of what is left"
     )
     parser.add_argument(
-        "--only", type=int, metavar="INDEX", help="one run, by its number in the list of --dry-run"
+        "--only",
+        type=count_or_zero,
+        metavar="INDEX",
+        help="one run, by its number in the list of --dry-run",
     )
     parser.set_defaults(run=run)
 

@@ -6,7 +6,9 @@ import itertools
 from pathlib import Path
 from typing import NamedTuple
 
-from m3i_scale.config import Config, ConfigError, load_config
+from m3i_scale.config import Config, ConfigError
+from m3i_scale.config.load import load_config, override
+from m3i_scale.paths import expand, literal
 from m3i_scale.sweep.spec import Sweep, Variant
 
 
@@ -50,8 +52,9 @@ def cells(sweep: Sweep, file: str | Path) -> list[Cell]:
     rows = [
         dict(zip(sweep.axes, row, strict=True)) for row in itertools.product(*sweep.axes.values())
     ]
+    home = Path(expand(str(file))).parent
     every = [
-        Cell(number, row, seed, _config(sweep, Path(file).parent, row, seed))
+        Cell(number, row, seed, _config(sweep, home, row, seed))
         for number, (seed, row) in enumerate(itertools.product(sweep.seeds, rows))
     ]
     folders: dict[str, Cell] = {}
@@ -70,10 +73,10 @@ def _config(sweep: Sweep, home: Path, row: dict[str, Variant], seed: int) -> Con
     layers = [*sweep.config, *(file for variant in row.values() for file in variant.config)]
     first, *others = [home / file for file in layers]
     decided = [
-        f"run={name}",
-        f"folder={sweep.own_folder}",
-        f"seed={seed}",
-        f"optimizer.duration={sweep.samples} samples",
+        override("run", name),
+        override("folder", literal(str(sweep.own_folder))),
+        override("seed", seed),
+        override("optimizer.duration", f"{sweep.samples} samples"),
     ]
     changes = [*sweep.set, *(change for variant in row.values() for change in variant.set)]
     try:

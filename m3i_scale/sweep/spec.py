@@ -21,10 +21,10 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import BeforeValidator, Field, ValidationError, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 
-from m3i_scale.config import ConfigError, Count, Node
-from m3i_scale.config.load import apply_override, read_tree, sentence
+from m3i_scale.config import Count, Node, PathText
+from m3i_scale.config.load import load
 
 # What a sweep decides itself, so that runs have folders of their own and equal compute.
 RESERVED = ("run", "folder", "seed", "optimizer.duration")
@@ -35,11 +35,11 @@ def _as_list(value: object) -> object:
 
 
 def _as_word(value: object) -> object:
-    """YAML reads `name: 0.5` as a number; the name is what is written."""
+    """YAML reads `name: 0.5` as a number; the name is the number as Python writes it."""
     return str(value) if isinstance(value, int | float) and not isinstance(value, bool) else value
 
 
-Files = Annotated[list[str], BeforeValidator(_as_list)]
+Files = Annotated[list[PathText], BeforeValidator(_as_list)]
 Word = Annotated[str, BeforeValidator(_as_word)]
 
 
@@ -80,7 +80,7 @@ class Sweep(Node):
 
     name: str
     title: str = ""
-    folder: str = "runs/sweeps"
+    folder: PathText = "runs/sweeps"
     config: Annotated[Files, Field(min_length=1)]
     set: list[str] = Field(default=[])
     samples: Count
@@ -137,10 +137,4 @@ def load_sweep(path: str | Path, overrides: Sequence[str] = ()) -> Sweep:
     Raises:
         ConfigError: with one sentence, for anything wrong.
     """
-    tree = read_tree(Path(path))
-    for override in overrides:
-        apply_override(tree, override)
-    try:
-        return Sweep.model_validate(tree)
-    except ValidationError as error:
-        raise ConfigError(f"{path}: {sentence(error, Sweep)}") from None
+    return load(Sweep, path, overrides)
