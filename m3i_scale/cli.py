@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import argparse
 import importlib
-import json
 import os
 import re
 import signal
@@ -63,6 +62,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except BaseException as error:
         if stop.came:  # as what it arrives depends on what it interrupted
             print("interrupted", file=sys.stderr, flush=True)
+            if arguments is None:
+                os._exit(130)  # what was interrupted may hang or complain while Python ends
             return 130
         if traceback or not _is_for_users(error):
             raise
@@ -329,6 +330,8 @@ def evaluate_run(options: argparse.Namespace) -> int:
 
 def _write_evaluation(options: argparse.Namespace, reader: CheckpointReader, result: Any) -> None:
     """Write eval.json: the table and all that is needed to repeat it."""
+    import json
+
     content = {
         "checkpoint": str(reader.path),
         "step": reader.state["step"],

@@ -7,7 +7,15 @@ import pytest
 import yaml
 from small import SMALL
 
-from m3i_scale.config import Config, ConfigError, Duration, dump_config, load_config
+from m3i_scale.config import (
+    Config,
+    ConfigError,
+    Duration,
+    Input,
+    Objective,
+    dump_config,
+    load_config,
+)
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 
@@ -288,6 +296,49 @@ def test_bases_are_merged_in_order_and_circles_are_named(file: Path):
     (folder / "other.yaml").write_text("base: top.yaml")
     with pytest.raises(ConfigError, match="circle"):
         load_config(folder / "top.yaml")
+
+
+TARGETS = """
+objective:
+  targets:
+    - {name: p, representation: pixels, likelihood: {form: gaussian}}
+    - {name: c, representation: category, regularisation: negatives, likelihood: {form: boltzmann}}
+"""
+
+
+def test_a_file_that_states_targets_states_the_whole_objective(file: Path):
+    low = file.with_name("low.yaml")
+    low.write_text(
+        "base: small.yaml\nobjective:\n  without_source: drop\n  balance: {gamma: 7}\n"
+        "  input: {corruption: mask, ratio: 0.9, both_views: true}\n"
+    )
+    method = file.with_name("method.yaml")
+    method.write_text(TARGETS)
+    for config in (load_config(low, over=[method]), load_config(layered(file, "low", "method"))):
+        assert [target.name for target in config.objective.targets] == ["p", "c"]
+        alone = Objective(targets=config.objective.targets, without_source="drop")
+        assert config.objective == alone  # whether targets may be dropped is said of the data
+    method.write_text(f"{TARGETS}  input: {{corruption: none}}\n")
+    assert load_config(low, over=[method]).objective.input == Input(corruption="none")
+    method.write_text("objective: {input: {ratio: 0.8}}")  # no targets: merged key by key
+    merged = load_config(file, over=[method]).objective
+    assert merged.model_dump(exclude={"input"}) == load_config(file).objective.model_dump(
+        exclude={"input"}
+    )
+    assert merged.input.ratio == 0.8
+
+
+def layered(file: Path, *names: str) -> Path:
+    top = file.with_name("layered.yaml")
+    top.write_text(f"base: [{', '.join(f'{name}.yaml' for name in names)}]\n")
+    return top
+
+
+def test_an_override_of_the_targets_leaves_the_rest_of_the_objective(file: Path):
+    features = "{name: f, representation: features, regularisation: stop_gradient, likelihood: {form: gaussian}}"
+    changes = [f"objective.targets=[{features}]", "objective.balance=null"]
+    config = load_config(file, ["objective.input.ratio=0.3", *changes])
+    assert config.objective.input.ratio == 0.3
 
 
 def test_one_kind_of_target_cannot_be_balanced(small_tree: dict[str, Any]):

@@ -2,8 +2,9 @@
 
 A file may start from others with `base: other.yaml` or a list of them (paths relative to itself);
 later ones win, mappings are merged, lists and values replaced. One exception: a file that states
-`objective.targets` states the whole objective, and what lies below it has no say in `input` or
-`balance`. An override changes its key and nothing else.
+`objective.targets` states a method, and its `objective.input` and `balance` are its own too or the
+defaults, never those of the files below it. (`without_source` is of the data, and stays.) An
+override changes its key and nothing else.
 
 What is wrong is blamed on who said it: the line of a file, or the override.
 """
@@ -27,8 +28,8 @@ from m3i_scale.config.yaml_text import Place, dump, parse, parse_value
 
 N = TypeVar("N", bound=Node)
 
-# Sections that a file states whole as soon as it states one of their keys.
-WHOLE = {"objective": "targets"}
+# What makes a method, of which a file states all as soon as it states the targets.
+METHOD = ("targets", "input", "balance")
 
 
 def load_config(
@@ -91,9 +92,13 @@ class Layers:
 
     def lay(self, high: Layers) -> None:
         """Lay another one over this one."""
-        for section, key in WHOLE.items():
-            if key in (high.values.get(section) or ()):
-                self.values.pop(section, None)
+        objective = high.values.get("objective")
+        if isinstance(objective, dict) and "targets" in objective:
+            below = self.values.get("objective")
+            if isinstance(below, dict):
+                self.values["objective"] = {k: v for k, v in below.items() if k not in METHOD}
+            for key in METHOD:
+                self._forget(("objective", key))
         replaced = {
             place
             for place in high._origins
@@ -127,6 +132,10 @@ class Layers:
         above = (place[:n] for n in range(len(place), 0, -1))
         return next((self._origins[p] for p in above if p in self._origins), None)
 
+    def _forget(self, place: Place) -> None:
+        """Who set a place and all below it."""
+        self._origins = {p: o for p, o in self._origins.items() if p[: len(place)] != place}
+
     def _set(self, text: str, root: type[Node]) -> None:
         path, equals, written = text.partition("=")
         keys = path.strip().split(".")
@@ -149,7 +158,7 @@ class Layers:
                 node[key] = {}
                 self._origins[place] = f"override {text!r}"
             node = node[key]
-        self._origins = {p: o for p, o in self._origins.items() if p[: len(place)] != place}
+        self._forget(place)
         self._origins[place] = f"override {text!r}"
 
 

@@ -1,0 +1,105 @@
+"""The documentation names no setting that does not exist."""
+
+from __future__ import annotations
+
+import re
+import typing
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from m3i_scale.config import Config, Node
+from m3i_scale.config.errors import nodes_in
+from m3i_scale.config.yaml_text import parse
+from m3i_scale.sweep.spec import Sweep
+
+ROOT = Path(__file__).parents[1]
+PAGES = sorted(
+    page for page in ROOT.rglob("*.md") if not {".venv", ".git"} & set(page.relative_to(ROOT).parts)
+)
+TOP = "|".join(Config.model_fields)
+# `data.workers`, `objective.input.ratio=0.6`; not `data.py`, `data/order.py`, `data.Stream(`
+DOTTED = re.compile(rf"(?<![\w./-])((?:{TOP})(?:\.[a-z_0-9]+)+)(?![\w/(]|\.\w)")
+SUFFIXES = {"py", "yaml", "json", "md", "png", "txt", "parquet", "jsonl", "csv", "sbatch"}
+
+
+def exists(key: str, root: type[Node] = Config) -> bool:
+    """Whether a dotted path leads to a field of the tree, or into a mapping of the user's own."""
+    kind: Any = root
+    for word in key.split("."):
+        if word.isdecimal():
+            continue
+        fields = [m.model_fields[word] for m in nodes_in(kind) if word in m.model_fields]
+        if not fields:
+            return typing.get_origin(kind) is dict
+        kind = fields[0].annotation
+    return True
+
+
+def dotted(text: str) -> Iterator[str]:
+    for key in DOTTED.findall(text):
+        if key.rpartition(".")[2] not in SUFFIXES:
+            yield key
+
+
+def blocks(text: str) -> Iterator[Any]:
+    """What the blocks of a page say that are YAML of a configuration or a sweep."""
+    for block in re.findall(r"^```(?:yaml)?\n(.*?)^```", text, re.DOTALL | re.MULTILINE):
+        if re.match(rf"\s*(?:base|{TOP}|axes|name):", block):
+            yield parse(block.encode()).value
+
+
+def leaves(tree: Any, above: str = "") -> Iterator[str]:
+    if isinstance(tree, dict):
+        for key, value in tree.items():
+            inside = f"{above}.{key}" if above else key
+            yield inside
+            yield from leaves(value, inside)
+    elif isinstance(tree, list):
+        for value in tree:
+            yield from leaves(value, above)
+
+
+def inline(text: str) -> Iterator[str]:
+    """Keys in `key: value` and in `a_bare_key` of running text, wherever in the tree they are."""
+    code = re.findall(
+        r"`([^`\n]+)`", re.sub(r"^```.*?^```", "", text, flags=re.DOTALL | re.MULTILINE)
+    )
+    for words in code:
+        yield from re.findall(r"(?:^|[{, ])([a-z]+(?:_[a-z]+)*): ", words)
+
+
+def every_field(root: type[Node]) -> Iterator[str]:
+    for name, field in root.model_fields.items():
+        yield name
+        for node in nodes_in(field.annotation):
+            yield from every_field(node)
+
+
+FIELDS = {*every_field(Config), *every_field(Sweep), "base"}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_every_setting_that_a_page_names_exists(page: Path):
+    text = page.read_text("utf-8")
+    assert [key for key in dotted(text) if not exists(key)] == []
+    assert [key for key in inline(text) if key not in FIELDS] == []
+    for tree in blocks(text):
+        unknown = [key for key in leaves(tree) if not (exists(key) or exists(key, Sweep))]
+        assert [key for key in unknown if key != "base"] == []
+
+
+def test_the_check_sees_what_it_is_for():
+    text = "`data.max_pixle` and data.workers, `objective.input.ratio=1`, `data.py`, data/order.py"
+    assert [key for key in dotted(text) if not exists(key)] == ["data.max_pixle"]
+    assert list(inline("`bad_windo: 3`, `{form: gaussian}`")) == ["bad_windo", "form"]
+    assert list(leaves({"a": [{"b": 1}]})) == ["a", "a.b"]
+    assert exists("engine.zero.extra.anything.at.all")
+    assert exists("objective.targets.0.likelihood.sigma")
+    assert not exists("engine.zero.extr.a")
+
+
+def test_pages_are_found():
+    assert {page.name for page in PAGES} >= {"README.md", "methods.md", "stream.md"}
