@@ -27,7 +27,16 @@ ALLOWED: dict[str, set[str]] = {
     "cluster": {"config"},
     "profiling": {"config", "objective", "m3i_kernels"},
     "engine": {"config", "objective", "models", "cluster", "profiling", "m3i_kernels"},
-    "planner": {"config", "paths", "arguments", "objective", "profiling", "cluster", "engine", "m3i_kernels"},
+    "planner": {
+        "config",
+        "paths",
+        "arguments",
+        "objective",
+        "profiling",
+        "cluster",
+        "engine",
+        "m3i_kernels",
+    },
     "transfer": {"config", "paths", "objective", "models", "data", "m3i_kernels"},
     # Starts training and evaluation as processes; of the engine it asks which checkpoints are
     # complete and what an exit code means.
