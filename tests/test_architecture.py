@@ -15,32 +15,24 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "m3i_scale"
 
 # From the bottom to the top: a package imports those named with it, and nothing else of ours.
+LEAVES = {"paths", "arguments"}  # import nothing of ours; everything above may import them
 ALLOWED: dict[str, set[str]] = {
+    "m3i_kernels": set(),
     "paths": set(),
     "arguments": set(),
-    "m3i_kernels": set(),
-    "config": {"paths"},
+    "config": LEAVES,
     "models": {"m3i_kernels"},
     "objective": {"config", "models", "m3i_kernels"},
-    "data": {"paths"},
-    "shards": {"data", "paths", "arguments"},
+    "data": LEAVES,
+    "shards": {"data"} | LEAVES,
     "cluster": {"config"},
-    "profiling": {"config", "objective", "m3i_kernels"},
+    "profiling": {"config", "objective", "models", "m3i_kernels"},
     "engine": {"config", "objective", "models", "cluster", "profiling", "m3i_kernels"},
-    "planner": {
-        "config",
-        "paths",
-        "arguments",
-        "objective",
-        "profiling",
-        "cluster",
-        "engine",
-        "m3i_kernels",
-    },
-    "transfer": {"config", "paths", "objective", "models", "data", "m3i_kernels"},
+    "planner": {"config", "objective", "profiling", "cluster", "engine", "m3i_kernels"} | LEAVES,
+    "transfer": {"config", "objective", "models", "data", "m3i_kernels"} | LEAVES,
     # Starts training and evaluation as processes; of the engine it asks which checkpoints are
     # complete and what an exit code means.
-    "sweep": {"config", "paths", "arguments", "profiling", "engine"},
+    "sweep": {"config", "profiling", "engine"} | LEAVES,
 }
 ENTRY_POINTS = {"train", "cli"}  # import everything, and nobody imports them
 ALLOWED |= {entry: set(ALLOWED) for entry in ENTRY_POINTS}

@@ -79,10 +79,10 @@ def test_overrides_are_yaml(file: Path):
         ("model.decoder.widht=3", "unknown key 'model.decoder.widht'; did you mean 'width'?"),
         ("optimiser.batch=3", "unknown key 'optimiser'; did you mean 'optimizer'?"),
         ("objective.targets.0.likelihood.sigm=2", "did you mean 'sigma'?"),
-        ("optimizer.batch=8", "since version 0.2: 'global_batch_size'"),
-        ("optimizer.length=8 steps", "since version 0.2: 'duration'"),
-        ("optimizer.ema=0.9", "since version 0.2: 'teacher_momentum'"),
-        ("objective.targets.0.guard=none", "since version 0.2: 'regularisation'"),
+        ("optimizer.batch=8", "it is called 'optimizer.global_batch_size' now"),
+        ("optimizer.length=8 steps", "it is called 'optimizer.duration' now"),
+        ("optimizer.ema=0.9", "it is called 'optimizer.teacher_momentum' now"),
+        ("objective.targets.0.guard=none", "it is called 'regularisation' now"),
         ("objective.targets.0.encoder=momentum", "'teacher'"),
         ("optimizer.duration=soon", "'soon' is not a duration"),
         ("optimizer.global_batch_size=many", "optimizer.global_batch_size"),
@@ -161,10 +161,12 @@ def test_durations(file: Path, text: str):
 
 def test_what_is_wrong_is_blamed_on_the_file_and_line_that_set_it(file: Path):
     folder = file.parent
-    (folder / "low.yaml").write_text("seed: 1\noptimizer:\n  batch: many\n  betas: [0.9, 2]\n")
+    (folder / "low.yaml").write_text(
+        "seed: 1\noptimizer:\n  global_batch_size: many\n  betas: [0.9, 2]\n"
+    )
     top = folder / "top.yaml"
     top.write_text("base: [small.yaml, low.yaml]\nrun: top\n")
-    with pytest.raises(ConfigError, match=r"/low\.yaml:3: optimizer\.batch: "):
+    with pytest.raises(ConfigError, match=r"/low\.yaml:3: optimizer\.global_batch_size: "):
         load_config(top)
     with pytest.raises(ConfigError, match=r"/low\.yaml:4: optimizer\.betas\.1: "):
         load_config(top, ["optimizer.global_batch_size=8"])
@@ -335,7 +337,10 @@ def layered(file: Path, *names: str) -> Path:
 
 
 def test_an_override_of_the_targets_leaves_the_rest_of_the_objective(file: Path):
-    features = "{name: f, representation: features, regularisation: stop_gradient, likelihood: {form: gaussian}}"
+    features = (
+        "{name: f, representation: features, regularisation: stop_gradient, "
+        "likelihood: {form: gaussian}}"
+    )
     changes = [f"objective.targets=[{features}]", "objective.balance=null"]
     config = load_config(file, ["objective.input.ratio=0.3", *changes])
     assert config.objective.input.ratio == 0.3

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import re
 import typing
 from collections.abc import Iterator
@@ -13,6 +14,8 @@ import pytest
 from m3i_scale.config import Config, Node
 from m3i_scale.config.errors import nodes_in
 from m3i_scale.config.yaml_text import parse
+from m3i_scale.models.intern_image import InternImage
+from m3i_scale.models.vit import ViT
 from m3i_scale.sweep.spec import Sweep
 
 ROOT = Path(__file__).parents[1]
@@ -22,7 +25,7 @@ PAGES = sorted(
 TOP = "|".join(Config.model_fields)
 # `data.workers`, `objective.input.ratio=0.6`; not `data.py`, `data/order.py`, `data.Stream(`
 DOTTED = re.compile(rf"(?<![\w./-])((?:{TOP})(?:\.[a-z_0-9]+)+)(?![\w/(]|\.\w)")
-SUFFIXES = {"py", "yaml", "json", "md", "png", "txt", "parquet", "jsonl", "csv", "sbatch"}
+SUFFIXES = {"py", "yaml", "json", "md", "png", "txt", "parquet", "jsonl", "csv", "sbatch", "sh"}
 
 
 def exists(key: str, root: type[Node] = Config) -> bool:
@@ -78,7 +81,8 @@ def every_field(root: type[Node]) -> Iterator[str]:
             yield from every_field(node)
 
 
-FIELDS = {*every_field(Config), *every_field(Sweep), "base"}
+OPTIONS = {name for kind in (InternImage, ViT) for name in inspect.signature(kind).parameters}
+FIELDS = {*every_field(Config), *every_field(Sweep), *OPTIONS, "base"}
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))

@@ -1,4 +1,4 @@
-"""Every YAML file of configs/ is found, and each is read by a run, a sweep or a method."""
+"""Every YAML file of configs/ and experiments/ is found and read by a run, a sweep or a method."""
 
 from __future__ import annotations
 
@@ -12,8 +12,11 @@ from m3i_scale.config.yaml_text import parse
 from m3i_scale.sweep.grid import cells
 from m3i_scale.sweep.spec import load_sweep
 
-CONFIGS = Path(__file__).parents[1] / "configs"
-EVERY = sorted(CONFIGS.rglob("*.y*ml"))
+ROOT = Path(__file__).parents[1]
+CONFIGS = ROOT / "configs"
+EVERY = sorted(
+    path for name in ("configs", "experiments") for path in (ROOT / name).rglob("*.y*ml")
+)
 
 
 def keys(path: Path) -> set[str]:
@@ -29,7 +32,7 @@ SWEEPS = [path for path in EVERY if "name" in keys(path)]
 
 
 def name(path: Path) -> str:
-    return str(path.relative_to(CONFIGS).with_suffix(""))
+    return str(path.relative_to(ROOT).with_suffix(""))
 
 
 @pytest.mark.parametrize("path", RUNS, ids=name)

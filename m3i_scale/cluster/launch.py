@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 
 from m3i_scale.config import ConfigError
-from m3i_scale.engine.numerics import prepare_allocator
+from m3i_scale.cluster.numerics import prepare_allocator
 
 log = logging.getLogger("m3i")
 

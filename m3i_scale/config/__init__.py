@@ -20,7 +20,7 @@ from m3i_scale.config.schema import (
     TextTower,
     Zero,
 )
-from m3i_scale.config.types import ConfigError, Count, Duration, Node
+from m3i_scale.config.types import ConfigError, Count, Duration, Node, PathText
 
 __all__ = [
     "Augmentation",
@@ -43,6 +43,7 @@ __all__ = [
     "Node",
     "Objective",
     "Optimizer",
+    "PathText",
     "Photometric",
     "Source",
     "Storage",

@@ -17,6 +17,11 @@ from m3i_scale.config.yaml_text import Place, flow
 
 # Keys that were called otherwise, and what there is to say about the value.
 RENAMED = {
+    "optimizer.batch": ("optimizer.global_batch_size", "the number stays the same"),
+    "optimizer.length": ("optimizer.duration", "the duration stays the same"),
+    "optimizer.ema": ("optimizer.teacher_momentum", "the number stays the same"),
+    "optimizer.ema_final": ("optimizer.teacher_momentum_final", "the number stays the same"),
+    "objective.targets.guard": ("regularisation", "the values stay the same"),
     "data.chunk_megabytes": ("data.chunk_mebibytes", "the number stays the same"),
     "data.storage.cache_gigabytes": ("data.storage.cache_gibibytes", "100 become 93"),
 }
