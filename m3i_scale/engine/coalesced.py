@@ -101,8 +101,9 @@ class RowsHandle(_Handle):
             for p, hop in zip(self.params, hops, strict=True)
         ]
         for parameter, part in zip(self.params, table.split(widths, 1), strict=True):
-            whole = part.reshape(-1)[: parameter.ds_numel].view(parameter.ds_shape)
-            parameter.data = whole.to(parameter.ds_tensor.dtype)
+            # Its own storage: a view, of one column say, would keep the whole buffer alive.
+            whole = part.contiguous().view(-1)[: parameter.ds_numel]
+            parameter.data = whole.view(parameter.ds_shape).to(parameter.ds_tensor.dtype)
             parameter.ds_status = partition_parameters.ZeroParamStatus.AVAILABLE
         self.complete = True
         if get_accelerator().is_synchronized_device():

@@ -44,7 +44,8 @@ class _Linear(torch.autograd.Function):
         by_x = _by_input(gradient, weight) if wanted[0] else None
         rows = gradient.reshape(-1, gradient.shape[-1])
         by_weight = rows.t().matmul(x.reshape(-1, x.shape[-1])) if wanted[1] else None
-        by_bias = rows.sum(0) if bias is not None and wanted[2] else None
+        batch = list(range(gradient.dim() - 1))  # not of the rows, which are added in other order
+        by_bias = gradient.sum(batch) if bias is not None and wanted[2] else None
         return by_x, by_weight, by_bias
 
 
