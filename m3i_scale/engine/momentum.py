@@ -104,7 +104,9 @@ class WholeTeacher(Teacher):
         for name, table in zip(order, self._tables, strict=True):
             replace_parameter(teacher, name, shards.cut(table, weights[name]))
         del self._tables[len(trained) :]
-        teacher.to(device)
+        for module in teacher.modules():
+            for name, buffer in module.named_buffers(recurse=False):
+                module._buffers[name] = buffer.to(device)
 
     @torch.no_grad()
     def publish(self) -> None:

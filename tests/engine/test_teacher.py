@@ -1,0 +1,162 @@
+"""The teacher's two places, and state that is written where it lives."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from cases import full_weights, open_small
+from ranks import run_ranks
+from torch import Tensor
+
+from m3i_scale.cluster.launch import World
+from m3i_scale.config import ConfigError
+from m3i_scale.engine import loop, shards
+from m3i_scale.engine.numerics import set_numerics
+from m3i_scale.engine.zero import deepspeed_config
+
+pytestmark = pytest.mark.distributed
+
+BASE = {
+    "optimizer.teacher_momentum": 0.5,
+    "checkpoint.background": False,
+    "engine.precision": "bf16",
+}
+
+
+def advance(run: loop.Run, steps: int) -> None:
+    batches = loop.open_batches(run)
+    for _ in range(steps):
+        _, updated = loop.train_step(run, batches)
+        assert updated
+        run.progress.step += 1
+        run.progress.position += run.split.batch
+
+
+def train_and_save(
+    world: World, folder: Path, overrides: dict[str, Any], resume: str, steps: int
+) -> dict[str, Tensor]:
+    run = open_small(world, folder, overrides, resume)
+    advance(run, steps)
+    loop.save(run)
+    run.saver.finish()
+    return full_weights(run)
+
+
+def test_whole_and_sharded_continue_each_others_checkpoints_on_any_ranks(tmp_path: Path):
+    whole, sharded = ({**BASE, "engine.teacher": kind} for kind in ("whole", "sharded"))
+    folder = tmp_path / "one"
+    run_ranks(2, train_and_save, folder, overrides=whole, resume="never", steps=2)
+    ends = []
+    for number, overrides in enumerate((whole, sharded)):
+        copy = tmp_path / f"copy-{number}"
+        copy.mkdir()
+        path = next((folder / "small" / "checkpoints").glob("step-*"))
+        ends.append(
+            run_ranks(2, train_and_save, copy, overrides=overrides, resume=str(path), steps=1)[0]
+        )
+    assert ends[0].keys() == ends[1].keys()
+    assert all(torch.equal(ends[0][name], ends[1][name]) for name in ends[0])
+    moved = [n for n in ends[0] if n.startswith("teacher.")]
+    assert any(not torch.equal(ends[0][n], ends[0]["student." + n[9:]]) for n in moved)
+    one = run_ranks(1, read, tmp_path / "copy-0", overrides=sharded)[0]
+    assert all(torch.equal(one[name], ends[0][name]) for name in ends[0])
+
+
+def read(world: World, folder: Path, overrides: dict[str, Any]) -> dict[str, Tensor]:
+    return full_weights(open_small(world, folder, overrides, "auto"))
+
+
+def resume_where_to_copies(world: World, folder: Path, overrides: dict[str, Any]) -> dict[str, Any]:
+    """Resume while `Tensor.to` always gives a copy, as for states that are offloaded."""
+    first = open_small(world, folder, overrides, "never")
+    advance(first, 2)
+    loop.save(first)
+    first.saver.finish()
+    original = torch.Tensor.to
+
+    def copied(self: Tensor, *inputs: Any, **options: Any) -> Tensor:
+        result = original(self, *inputs, **options)
+        return result.clone() if result is self else result
+
+    torch.Tensor.to = copied  # type: ignore[method-assign,assignment]
+    try:
+        second = open_small(world, folder, overrides | {"seed": 1}, "auto")
+    finally:
+        torch.Tensor.to = original  # type: ignore[method-assign]
+    same = {}
+    pairs = zip(
+        shards.trained(first.sharded.model), shards.trained(second.sharded.model), strict=True
+    )
+    for (name, old), (_, new) in pairs:
+        optimizers = [run.sharded.engine.optimizer for run in (first, second)]
+        for kind in (None, *shards.MOMENTS):
+            values = [
+                shards.local_weight(optimizer, parameter)
+                if kind is None
+                else shards.local_moment(optimizer, parameter, kind)
+                for optimizer, parameter in zip(optimizers, (old, new), strict=True)
+            ]
+            own = min(values[0].numel(), max(0, old.ds_numel - world.rank * values[0].numel()))
+            same[f"{name} {kind}"] = torch.equal(values[0][:own], values[1][:own])
+    weights = [full_weights(run) for run in (first, second)]
+    same |= {name: torch.equal(weights[0][name], weights[1][name]) for name in weights[0]}
+    return same
+
+
+def test_a_resume_writes_into_the_optimisers_own_storage(tmp_path: Path):
+    for same in run_ranks(2, resume_where_to_copies, tmp_path, overrides=BASE):
+        assert len(same) > 100
+        assert all(same.values()), [name for name, equal in same.items() if not equal]
+
+
+class Partitioned:
+    """A frozen parameter that ZeRO keeps gathered, with a node's copy (hpZ)."""
+
+    def __init__(self) -> None:
+        self.ds_status = type("Status", (), {"name": "AVAILABLE"})
+        self.ds_secondary_tensor: Tensor | None = torch.zeros(2)
+
+    def partition(self) -> None:
+        self.ds_status = type("Status", (), {"name": "NOT_AVAILABLE"})
+        if self.ds_secondary_tensor is None:
+            self.ds_secondary_tensor = torch.zeros(2)  # DeepSpeed makes it from what is gathered
+
+
+def test_no_copy_of_the_old_value_is_left_on_the_node():
+    parameter = Partitioned()
+    shards.forget_gathered(parameter)  # type: ignore[arg-type]
+    assert parameter.ds_secondary_tensor is None
+    assert parameter.ds_status.name == "NOT_AVAILABLE"
+
+
+def test_states_on_nvme_are_refused(small_tree: dict[str, Any]):
+    from m3i_scale.config import Config
+    from m3i_scale.engine.schedules import split_batch
+
+    small_tree["engine"]["zero"] = {
+        "extra": {"zero_optimization": {"offload_optimizer": {"device": "nvme"}}}
+    }
+    with pytest.raises(ConfigError, match=r"NVMe.*offload_optimizer=true"):
+        deepspeed_config(Config.model_validate(small_tree), split_batch(8, 8, 1))
+
+
+def test_determinism_is_switched_on_and_off():
+    import os
+
+    before = os.environ.pop("CUBLAS_WORKSPACE_CONFIG", None)
+    try:
+        set_numerics(deterministic=True)
+        assert torch.are_deterministic_algorithms_enabled()  # the kernels ask for it, too
+        assert torch.backends.cudnn.deterministic
+        assert not torch.backends.cudnn.benchmark
+        assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
+    finally:
+        set_numerics(deterministic=False)
+        os.environ.pop("CUBLAS_WORKSPACE_CONFIG", None)
+        if before is not None:
+            os.environ["CUBLAS_WORKSPACE_CONFIG"] = before
+    assert not torch.are_deterministic_algorithms_enabled()
+    assert torch.backends.cudnn.benchmark
