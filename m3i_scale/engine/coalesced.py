@@ -22,12 +22,19 @@ from torch import Tensor
 log = logging.getLogger("m3i")
 
 _Handle: Any = partition_parameters.AllGatherCoalescedHandle
+_Lone: Any = partition_parameters.NoGatherHandle
+_LoneCoalesced: Any = partition_parameters.NoGatherCoalescedHandle
+_AVAILABLE = partition_parameters.ZeroParamStatus.AVAILABLE
 
 
 def install() -> None:
     """Let ZeRO-3 use the functions of this module (DeepSpeed has no registry for them)."""
-    places = ((partition_parameters, "AllGatherCoalescedHandle", RowsHandle),
-              (stage3, "reduce_scatter_coalesced", reduce_scatter_coalesced))  # fmt: skip
+    places = (
+        (partition_parameters, "AllGatherCoalescedHandle", RowsHandle),
+        (partition_parameters, "NoGatherHandle", LoneHandle),
+        (partition_parameters, "NoGatherCoalescedHandle", LoneCoalescedHandle),
+        (stage3, "reduce_scatter_coalesced", reduce_scatter_coalesced),
+    )
     for module, name, replacement in places:
         if not hasattr(module, name):
             log.warning(
@@ -104,7 +111,7 @@ class RowsHandle(_Handle):
             # Its own storage: a view, of one column say, would keep the whole buffer alive.
             whole = part.contiguous().view(-1)[: parameter.ds_numel]
             parameter.data = whole.view(parameter.ds_shape).to(parameter.ds_tensor.dtype)
-            parameter.ds_status = partition_parameters.ZeroParamStatus.AVAILABLE
+            parameter.ds_status = _AVAILABLE
         self.complete = True
         if get_accelerator().is_synchronized_device():
             return
@@ -112,3 +119,33 @@ class RowsHandle(_Handle):
             table.record_stream(get_accelerator().current_stream())
         else:  # the caller waits, then empties this list
             _Handle.data_buffer.append(self.partitions)
+
+
+class LoneHandle(_Lone):
+    """A parameter of a single rank, which has all of it; nothing has to be waited for.
+
+    DeepSpeed waits for the GPU here, at every module. What is offloaded is copied on the stream
+    that gathers, for which the computing one waits by itself.
+    """
+
+    def __init__(self, parameter: Any) -> None:
+        super().__init__(parameter)
+        self._waiting = [parameter]
+
+    def wait(self, **_: Any) -> None:
+        """Mark the parameter as there, once: it may have been released since."""
+        while self._waiting:
+            self._waiting.pop().ds_status = _AVAILABLE
+
+
+class LoneCoalescedHandle(_LoneCoalesced):
+    """The same for several parameters."""
+
+    def __init__(self, parameters: list[Any]) -> None:
+        super().__init__(parameters)
+        self._waiting = list(parameters)
+
+    def wait(self, **_: Any) -> None:
+        """Mark the parameters as there, once."""
+        while self._waiting:
+            self._waiting.pop().ds_status = _AVAILABLE
