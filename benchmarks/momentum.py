@@ -113,7 +113,7 @@ def measure(backbone: str, updates: int, out: Path) -> int:
     trained = torch.optim.SGD(student.parameters(), lr=0.0)
     engine, *_ = deepspeed.initialize(model=pair, optimizer=trained, config=SETTINGS)
     makers: dict[str, Callable[[], Any]] = {
-        "shards": lambda: ShardedTeacher(student, momentum),
+        "shards": lambda: ShardedTeacher(engine.optimizer, student, momentum, world.device),
         "gather": lambda: GatheredMomentum(student, world.is_main),
     }
     require_equal(engine, momentum, makers)
