@@ -190,15 +190,15 @@ class M3I(nn.Module):
         return teacher
 
     def blocks_run_once(self) -> list[nn.Module]:
-        """Residual blocks that run exactly once with gradient in a forward pass.
+        """Residual blocks that run at most once with gradient in a forward pass.
 
         Not the decoder's, which runs for every dense target, nor the student's where it makes
-        targets that carry a gradient.
+        targets that carry a gradient; the teacher's, where it is in the tree, never have one.
         """
-        parts: list[nn.Module] = [self.text_tower] if hasattr(self, "text_tower") else []
+        parts = [self._modules[name] for name in ("text_tower", "teacher") if name in self._modules]
         if not self._trains_targets("student"):
-            parts.append(self.student.get_submodule("backbone"))
-        return [block for part in parts for _, block in residual_blocks(part)]
+            parts.append(self.student)
+        return [block for part in parts if part for _, block in residual_blocks(part)]
 
     def forward(self, mixed: MixedBatch, supervised_weight: float = 1.0) -> dict[str, Tensor]:
         """The loss of one micro-batch of this rank, under "loss", and figures as (sum, count).
