@@ -15,8 +15,8 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from m3i_scale.config import ConfigError
 from m3i_scale.cluster.numerics import prepare_allocator
+from m3i_scale.config import ConfigError
 
 log = logging.getLogger("m3i")
 

@@ -19,6 +19,8 @@ from deepspeed.accelerator import get_accelerator
 from deepspeed.runtime.zero import partition_parameters, stage3
 from torch import Tensor
 
+from m3i_scale.engine import shards
+
 log = logging.getLogger("m3i")
 
 _Handle: Any = partition_parameters.AllGatherCoalescedHandle
@@ -111,6 +113,7 @@ class RowsHandle(_Handle):
             # Its own storage: a view, of one column say, would keep the whole buffer alive.
             whole = part.contiguous().view(-1)[: parameter.ds_numel]
             parameter.data = whole.view(parameter.ds_shape).to(parameter.ds_tensor.dtype)
+            shards.align(parameter)
             parameter.ds_status = _AVAILABLE
         self.complete = True
         if get_accelerator().is_synchronized_device():
@@ -125,11 +128,13 @@ class LoneHandle(_Lone):
     """A parameter of a single rank, which has all of it; nothing has to be waited for.
 
     DeepSpeed waits for the GPU here, at every module. What is offloaded is copied on the stream
-    that gathers, for which the computing one waits by itself.
+    that gathers, for which the computing one waits by itself. The parameter is a view of the flat
+    buffer of its group, unless it would begin at an odd place.
     """
 
     def __init__(self, parameter: Any) -> None:
         super().__init__(parameter)
+        shards.align(parameter)
         self._waiting = [parameter]
 
     def wait(self, **_: Any) -> None:
@@ -143,6 +148,8 @@ class LoneCoalescedHandle(_LoneCoalesced):
 
     def __init__(self, parameters: list[Any]) -> None:
         super().__init__(parameters)
+        for parameter in parameters:
+            shards.align(parameter)
         self._waiting = list(parameters)
 
     def wait(self, **_: Any) -> None:

@@ -115,13 +115,13 @@ class WholeTeacher(Teacher):
 
 
 def _whole_tables(own: list[Tensor]) -> list[Tensor]:
-    """Of shards (k,), room for those of all ranks, (W, k) each, in one buffer."""
+    """Of shards (k,), room for those of all ranks, (W, k) each, aligned in one buffer."""
     size = dist.get_world_size()
-    flat = torch.empty(
-        size * sum(part.numel() for part in own), dtype=own[0].dtype, device=own[0].device
-    )
-    parts = flat.split([size * part.numel() for part in own])
-    return [part.view(size, -1) for part in parts]
+    step = shards.ALIGNMENT // own[0].element_size()
+    counts = [size * part.numel() for part in own]
+    rooms = [-(-count // step) * step for count in counts]
+    parts = own[0].new_empty(sum(rooms)).split(rooms)
+    return [part[:n].view(size, -1) for part, n in zip(parts, counts, strict=True)]
 
 
 def _fill_tables(tables: list[Tensor], own: Tensor) -> None:

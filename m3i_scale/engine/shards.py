@@ -54,6 +54,17 @@ def cut(shards: Tensor, parameter: nn.Parameter) -> Tensor:
     return flat.view(parameter.ds_shape)  # type: ignore[attr-defined]
 
 
+# Bytes at whose multiples weights begin: kernels of cuDNN, cuBLAS and PyTorch read so many at once,
+# and the first two refuse, or find no algorithm for, what begins elsewhere.
+ALIGNMENT = 16
+
+
+def align(parameter: nn.Parameter) -> None:
+    """Copy a gathered parameter that begins at an odd place of a flat buffer to one of its own."""
+    if parameter.data_ptr() % ALIGNMENT:
+        parameter.data = parameter.data.clone()
+
+
 def share_weights(zero_optimizer: Any) -> None:
     """Keep one copy of the weights where master and compute weights have the same dtype.
 

@@ -12,11 +12,11 @@ from deepspeed.runtime.zero import parameter_offload
 from torch import nn
 
 from m3i_scale.cluster.launch import World
+from m3i_scale.cluster.numerics import set_numerics
 from m3i_scale.config import Config, ConfigError, Zero
 from m3i_scale.config.load import merge
 from m3i_scale.engine import quick, shards
 from m3i_scale.engine.momentum import ShardedTeacher, Teacher, WholeTeacher, start_equal
-from m3i_scale.cluster.numerics import set_numerics
 from m3i_scale.engine.schedules import BatchSplit
 from m3i_scale.objective.m3i import M3I
 

@@ -9,12 +9,12 @@ import pytest
 import torch
 from cases import full_weights, open_small
 from ranks import run_ranks
-from torch import Tensor
+from torch import Tensor, nn
 
 from m3i_scale.cluster.launch import World
+from m3i_scale.cluster.numerics import set_numerics
 from m3i_scale.config import ConfigError
 from m3i_scale.engine import loop, shards
-from m3i_scale.engine.numerics import set_numerics
 from m3i_scale.engine.zero import deepspeed_config
 
 pytestmark = pytest.mark.distributed
@@ -63,6 +63,35 @@ def test_whole_and_sharded_continue_each_others_checkpoints_on_any_ranks(tmp_pat
     assert any(not torch.equal(ends[0][n], ends[0]["student." + n[9:]]) for n in moved)
     one = run_ranks(1, read, tmp_path / "copy-0", overrides=sharded)[0]
     assert all(torch.equal(one[name], ends[0][name]) for name in ends[0])
+
+
+def misaligned_weights(world: World, folder: Path, overrides: dict[str, Any]) -> list[str]:
+    """Modules whose weights, as their forward pass sees them, begin at an odd place."""
+    run = open_small(world, folder, overrides, "never")
+    found: list[str] = []
+    checked = 0
+
+    def check(module: nn.Module, _: Any) -> None:
+        nonlocal checked
+        for name, parameter in module.named_parameters(recurse=False):
+            checked += 1
+            if parameter.data_ptr() % 16:
+                found.append(f"{type(module).__name__}.{name} {tuple(parameter.shape)}")
+
+    teacher = run.sharded.teacher
+    assert teacher is not None
+    for module in [*run.sharded.model.modules(), *teacher.teacher.modules()]:
+        module.register_forward_pre_hook(check)
+    advance(run, 2)
+    assert checked > 100
+    return found
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_weights_begin_where_kernels_can_read_them(tmp_path: Path, ranks: int):
+    # On a GPU, cuDNN finds no algorithm for weights at odd places, and vectorised kernels fault.
+    for found in run_ranks(ranks, misaligned_weights, tmp_path, overrides=BASE):
+        assert found == []
 
 
 def read(world: World, folder: Path, overrides: dict[str, Any]) -> dict[str, Tensor]:
