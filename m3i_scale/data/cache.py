@@ -1,10 +1,14 @@
 """A bounded disk cache of blocks of remote files, shared by all processes of a machine.
 
-Blocks are whole files that appear by rename after fsync: a reader never sees half a block, and
-neither does the next run after a crash.  The space is reserved in a counter under a file lock
-before anything is written, so the limit also holds while many processes write.  The counter heals
-itself: when it reaches the limit, the folder is measured and the blocks that were used least
-recently go.  Files behind a URL are taken to be immutable, as shards are.
+Every block is a file with a CRC-32 per page of 64 KiB, which is verified on reading: a block that
+disk, crash or another program damaged is dropped and fetched again.  Blocks appear by rename after
+fsync from names that no other thread, process, container or host uses, so a reader never sees half
+a block.  The space is reserved in a counter under a file lock before anything is written, so the
+limit also holds while many processes write.  The counter heals itself: when it reaches the limit,
+the folder is measured and the blocks that were used least recently go.
+
+A cache that cannot be read or written costs speed, never data: what fails is counted in `faults`,
+said once in every process, and the bytes come from the source.
 """
 
 from __future__ import annotations
@@ -14,7 +18,11 @@ import fcntl
 import hashlib
 import logging
 import os
+import struct
 import time
+import uuid
+import zlib
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -22,12 +30,18 @@ log = logging.getLogger(__name__)
 
 Fetch = Callable[[int, int], bytes]  # bytes [start, stop) of the remote file; short at its end
 _ABANDONED = 600.0  # seconds after which a temporary file is what a crash left behind
+_PAUSE = 60.0  # seconds without another attempt to write after one that failed
+_PAGE = 64 << 10  # bytes under one checksum: a small read verifies little more than it returns
+_SUM = 4  # bytes of a checksum
 
 
 class DiskCache:
     """Block cache in `folder`, never larger than `max_bytes`.
 
-    Raises ValueError when not even four blocks fit.
+    Attributes:
+        faults: Counter of "damaged block", "cannot read" and "cannot write", in this process.
+
+    Raises ValueError when not even four blocks fit, or where `folder` is a file.
     """
 
     def __init__(self, folder: str | Path, max_bytes: int, *, block_bytes: int = 4 << 20) -> None:
@@ -37,23 +51,33 @@ class DiskCache:
                 f"give it at least {4 * block_bytes} bytes"
             )
         self.folder, self.max_bytes, self.block_bytes = Path(folder), max_bytes, block_bytes
-        self.folder.mkdir(parents=True, exist_ok=True)
+        self.faults: Counter[str] = Counter()
+        self._said: set[str] = set()
+        self._no_writes_before = 0.0  # time.monotonic()
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+        except (FileExistsError, NotADirectoryError):
+            raise ValueError(
+                f"the cache {self.folder} is a file or lies below one: name a folder"
+            ) from None
+        except OSError as error:
+            self._note("cannot write", error)
 
-    def read(self, url: str, start: int, stop: int, fetch: Fetch) -> bytes:
-        """Bytes [start, stop) of `url` from the cache; what is missing comes from `fetch`."""
+    def read(self, key: str, start: int, stop: int, fetch: Fetch) -> bytes:
+        """Bytes [start, stop) of the file `key` from the cache; the rest comes from `fetch`."""
         size = self.block_bytes
         spans = {  # the wanted part of every block
             number: (max(start - number * size, 0), min(stop - number * size, size))
             for number in range(start // size, -(-stop // size))
         }
-        parts = {number: self._load(url, number, *span) for number, span in spans.items()}
+        parts = {number: self._load(key, number, *span) for number, span in spans.items()}
         for first, last in _runs([number for number in spans if parts[number] is None]):
             data = fetch(first * size, last * size)
             for number in range(first, last):
                 block = data[(number - first) * size : (number - first + 1) * size]
                 parts[number] = block[slice(*spans[number])]
-                if block:
-                    self._save(url, number, block)
+                if block and time.monotonic() >= self._no_writes_before:
+                    self._save(key, number, block)
         return b"".join(parts[number] or b"" for number in spans)
 
     def used(self) -> int:
@@ -61,35 +85,64 @@ class DiskCache:
         with self._locked():
             return sum(size for _, size, _ in self._files())
 
-    def _path(self, url: str, number: int) -> Path:
-        name = hashlib.sha256(url.encode()).hexdigest()
-        return self.folder / name[:2] / f"{name[2:34]}-{self.block_bytes}-{number}"
+    def _path(self, key: str, number: int) -> Path:
+        name = hashlib.sha256(key.encode("utf-8", "surrogateescape")).hexdigest()
+        return self.folder / name[:2] / f"{name[2:34]}-{number}-{self.block_bytes}"
 
-    def _load(self, url: str, number: int, low: int, high: int) -> bytes | None:
-        path = self._path(url, number)
+    def _load(self, key: str, number: int, low: int, high: int) -> bytes | None:
+        """Bytes [low, high) of a block, fewer at the file's end; None where it must be fetched."""
+        path = self._path(key, number)
         try:
-            with open(path, "rb", buffering=0) as file:
-                os.utime(file.fileno())  # the time of last use, by which blocks are thrown out
-                return os.pread(file.fileno(), high - low, low)
+            handle = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
         except FileNotFoundError:
             return None
-
-    def _save(self, url: str, number: int, block: bytes) -> None:
-        path = self._path(url, number)
-        temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+        except OSError as error:
+            self._note("cannot read", error)
+            return None
         try:
-            path.parent.mkdir(exist_ok=True)
-            self._reserve(temporary, len(block))
+            with contextlib.suppress(OSError):  # the blocks of another user, a read-only mount
+                os.utime(handle)  # the time of last use, by which blocks are thrown out
+            data = _verified(handle, path.name, low, high)
+        except OSError as error:
+            self._note("cannot read", error)
+            return None
+        finally:
+            os.close(handle)
+        if data is None:
+            self._note("damaged block", f"{path} does not match its checksums")
+            with contextlib.suppress(OSError):
+                path.unlink()
+        return data
+
+    def _save(self, key: str, number: int, block: bytes) -> None:
+        path = self._path(key, number)
+        temporary = path.with_name(f"{path.name}.{uuid.uuid4().hex}.tmp")
+        sums = _checksums(block, path.name, len(block), 0)
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            self._reserve(temporary, len(block) + len(sums))
             with open(temporary, "r+b") as file:
                 file.write(block)
+                file.write(sums)
                 file.flush()
                 os.fsync(file.fileno())
             with self._locked():
                 os.replace(temporary, path)
-        except OSError as error:  # a full or broken disk costs speed, not the run
-            log.warning("cannot cache a block in %s: %s", self.folder, error)
+        except OSError as error:
+            self._no_writes_before = time.monotonic() + _PAUSE
+            self._note("cannot write", error)
             with contextlib.suppress(OSError):
                 os.remove(temporary)
+
+    def _note(self, fault: str, detail: object) -> None:
+        """Count a fault, and say its first occurrence in this process."""
+        self.faults[fault] += 1
+        if fault not in self._said:
+            self._said.add(fault)
+            log.warning(
+                "cache %s: %s (%s); reading goes on from the source, slower. Further faults of "
+                "this kind are counted only.", self.folder, fault, detail,
+            )  # fmt: skip
 
     def _reserve(self, temporary: Path, size: int) -> None:
         """Create the file at its full length, making room first where it would not fit."""
@@ -98,7 +151,9 @@ class DiskCache:
             used = int(text) if text.isdigit() else self.max_bytes  # unknown: measure
             if used + size > self.max_bytes:
                 used = self._make_room(size)
-            with open(temporary, "wb") as file:
+            if used + size > self.max_bytes:
+                raise OSError("it is full of blocks that cannot be removed")
+            with open(temporary, "xb") as file:
                 file.truncate(size)
             os.ftruncate(counter, 0)
             os.pwrite(counter, str(used + size).encode(), 0)
@@ -113,9 +168,9 @@ class DiskCache:
                 continue
             if used <= goal and path.suffix != ".tmp":
                 break
-            with contextlib.suppress(FileNotFoundError):
-                path.unlink()
-            used -= length
+            with contextlib.suppress(OSError):  # another user's block stays, and stays counted
+                path.unlink(missing_ok=True)
+                used -= length
         return used
 
     def _files(self) -> Iterator[tuple[float, int, Path]]:
@@ -129,12 +184,46 @@ class DiskCache:
 
     @contextlib.contextmanager
     def _locked(self) -> Iterator[int]:
-        handle = os.open(self.folder / "used", os.O_RDWR | os.O_CREAT, 0o644)
+        handle = os.open(self.folder / "used", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
         try:
             fcntl.flock(handle, fcntl.LOCK_EX)
             yield handle
         finally:
             os.close(handle)  # which also unlocks
+
+
+def _checksums(data: bytes, name: str, length: int, page: int) -> bytes:
+    """Four bytes for each page of `data`, the first of which is the block's page number `page`.
+
+    They depend on the block's name and length and on the page's number too, so that bytes of
+    another place and what is left of a shortened file never pass.
+    """
+    view, seed = memoryview(data), zlib.crc32(f"{name} {length}".encode())
+    sums = [
+        zlib.crc32(view[at : at + _PAGE], seed ^ (page + at // _PAGE))
+        for at in range(0, len(data), _PAGE)
+    ]
+    return struct.pack(f"<{len(sums)}I", *sums)
+
+
+def _verified(handle: int, name: str, low: int, high: int) -> bytes | None:
+    """Bytes [low, high) of an open block, fewer at the end of its data; None where it is damaged.
+
+    The file is the data, then the checksum of each page of it.
+    """
+    stored = os.fstat(handle).st_size
+    length = stored - _SUM * -(-stored // (_PAGE + _SUM))
+    if length <= 0:
+        return None
+    pages = -(-length // _PAGE)
+    first, stop = min(low // _PAGE, pages - 1), min(-(-high // _PAGE), pages)
+    stop = max(stop, first + 1)  # a range beyond the end verifies where the end is
+    wanted = min(stop * _PAGE, length) - first * _PAGE
+    data = os.pread(handle, wanted, first * _PAGE)
+    sums = os.pread(handle, _SUM * (stop - first), length + _SUM * first)
+    if len(data) < wanted or sums != _checksums(data, name, length, first):
+        return None
+    return data[low - first * _PAGE : high - first * _PAGE]
 
 
 def _runs(numbers: list[int]) -> Iterator[tuple[int, int]]:

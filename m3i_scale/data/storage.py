@@ -1,19 +1,17 @@
 """Reading byte ranges of files behind any fsspec URL, with retries and an optional disk cache.
 
 Permanent failures (no such file, no permission) are raised at once as `OSError`; everything else
-is tried again with exponential back-off and jitter, then raised as `StorageError`.
+is tried again with exponential back-off and jitter, then raised as `StorageError` (retry.py).
 """
 
 from __future__ import annotations
 
 import hashlib
 import io
-import logging
 import os
-import random
 import subprocess
 import tempfile
-import time
+import uuid
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
@@ -22,16 +20,15 @@ import aiohttp
 from fsspec.core import split_protocol, url_to_fs
 
 from m3i_scale.data.cache import DiskCache
+from m3i_scale.data.retry import PERMANENT, StorageError, http_status, permanent, retrying
 
-log = logging.getLogger(__name__)
+__all__ = ["PERMANENT", "Storage", "StorageError", "is_local", "join", "local_path", "parent",
+           "retrying"]  # fmt: skip
+
 T = TypeVar("T")
-
-PERMANENT = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError)
 _PIPE = "pipe:"
-
-
-class StorageError(OSError):
-    """A range could not be read within the allowed number of attempts."""
+# What file systems say of the state of an object, by which a changed one is told from the old.
+_STATE = ("ETag", "etag", "generation", "LastModified", "last_modified", "Last-Modified", "updated")
 
 
 def is_local(url: str) -> bool:
@@ -88,7 +85,10 @@ class Storage:
         self.options, self.cache, self.allow_pipe = dict(options or {}), cache, allow_pipe
 
     def check(self, url: str) -> str:
-        """Return `url`; refuse a shell command in its place unless the configuration allows it."""
+        """Return `url`; refuse what cannot be written to an index, and a shell command in its
+        place unless the configuration allows it."""
+        if not url.isascii() and not _is_unicode(url):
+            raise ValueError(f"the path {url!r} is not UTF-8: rename that file or folder")
         if url.startswith(_PIPE) and not self.allow_pipe:
             raise ValueError(
                 f"{url!r} would run a shell command: name a path or an fsspec URL instead, "
@@ -96,22 +96,30 @@ class Storage:
             )
         return url
 
-    def read(self, url: str, start: int, stop: int) -> bytes:
+    def read(self, url: str, start: int, stop: int, *, version: str = "") -> bytes:
         """Bytes [start, stop) of `url`; fewer only where the file ends.
 
-        Raises OSError when the file is missing, StorageError after all attempts.
+        What the cache holds of another `version` of the file is not used.  Raises OSError when the
+        file is missing, StorageError after all attempts.
         """
         if self.check(url).startswith(_PIPE):
             url = self._spool(url)
         if is_local(url):
             return self._retry(lambda: _read_local(local_path(url), start, stop), f"reading {url}")
         if self.cache:
-            return self.cache.read(url, start, stop, lambda low, high: self._fetch(url, low, high))
+            key = f"{url} {version}" if version else url
+            return self.cache.read(key, start, stop, lambda low, high: self._fetch(url, low, high))
         return self._fetch(url, start, stop)
 
     def size(self, url: str) -> int:
         """Length of `url` in bytes."""
-        return self._retry(lambda: self._size(url), f"asking the size of {url}")
+        if self.check(url).startswith(_PIPE):
+            return os.path.getsize(self._spool(url))
+        return self.state(url)[0]
+
+    def state(self, url: str) -> tuple[int, str]:
+        """Length of `url` in bytes, and what else tells this version of it from others, or ""."""
+        return self._retry(lambda: self._state(url), f"asking the size of {url}")
 
     def open(self, url: str, *, buffer_bytes: int = 8 << 20) -> io.BufferedReader:
         """Open `url` for reading and seeking; remote reads are retried, `buffer_bytes` at once."""
@@ -124,8 +132,10 @@ class Storage:
     def glob(self, pattern: str) -> list[str]:
         """URLs that match `pattern`, sorted, with the protocol of the pattern."""
         filesystem, path = url_to_fs(pattern, **self._options(pattern))
-        found = sorted(filesystem.glob(path))
-        return found if is_local(pattern) else [filesystem.unstrip_protocol(name) for name in found]
+        found = sorted(self._retry(lambda: filesystem.glob(path), f"listing {pattern}"))
+        if not is_local(pattern):
+            found = [filesystem.unstrip_protocol(name) for name in found]
+        return [self.check(url) for url in found]
 
     def _retry(self, action: Callable[[], T], what: str) -> T:
         return retrying(action, what, attempts=self.attempts, first_wait=self.first_wait)
@@ -136,31 +146,27 @@ class Storage:
 
     def _read_remote(self, url: str, start: int, stop: int) -> bytes:
         filesystem, path = url_to_fs(url, **self._options(url))
-        size = None
         try:
             data: bytes = filesystem.cat_file(path, start=start, end=stop)
-        except Exception:
-            # Servers answer a range beyond the end with an error of their own kind.
-            size = int(filesystem.size(path))
-            if start < size:
+        except Exception as error:
+            # Servers answer a range beyond the end with an error of their own kind (HTTP: 416).
+            if permanent(error) or http_status(error) not in (None, 416):
+                raise
+            if start < self._state(url)[0]:
                 raise
             return b""
         if len(data) > stop - start:  # a server that ignores Range sends the whole file
             data = data[start:stop]
-        if len(data) < stop - start:
-            size = int(filesystem.size(path)) if size is None else size
-            if len(data) < min(stop, size) - start:
-                raise EOFError(f"{len(data)} bytes came, then the connection ended")
+        if len(data) < stop - start and len(data) < min(stop, self._state(url)[0]) - start:
+            raise EOFError(f"{len(data)} bytes came, then the connection ended")
         return data
 
-    def _size(self, url: str) -> int:
-        if self.check(url).startswith(_PIPE):
-            return os.path.getsize(self._spool(url))
+    def _state(self, url: str) -> tuple[int, str]:
         filesystem, path = url_to_fs(url, **self._options(url))
-        size = filesystem.size(path)
-        if size is None:
+        info = filesystem.info(path)
+        if info.get("size") is None:
             raise OSError(f"the server does not tell the size of {url}")
-        return int(size)
+        return int(info["size"]), " ".join(str(info[name]) for name in _STATE if name in info)
 
     def _options(self, url: str) -> dict[str, Any]:
         protocol = split_protocol(url)[0]
@@ -175,11 +181,16 @@ class Storage:
         folder.mkdir(mode=0o700, exist_ok=True)
         path = folder / f"{hashlib.sha256(url.encode()).hexdigest()[:32]}.tar"
         if not path.exists():
-            temporary = path.with_suffix(f".{os.getpid()}.tmp")
-            with open(temporary, "wb") as file:
-                command = url.removeprefix(_PIPE)
-                subprocess.run(command, shell=True, check=True, stdout=file)  # noqa: S602
-            os.replace(temporary, path)
+            temporary = path.with_suffix(f".{uuid.uuid4().hex}.tmp")
+            try:
+                with open(temporary, "xb") as file:
+                    command = url.removeprefix(_PIPE)
+                    subprocess.run(command, shell=True, check=True, stdout=file)  # noqa: S602
+                os.replace(temporary, path)
+            except subprocess.CalledProcessError as error:
+                raise StorageError(f"{url} ended with status {error.returncode}") from None
+            finally:
+                temporary.unlink(missing_ok=True)
         return str(path)
 
 
@@ -188,7 +199,7 @@ class _RangeFile(io.RawIOBase):
 
     def __init__(self, storage: Storage, url: str) -> None:
         self._storage, self._url = storage, url
-        self._at, self._length = 0, storage.size(url)
+        self._at, (self._length, self._version) = 0, storage.state(url)
 
     def readable(self) -> bool:
         return True
@@ -208,26 +219,18 @@ class _RangeFile(io.RawIOBase):
         stop = min(self._at + len(buffer), self._length)
         if stop <= self._at:
             return 0
-        data = self._storage.read(self._url, self._at, stop)
+        data = self._storage.read(self._url, self._at, stop, version=self._version)
         buffer[: len(data)] = data
         self._at += len(data)
         return len(data)
 
 
-def retrying(action: Callable[[], T], what: str, *, attempts: int, first_wait: float) -> T:
-    """Run `action`, waiting `first_wait` seconds after a failure and twice as long after each."""
-    for attempt in range(1, attempts + 1):
-        try:
-            return action()
-        except PERMANENT:
-            raise
-        except Exception as error:
-            if attempt == attempts:
-                raise StorageError(f"{what} failed {attempts} times: {error!r}") from error
-            wait = first_wait * 2 ** (attempt - 1) * random.uniform(0.5, 1.5)
-            log.warning("%s failed (%r), trying again in %.1f s", what, error, wait)
-            time.sleep(wait)
-    raise AssertionError("unreachable: attempts is at least 1")
+def _is_unicode(text: str) -> bool:
+    """False for a file name of bytes that are not UTF-8, which Python spells with surrogates."""
+    try:
+        return bool(text.encode())
+    except UnicodeEncodeError:
+        return False
 
 
 def _read_local(path: str, start: int, stop: int) -> bytes:

@@ -193,7 +193,8 @@ def test_index_and_stream_on_s3(s3, tmp_path):
         n: (key.split("/")[-1], row) for n, (key, row) in rows.items()
     }
     assert_same(strip(got), strip(expected))
-    assert cache.used() == sum((tmp_path / f"{n}.tar").stat().st_size for n in range(3))
+    stored = sum((tmp_path / f"{n}.tar").stat().st_size for n in range(3))
+    assert stored < cache.used() < 1.001 * stored  # and the checksums
     filesystem.rm("bucket/shards", recursive=True)  # from now on only the cache has the bytes
     again = by_position([cached.loader(start=0, micro_batch=7, end=21)])
     assert_same(strip(again), strip(expected))
