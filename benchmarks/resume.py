@@ -57,6 +57,7 @@ def write(path: Path, kind: str, samples: int, shards: int) -> None:
                 "image_size": [size],
                 f"{kind}_offset": [start[:-1] + image_blocks + json_blocks + 512],
                 f"{kind}_size": [target],
+                "check": [rng.integers(0, 2**32, count)],
                 "text_member": ["txt" if kind == "text" else None],
                 "category_member": ["cls" if kind == "category" else None],
             }

@@ -83,7 +83,9 @@ def build_stream(config: Config) -> Stream:
             mask_sampler=PatchMask(side, side, masking.ratio, masking.mask),
             lanes=spec.lanes or config.optimizer.global_batch_size,
             chunk_bytes=round(spec.chunk_mebibytes * 2**20),
+            max_pixels=spec.max_pixels,
             max_bad_rate=spec.max_bad_rate,
+            bad_window=spec.bad_window,
             storage=_storage(spec.storage),
         )
     except ValueError as error:

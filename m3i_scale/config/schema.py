@@ -143,7 +143,9 @@ class Data(Node):
     std: tuple[Positive, Positive, Positive] = (0.229, 0.224, 0.225)
     augmentation: Augmentation = Augmentation()
     workers: Annotated[int, Field(ge=0)] = 8
-    max_bad_rate: Fraction = 0.01
+    max_bad_rate: Fraction = 0.01  # of replaced samples among bad_window of a rank, else it stops
+    bad_window: Count = 10_000
+    max_pixels: Count = 100_000_000  # larger pictures are replaced before they are unpacked
     # Lanes of the order, part of its identity. None: optimizer.global_batch_size.
     lanes: Count | None = None
     chunk_mebibytes: Positive = 4.0  # read in one piece; part of the order's identity too

@@ -120,7 +120,8 @@ class DiskCache:
         sums = _checksums(block, path.name, len(block), 0)
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            self._reserve(temporary, len(block) + len(sums))
+            if not self._reserve(temporary, len(block) + len(sums)):
+                return
             with open(temporary, "r+b") as file:
                 file.write(block)
                 file.write(sums)
@@ -144,33 +145,45 @@ class DiskCache:
                 "this kind are counted only.", self.folder, fault, detail,
             )  # fmt: skip
 
-    def _reserve(self, temporary: Path, size: int) -> None:
-        """Create the file at its full length, making room first where it would not fit."""
+    def _reserve(self, temporary: Path, size: int) -> bool:
+        """Create the file at its full length, making room first where it would not fit.
+
+        False where what others are writing just now takes all the room.
+        """
         with self._locked() as counter:
             text = os.pread(counter, 32, 0)
             used = int(text) if text.isdigit() else self.max_bytes  # unknown: measure
             if used + size > self.max_bytes:
                 used = self._make_room(size)
             if used + size > self.max_bytes:
-                raise OSError("it is full of blocks that cannot be removed")
+                return False
             with open(temporary, "xb") as file:
                 file.truncate(size)
             os.ftruncate(counter, 0)
             os.pwrite(counter, str(used + size).encode(), 0)
+        return True
 
     def _make_room(self, size: int) -> int:
-        """Throw out the oldest blocks until `size` and a tenth of the cache are free."""
+        """Throw out the oldest blocks until `size` and a tenth of the cache are free.
+
+        Raises OSError where there is no room because blocks cannot be removed.
+        """
         files = sorted(self._files())
         used = sum(length for _, length, _ in files)
         goal = max(0, min(self.max_bytes - size, self.max_bytes * 9 // 10 - size))
+        refused: OSError | None = None
         for changed, length, path in files:
             if path.suffix == ".tmp" and time.time() - changed < _ABANDONED:
                 continue
             if used <= goal and path.suffix != ".tmp":
                 break
-            with contextlib.suppress(OSError):  # another user's block stays, and stays counted
+            try:
                 path.unlink(missing_ok=True)
                 used -= length
+            except OSError as error:  # another user's block stays, and stays counted
+                refused = error
+        if refused is not None and used + size > self.max_bytes:
+            raise refused
         return used
 
     def _files(self) -> Iterator[tuple[float, int, Path]]:

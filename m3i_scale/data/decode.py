@@ -2,43 +2,49 @@
 
 Grey and colour JPEG goes to torchvision's libjpeg, everything else (CMYK, PNG, WebP, animations,
 rare formats) to Pillow; torchvision's PNG decoder is not used because damaged files crash the
-process in it.  The header is read first, so that no bomb is ever unpacked.
+process in it.  The header is read first, so that no bomb is ever unpacked.  Metadata is never a
+reason to lose an image.
 """
 
 from __future__ import annotations
 
 import io
-import json
 import struct
 from functools import cache
 from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image
 from torch import Tensor
 from torchvision.io import ImageReadMode  # registers the operators of torch.ops.image
+
+from m3i_scale.data.bad_sample import BadSample
+from m3i_scale.data.metadata import jpeg_segments, without_metadata
+from m3i_scale.data.text import MAX_TEXT_BYTES, read_json_field, read_text, tidy
+
+__all__ = ["MAX_PIXELS", "MAX_TEXT_BYTES", "BadSample", "decode_category", "decode_image",
+           "decode_text", "image_format"]  # fmt: skip
 
 # torchvision.io.decode_jpeg without its per-call logging and warning.
 _decode_jpeg = torch.ops.image.decode_jpeg.default
 _RGB = ImageReadMode.RGB.value
 MAX_PIXELS = 100_000_000
-MAX_TEXT_BYTES = 1 << 20
 # Frame headers of JPEG: SOF0 to SOF15 without DHT (C4), JPG (C8), DAC (CC).
 _SOF = frozenset(range(0xFFC0, 0xFFD0)) - {0xFFC4, 0xFFC8, 0xFFCC}
-_STANDALONE = frozenset(range(0xFFD0, 0xFFD8)) | {0xFF01}
-_SEGMENT = struct.Struct(">HH")  # marker, length
 _FRAME = struct.Struct(">4xBHHB")  # after these: bits per sample, height, width, components
+_ORIENTATION = 0x0112  # EXIF tag
+_TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
 # What Pillow may be asked for: some of its other formats start programs (EPS runs Ghostscript).
 _FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF", "JPEG2000")
-
-
-class BadSample(Exception):  # noqa: N818  (a finding about data, not an error of the program)
-    """A sample that cannot be used; `cause` is the short name under which it is counted."""
-
-    def __init__(self, cause: str, detail: str = "") -> None:
-        super().__init__(f"{cause}: {detail}" if detail else cause)
-        self.cause = cause
 
 
 def decode_image(data: bytes | memoryview, *, max_pixels: int = MAX_PIXELS) -> Tensor:
@@ -51,7 +57,7 @@ def decode_image(data: bytes | memoryview, *, max_pixels: int = MAX_PIXELS) -> T
                 encoded = torch.frombuffer(bytearray(data), dtype=torch.uint8)
                 rgb = _decode_jpeg(encoded, _RGB, True)
                 return rgb.permute(1, 2, 0)
-        return _decode_with_pillow(data, max_pixels)
+        return _decode_with_pillow(bytes(data), max_pixels)
     except BadSample:
         raise
     except Image.DecompressionBombError as error:
@@ -69,27 +75,48 @@ def _check_size(height: int, width: int, max_pixels: int) -> None:
 
 def _jpeg_header(data: bytes | memoryview) -> tuple[int, int, bool]:
     """(height, width, whether libjpeg gives RGB by itself) from the frame header."""
-    at = 2
-    while at + 9 < len(data):
-        marker, length = _SEGMENT.unpack_from(data, at)
-        if marker in _SOF:
+    for marker, at, _ in jpeg_segments(data):
+        if marker in _SOF and at + 10 <= len(data):
             precision, height, width, components = _FRAME.unpack_from(data, at)
             return height, width, precision == 8 and components in (1, 3)
-        if marker < 0xFF00:
-            break
-        if marker == 0xFFFF:  # fill byte
-            at += 1
-        else:
-            at += 2 if marker in _STANDALONE else 2 + length
     raise BadSample("undecodable image", "JPEG without a frame header")
 
 
-def _decode_with_pillow(data: bytes | memoryview, max_pixels: int) -> Tensor:
+def _decode_with_pillow(data: bytes, max_pixels: int) -> Tensor:
+    if Image.MAX_IMAGE_PIXELS is not None:  # Pillow's own limit must not be the lower one
+        Image.MAX_IMAGE_PIXELS = max(Image.MAX_IMAGE_PIXELS, max_pixels)
+    try:
+        return _pillow_pixels(data, max_pixels)
+    except (BadSample, Image.DecompressionBombError):
+        raise
+    except Exception:
+        bare = without_metadata(data)
+        if bare is None:
+            raise
+        return _pillow_pixels(bare, max_pixels)
+
+
+def _pillow_pixels(data: bytes, max_pixels: int) -> Tensor:
     with Image.open(io.BytesIO(data), formats=_formats()) as image:
         _check_size(image.height, image.width, max_pixels)
         image.seek(0)  # animations: the first frame
-        upright = ImageOps.exif_transpose(image)
-        return torch.from_numpy(np.array(_to_rgb(upright)))
+        image.load()
+        turn = _TURNS.get(_orientation(image))
+        return torch.from_numpy(np.array(_to_rgb(image if turn is None else image.transpose(turn))))
+
+
+def _orientation(image: Image.Image) -> int:
+    """EXIF orientation, 1 (upright) where there is none that can be read."""
+    try:
+        return int(image.getexif().get(_ORIENTATION, 1))
+    except Exception:  # Pillow raises whatever it meets in damaged EXIF
+        return 1
+
+
+def image_format(data: bytes) -> str:
+    """Pillow's name of an image's format in lower case, from its first bytes; not decoded."""
+    with Image.open(io.BytesIO(without_metadata(data) or data), formats=_formats()) as image:
+        return (image.format or "").lower()
 
 
 @cache
@@ -112,23 +139,21 @@ def _to_rgb(image: Image.Image) -> Image.Image:
 
 
 def decode_text(data: bytes, member: str) -> tuple[str, bool]:
-    """(caption, whether bad UTF-8 was repaired) from a `txt` or `json:field` member.
+    """(caption, whether it was repaired) from a `txt` or `json:field` member.
 
-    Bytes that are not UTF-8 are dropped; raises BadSample where nothing readable remains.
+    Raises BadSample for bytes in another encoding than those of `read_text`, and where nothing
+    readable remains.  The one repair: JSON can spell halves of characters, which are dropped.
     """
     if len(data) > MAX_TEXT_BYTES:
         raise BadSample("absurd caption", f"{len(data)} bytes")
-    text = data.decode("utf-8", "replace")
-    repaired = "\ufffd" in text and b"\xef\xbf\xbd" not in data
+    text, repaired = read_text(data), False
     if ":" in member:
-        value = _json_field(text, member)
+        value = read_json_field(text, member.split(":", 1)[1])
         if not isinstance(value, str):
             raise BadSample("no caption", f"{member} is {type(value).__name__}")
-        text = value.encode("utf-8", "ignore").decode()  # JSON can spell halves of characters
-        repaired |= text != value
-    if repaired:
-        text = text.replace("\ufffd", "")
-    text = " ".join(text.replace("\0", " ").split())
+        text = value.encode("utf-8", "ignore").decode()
+        repaired = text != value
+    text = tidy(text)
     if not text:
         raise BadSample("bad UTF-8" if repaired else "empty caption")
     return text, repaired
@@ -136,7 +161,9 @@ def decode_text(data: bytes, member: str) -> tuple[str, bool]:
 
 def decode_category(data: bytes, member: str) -> int:
     """Non-negative class index from a `cls` or `json:field` member."""
-    value = _json_field(data.decode("utf-8", "replace"), member) if ":" in member else data
+    value: Any = read_text(data)
+    if ":" in member:
+        value = read_json_field(value, member.split(":", 1)[1])
     try:
         category = int(value)
     except (TypeError, ValueError, OverflowError):  # JSON knows Infinity
@@ -144,16 +171,6 @@ def decode_category(data: bytes, member: str) -> int:
     if isinstance(value, float | bool) or not 0 <= category < 1 << 31:
         raise BadSample("bad category", repr(value)[:40])
     return category
-
-
-def _json_field(text: str, member: str) -> Any:
-    try:
-        document = json.loads(text)
-    except (ValueError, RecursionError):
-        raise BadSample("bad JSON") from None
-    if not isinstance(document, dict):
-        raise BadSample("bad JSON", f"a {type(document).__name__}, not an object")
-    return document.get(member.split(":", 1)[1])
 
 
 def _one_line(error: Exception) -> str:

@@ -11,9 +11,14 @@
 | text_size       | list<int32>         |                                                          |
 | category_offset | list<int64>         | of the category member, likewise                         |
 | category_size   | list<int32>         |                                                          |
+| check           | list<uint32>        | CRC-32 of the tar headers of these members (`check_of`)  |
 | text_member     | string              | e.g. `txt`, or `json:caption`; null where there is none  |
 | category_member | string              | e.g. `cls`, or `json:label`                              |
 | problems        | list<struct<key, cause>> | samples of the shard that are left out, and why     |
+
+A shard that is changed after it was indexed shows in its headers: `check` covers the name, size and
+kind of every member that a sample uses.  Indexes of format 2 lack that column; of theirs the sizes
+are compared alone.
 
 Row groups hold about 64k samples, so that one look-up decodes about a megabyte.  The short columns
 of all rows are repeated in the footer (key `summary`), so that an index of 45,000 shards opens in a
@@ -24,6 +29,7 @@ from __future__ import annotations
 
 import base64
 import os
+import zlib
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
@@ -36,7 +42,8 @@ from numpy.typing import NDArray
 
 from m3i_scale.data.storage import Storage, is_local, join, local_path, parent
 
-FORMAT = "m3i-index-2"
+FORMAT = "m3i-index-3"
+_READABLE = {FORMAT, "m3i-index-2"}  # 2: without `check` and `fingerprint`
 _GROUP_SAMPLES = 65_536
 _LISTS = (
     "image_offset",
@@ -47,6 +54,9 @@ _LISTS = (
     "category_size",
 )
 _SUMMARY = ("shard", "bytes", "samples", "text_member", "category_member")
+# Name, size, kind and leading folders in a tar header: what must stay the same.  Owner and times
+# may change: a copy of a shard is as good as the shard.
+_IDENTITY = (slice(0, 100), slice(124, 136), slice(156, 157), slice(345, 500))
 SCHEMA = pa.schema(
     [
         ("shard", pa.string()),
@@ -56,11 +66,22 @@ SCHEMA = pa.schema(
             (name, pa.list_(pa.int64() if name.endswith("offset") else pa.int32()))
             for name in _LISTS
         ),
+        ("check", pa.list_(pa.uint32())),
         ("text_member", pa.string()),
         ("category_member", pa.string()),
         ("problems", pa.list_(pa.struct([("key", pa.string()), ("cause", pa.string())]))),
     ]
 )
+
+
+def header_identity(block: bytes) -> bytes:
+    """The part of a tar header of 512 bytes that tells which member follows."""
+    return b"".join(block[part] for part in _IDENTITY)
+
+
+def check_of(identities: Iterable[bytes]) -> int:
+    """Checksum over the `header_identity` of a sample's image, caption and category."""
+    return zlib.crc32(b"".join(identities))
 
 
 @dataclass
@@ -75,6 +96,7 @@ class ShardIndex:
     text_size: list[int] = field(default_factory=list)
     category_offset: list[int] = field(default_factory=list)
     category_size: list[int] = field(default_factory=list)
+    check: list[int] = field(default_factory=list)
     text_member: str | None = None
     category_member: str | None = None
     problems: list[dict[str, str]] = field(default_factory=list)
@@ -98,16 +120,21 @@ def write_index(path: str, rows: Iterable[pa.Table]) -> None:
         for number, group in enumerate(_groups(rows)):
             table = pa.concat_tables(group).cast(SCHEMA).combine_chunks()
             writer.write_table(table)
-            where = {"group": [number] * len(group), "row": list(range(len(group)))}
-            summaries.append(_append_columns(table.select(list(_SUMMARY)), where))
+            added = {
+                "group": pa.array([number] * len(group), pa.int32()),
+                "row": pa.array(range(len(group)), pa.int32()),
+                "fingerprint": pa.array(map(_fingerprint, table.column("check")), pa.uint32()),
+            }
+            summary = table.select(list(_SUMMARY))
+            for name, values in added.items():
+                summary = summary.append_column(name, values)
+            summaries.append(summary)
         summary = pa.concat_tables(summaries).combine_chunks()
         writer.add_key_value_metadata({"format": FORMAT, "summary": _pack(summary)})
 
 
-def _append_columns(table: pa.Table, columns: dict[str, list[int]]) -> pa.Table:
-    for name, values in columns.items():
-        table = table.append_column(name, pa.array(values, pa.int32()))
-    return table
+def _fingerprint(check: pa.ListScalar) -> int:
+    return zlib.crc32(check.values.to_numpy().tobytes()) if check.values is not None else 0
 
 
 def _pack(table: pa.Table) -> str:
@@ -141,7 +168,7 @@ class Index:
     """Read access to an index file: a small summary in memory, offsets on demand.
 
         index = Index("data/text.parquet")
-        index.samples, index.url(0), index.members(0, 10, 20)  # (10, 6)
+        index.samples, index.url(0), index.members(0, 10, 20)  # (10, 7)
 
     Can be handed to forked or spawned workers; each opens the file for itself.
     """
@@ -158,6 +185,9 @@ class Index:
         self.shard_bytes: NDArray[np.int64] = table.column("bytes").to_numpy()
         self.text_member: list[str | None] = table.column("text_member").to_pylist()
         self.category_member: list[str | None] = table.column("category_member").to_pylist()
+        known = "fingerprint" in table.column_names
+        self._fingerprint = table.column("fingerprint").to_numpy() if known else None
+        self._columns = [*_LISTS, "check"] if known else list(_LISTS)
         self._where = np.stack([table.column(c).to_numpy() for c in ("group", "row")], axis=1)
         self.samples = int(self.counts.sum())
         self._groups: OrderedDict[int, pa.Table] = OrderedDict()
@@ -166,15 +196,28 @@ class Index:
         """URL of a shard."""
         return join(self._base, self.shards[shard])
 
-    def members(self, shard: int, start: int, stop: int) -> NDArray[np.int64]:
-        """Offset and size of image, caption and category of samples [start, stop): (n, 6).
+    @property
+    def checked(self) -> bool:
+        """Whether the index knows the headers of its members (format 3), not their sizes alone."""
+        return self._fingerprint is not None
 
-        -1 where a member is not part of the source.
+    def version(self, shard: int) -> str:
+        """What tells the indexed version of a shard from others: its length and its headers."""
+        known = 0 if self._fingerprint is None else int(self._fingerprint[shard])
+        return f"{int(self.shard_bytes[shard])}-{known:08x}"
+
+    def members(self, shard: int, start: int, stop: int) -> NDArray[np.int64]:
+        """Offset and size of image, caption and category, and check, of samples
+        [start, stop): int64 (n, 7).
+
+        -1 where a member is not part of the source, or the index has no checks.
         """
         group, row = self._where[shard].tolist()
         table = self._group(group)
-        columns = [_slice(table.column(name), row, start, stop) for name in _LISTS]
-        return np.stack(columns, axis=1)
+        members = np.full((stop - start, len(_LISTS) + 1), -1, dtype=np.int64)
+        for column, name in enumerate(self._columns):
+            members[:, column] = _slice(table.column(name), row, start, stop)
+        return members
 
     def problems(self) -> Iterator[tuple[str, str, str]]:
         """(shard, key, cause) of every sample that was left out."""
@@ -187,9 +230,8 @@ class Index:
 
     def _group(self, group: int) -> pa.Table:
         if group not in self._groups:
-            columns = list(_LISTS)
             self._groups[group] = self._open().read_row_group(
-                group, columns=columns, use_threads=False
+                group, columns=self._columns, use_threads=False
             )
             while len(self._groups) > 4:
                 self._groups.popitem(last=False)
@@ -222,7 +264,7 @@ def _parquet(url: str, source: Any, metadata: pq.FileMetaData | None) -> pq.Parq
             f"{url} is not an index ({error}): make one with `m3i shards index`"
         ) from None
     found = (file.metadata.metadata or {}).get(b"format", b"none").decode()
-    if found != FORMAT:
+    if found not in _READABLE:
         raise ValueError(
             f"{url} is Parquet of format {found!r}, not {FORMAT!r}: make it with `m3i shards index`"
         )

@@ -12,11 +12,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from m3i_scale.data import decode, views
+from m3i_scale.data.bad_sample import BadSample, remedy
 from m3i_scale.data.batch import PHOTOMETRIC_FIELDS, Batch
-from m3i_scale.data.decode import BadSample
 from m3i_scale.data.index import Index
 from m3i_scale.data.order import Order
-from m3i_scale.data.reader import Raw, ShardReader
+from m3i_scale.data.reader import Raw, ReadCount, ShardReader
 from m3i_scale.data.source import Source
 
 _MOST_SUBSTITUTES = 32
@@ -134,7 +134,8 @@ def decode_sample(
         member = index.text_member[raw.shard] or "txt"
         text, repaired = decode.decode_text(raw.text or b"", member)
         if repaired:
-            faults.append(Fault(raw.position, "bad UTF-8", shard, raw.key, "", "repaired"))
+            detail = "bad UTF-8: JSON spells half a character"
+            faults.append(Fault(raw.position, "bad UTF-8", shard, raw.key, detail, "repaired"))
     if source.kind != "text":
         member = index.category_member[raw.shard] or "cls"
         category = decode.decode_category(raw.category or b"", member)
@@ -173,16 +174,17 @@ class SampleBuilder:
         the parts come without them.
         """
         stream = self.reader.stream(self.order.locate(block) for block in blocks)
+        before = vars(ReadCount())
         for number, raws in enumerate(stream):
-            before = vars(self.reader.count).copy()
             if buffers is None:
                 part = self.part(raws, self._new_views(len(raws)))
             else:
                 slot = number % len(buffers)
                 part = self.part(raws, buffers[slot, :, : len(raws)])
                 part.views, part.slot = None, slot
-            after = vars(self.reader.count)
+            after = vars(self.reader.count).copy()  # it reads ahead meanwhile
             part.read = {name: after[name] - before[name] for name in after}
+            before = after
             yield part
 
     @torch.inference_mode()  # nothing here is differentiated; operators start faster
@@ -253,7 +255,8 @@ class SampleBuilder:
             raw = self.reader.one(raw.position, *where)
         raise TooManyBadSamples(
             f"position {raw.position}: {_MOST_SUBSTITUTES} samples drawn from source "
-            f"{self.sources[raw.source].name!r} are all unusable; the last one: {faults[-1]}"
+            f"{self.sources[raw.source].name!r} are all unusable; the last one: {faults[-1]}: "
+            f"{remedy(faults[-1].cause)}"
         )
 
     def _targets(self, texts: list[str | None], categories: list[int]) -> dict[str, NDArray[Any]]:

@@ -23,15 +23,16 @@ import numpy as np
 from numpy.typing import NDArray
 from webdataset.tariterators import base_plus_ext
 
-from m3i_scale.data.decode import BadSample
-from m3i_scale.data.index import Index
+from m3i_scale.data.bad_sample import BadSample
+from m3i_scale.data.index import Index, check_of, header_identity
 from m3i_scale.data.order import Located
-from m3i_scale.data.storage import PERMANENT, Storage
+from m3i_scale.data.retry import cause_of
+from m3i_scale.data.storage import Storage
 
 _GAP = 64 << 10  # bytes that are cheaper read through than asked for separately
 _LONGEST_READ = 16 << 20
 _SLICE = 256  # samples whose offsets are looked up at once
-_SLICES = 1024  # such look-ups that stay in memory, 50 bytes a sample
+_SLICES = 1024  # such look-ups that stay in memory, 56 bytes a sample
 
 
 @dataclass
@@ -56,13 +57,14 @@ class ReadCount:
     reads: int = 0
     bytes: int = 0
     sample_bytes: int = 0
+    cache_faults: int = 0  # blocks that were damaged, or could not be read or written
 
 
 @dataclass(frozen=True)
 class Plan:
     """The reads of one window of n samples."""
 
-    members: NDArray[np.int64]  # (n, 6), as Index.members
+    members: NDArray[np.int64]  # (n, 7), as Index.members
     start: NDArray[np.int64]  # (n,) first byte of each sample: the header of its first member
     stop: NDArray[np.int64]  # (n,) end of its last member
     read: NDArray[np.int64]  # (n,) which read covers it
@@ -113,7 +115,7 @@ class ShardReader:
     def plan(self, located: Located) -> Plan:
         """The reads that fetch `located`."""
         members = self._members(located)
-        offset, size = members[:, 0::2], members[:, 1::2]  # (n, 3): image, caption, category
+        offset, size = members[:, 0:6:2], members[:, 1:6:2]  # (n, 3): image, caption, category
         start = np.where(offset < 0, np.iinfo(np.int64).max, offset).min(axis=1) - BLOCK
         stop = (offset + size).max(axis=1)
         read, reads = _join(located, start, stop)
@@ -133,7 +135,7 @@ class ShardReader:
             yield window
 
     def _members(self, located: Located) -> NDArray[np.int64]:
-        members = np.empty((len(located.position), 6), dtype=np.int64)
+        members = np.empty((len(located.position), 7), dtype=np.int64)
         part = located.sample // _SLICE
         where = np.stack([located.source, located.shard, part], axis=1)
         groups, group_of = np.unique(where, axis=0, return_inverse=True)
@@ -166,18 +168,21 @@ class ShardReader:
         self.count.reads += len(plan.reads)
         self.count.bytes += sum(stop - start for _, _, start, stop in plan.reads)
         self.count.sample_bytes += int((plan.stop - plan.start).sum())
+        if self.storage.cache:
+            self.count.cache_faults = self.storage.cache.faults.total()
         raws = self._raws(located, plan, results)
         ends = np.cumsum([len(block.position) for block in window]).tolist()
         return [raws[i:j] for i, j in pairwise([0, *ends])]
 
     def _read(self, read: tuple[int, int, int, int]) -> bytes | BadSample:
         source, shard, start, stop = read
+        index = self.indexes[source]
+        url = index.url(shard)
         try:
-            return self.storage.read(self.indexes[source].url(shard), start, stop)
-        except PERMANENT as error:
-            return BadSample("missing shard", type(error).__name__)
+            return self.storage.read(url, start, stop, version=index.version(shard))
         except OSError as error:
-            return BadSample("unreadable shard", str(error))
+            known = url in str(error)
+            return BadSample(cause_of(error), str(error) if known else f"{url}: {error}")
 
     def _raws(self, located: Located, plan: Plan, results: list[bytes | BadSample]) -> list[Raw]:
         columns = (located.position, located.source, located.shard, plan.read, plan.members)
@@ -196,7 +201,7 @@ class ShardReader:
 
 def _cut(raw: Raw, data: bytes, base: int, members: list[int]) -> None:
     """Cut the members of one sample out of a read that begins at byte `base` of the shard."""
-    offset, size, text, text_size, category, category_size = members
+    offset, size, text, text_size, category, category_size, check = members
     raw.image = memoryview(data)[offset - base : offset - base + size]
     if text >= 0:
         raw.text = data[text - base : text - base + text_size]
@@ -205,26 +210,43 @@ def _cut(raw: Raw, data: bytes, base: int, members: list[int]) -> None:
     for part, expected in ((raw.image, size), (raw.text, text_size), (raw.category, category_size)):
         if part is not None and len(part) < expected:
             raw.problem = BadSample("truncated shard", f"{len(part)} of {expected} bytes")
-    name = header_name(data, offset - base, size)
-    raw.key = base_plus_ext(name)[0] or name
-    if not name and raw.problem is None:
-        raw.problem = BadSample("shard does not match its index", "no such member header")
+    places = ((offset, size), (text, text_size), (category, category_size))
+    headers = [data[at - base - BLOCK : at - base] for at, _ in places if at >= 0]
+    sizes = [expected for at, expected in places if at >= 0]
+    found = _header_sizes(headers, sizes, check)
+    if found[0] == size:
+        # Names beyond the 100 characters of a plain header come shortened; they serve the logs.
+        name = headers[0][:100].rstrip(b"\0").decode("utf-8", "backslashreplace")
+        raw.key = base_plus_ext(name)[0] or name
+    if found != sizes and raw.problem is None:
+        raw.problem = BadSample(
+            "shard does not match its index",
+            f"members of {sizes} bytes were indexed, now they have {found}"
+            if max(found) >= 0
+            else "other members stand in their place",
+        )
 
 
-def header_name(data: bytes, at: int, size: int) -> str:
-    """Name in the tar header before `at`, or "" where there is none for a member of `size` bytes.
+def _header_sizes(headers: list[bytes], sizes: list[int], check: int) -> list[int]:
+    """`sizes` where the tar headers before the members are those that were indexed.
 
-    A shard that was changed after it was indexed shows here.  Names beyond the 100 characters of a
-    plain header come shortened; they only serve the logs.
+    Otherwise what the headers say of the sizes, -1 where there is none or of another member: the
+    shard was changed.  An index of the older format has no `check` (-1), so that only its sizes are
+    compared.
     """
-    field = data[at - BLOCK + 124 : at - BLOCK + 136]  # size, octal, or binary from 8 GiB on
+    if check >= 0 and check_of(map(header_identity, headers)) == check:
+        return sizes
+    found = [_size_in(header, size) for header, size in zip(headers, sizes, strict=True)]
+    return [-1] * len(sizes) if check >= 0 and found == sizes else found
+
+
+def _size_in(header: bytes, expected: int) -> int:
+    """Size in a tar header, -1 where it is none; `expected` for a form only above 8 GiB."""
+    field = header[124:136]
     try:
-        same = field[:1] == b"\x80" or int(field.rstrip(b" \0"), 8) == size
+        return expected if field[:1] == b"\x80" else int(field.rstrip(b" \0"), 8)
     except ValueError:
-        same = False
-    if not same:
-        return ""
-    return data[at - BLOCK : at - BLOCK + 100].rstrip(b"\0").decode("utf-8", "backslashreplace")
+        return -1
 
 
 def _join(

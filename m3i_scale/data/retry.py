@@ -14,7 +14,7 @@ import logging
 import random
 import time
 from collections.abc import Callable, Iterator
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import aiohttp
 
@@ -72,6 +72,15 @@ def permanent(error: Exception) -> OSError | None:
     return None if status is None else FileNotFoundError(errno.ENOENT, _text(error))
 
 
+def cause_of(error: OSError) -> str:
+    """The short name under which samples of a shard that raised `error` are counted."""
+    if isinstance(error, FileNotFoundError | NotADirectoryError):
+        return "missing shard"
+    if isinstance(error, IsADirectoryError):
+        return "shard is a folder"
+    return "forbidden shard" if isinstance(error, PermissionError) else "unreadable shard"
+
+
 def http_status(error: BaseException) -> int | None:
     """Status that a web server answered with, of aiohttp's or requests' errors; None of others."""
     for cause in _causes(error):
@@ -87,7 +96,7 @@ def http_status(error: BaseException) -> int | None:
 def _retry_after(error: BaseException) -> float:
     """Seconds that the server asks to wait, given as such or as a date; 0 where it does not."""
     for cause in _causes(error):
-        headers = getattr(cause, "headers", None)
+        headers: Any = getattr(cause, "headers", None)
         text = str(headers.get("Retry-After", "")).strip() if hasattr(headers, "get") else ""
         if text.isdecimal():
             return float(text[:9])

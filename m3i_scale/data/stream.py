@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
+from m3i_scale.data.bad_sample import explain
 from m3i_scale.data.batch import Batch
 from m3i_scale.data.decode import MAX_PIXELS
 from m3i_scale.data.index import Index
@@ -85,6 +86,9 @@ class Stream:
             raise ValueError("the stream has no source: name at least one index")
         if not 0.0 <= max_bad_rate <= 1.0:
             raise ValueError(f"max_bad_rate is {max_bad_rate}: it is a share in [0, 1]")
+        for name, value in (("bad_window", bad_window), ("max_pixels", max_pixels)):
+            if value < 1:
+                raise ValueError(f"{name} is {value}: it must be at least 1")
         self.sources = list(sources)
         self.storage = storage or Storage()
         self.indexes = [open_index(source, self.storage) for source in sources]
@@ -174,6 +178,15 @@ def open_index(source: Source, storage: Storage) -> Index:
             f"source {source.name!r}: there is no index {source.index!r}; "
             "make one with `m3i shards index`"
         ) from None
+    except (PermissionError, IsADirectoryError, NotADirectoryError) as error:
+        raise ValueError(
+            f"source {source.name!r}: the index {source.index!r} cannot be read: {error}"
+        ) from None
+    if not index.checked:
+        log.warning(
+            "source %r: the index %s is of an older format: of shards that changed after it was "
+            "made only other sizes are noticed; index them again", source.name, source.index,
+        )  # fmt: skip
     for name, needs, members in (
         ("caption", source.kind != "category", index.text_member),
         ("category", source.kind != "text", index.category_member),
@@ -261,7 +274,8 @@ class Loader:
 
     Attributes:
         faults: Counter of causes of bad samples, so far, on this rank.
-        read: Counter of `reads`, `bytes` asked of the storage and `sample_bytes` used of them.
+        read: Counter of `reads`, `bytes` asked of the storage, `sample_bytes` used of them, and
+            `cache_faults`: blocks of the cache that were damaged or could not be read or written.
     """
 
     def __init__(self, stream: Stream, slices: Slices, workers: int, pin_memory: bool) -> None:
@@ -315,9 +329,8 @@ class Loader:
         self._replaced += fault.outcome == "replaced"
         window, rate = self.stream.bad_window, self.stream.max_bad_rate
         if self._replaced > rate * window:
-            causes = ", ".join(f"{cause}: {count}" for cause, count in self.faults.most_common())
             raise TooManyBadSamples(
                 f"{self._replaced} of the last {window} samples of this rank could not be used, "
-                f"more than max_bad_rate {rate} allows ({causes}); the last one is {fault}. "
-                "Repair or re-index the shards, or raise max_bad_rate."
+                f"more than max_bad_rate {rate} allows: {'; '.join(explain(self.faults))}. "
+                f"The last one: {fault}. Raise data.max_bad_rate where such a share may be lost."
             )

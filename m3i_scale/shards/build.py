@@ -231,6 +231,5 @@ def encode(data: bytes, recipe: Recipe) -> tuple[str, bytes]:
 def _extension(data: bytes) -> str:
     if data[:2] == b"\xff\xd8":
         return "jpg"
-    with Image.open(io.BytesIO(data)) as image:
-        form = (image.format or "").lower()
+    form = decode.image_format(data)
     return {"tiff": "tif", "mpo": "jpg"}.get(form, form)

@@ -19,9 +19,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from tqdm import tqdm
 
-from m3i_scale.data.index import ShardIndex, write_index
+from m3i_scale.data.bad_sample import explain
+from m3i_scale.data.index import FORMAT, ShardIndex, write_index
+from m3i_scale.data.retry import cause_of
 from m3i_scale.data.storage import (
-    PERMANENT,
     Storage,
     is_local,
     local_path,
@@ -42,9 +43,7 @@ class IndexSummary:
 
     def __str__(self) -> str:
         lines = [f"{self.samples:,} samples in {self.shards:,} shards, {self.bytes / 1e9:,.2f} GB"]
-        left_out = sorted(self.problems.items(), key=lambda item: -item[1])
-        lines += [f"  {count:,} left out: {cause}" for cause, count in left_out]
-        return "\n".join(lines)
+        return "\n".join([*lines, *(f"  left out: {line}" for line in explain(self.problems))])
 
 
 def index_shards(
@@ -141,12 +140,11 @@ def _scan(url: str, size: int, wanted: Wanted, storage: Storage) -> ShardIndex:
 
 
 def _unreadable(url: str, error: OSError) -> ShardIndex:
-    cause = "missing shard" if isinstance(error, PERMANENT) else "unreadable shard"
-    return ShardIndex(url, 0, problems=[{"key": "", "cause": cause}])
+    return ShardIndex(url, 0, problems=[{"key": "", "cause": cause_of(error)}])
 
 
 def _part_path(folder: Path, url: str, size: int, wanted: Wanted) -> Path:
-    name = hashlib.sha256(f"{url}|{size}|{wanted}".encode()).hexdigest()[:32]
+    name = hashlib.sha256(f"{FORMAT}|{url}|{size}|{wanted}".encode()).hexdigest()[:32]
     return folder / f"{name}.parquet"
 
 
@@ -175,7 +173,9 @@ def _merge(parts: Sequence[Path], urls: Sequence[str], output: str) -> IndexSumm
     write_index(temporary, tables())
     if totals["samples"] == 0:
         os.remove(temporary)
-        raise ValueError(f"no usable sample in {len(urls)} shards; left out: {dict(problems)}")
+        raise ValueError(
+            f"no usable sample in {len(urls)} shards; left out: {'; '.join(explain(problems))}"
+        )
     os.replace(temporary, output)
     return IndexSummary(len(urls), totals["samples"], totals["bytes"], dict(problems))
 

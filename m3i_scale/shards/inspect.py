@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from m3i_scale.data.decode import BadSample
+from m3i_scale.data.bad_sample import BadSample, explain
 from m3i_scale.data.index import Index
 from m3i_scale.data.make import Fault, Sample
 from m3i_scale.data.sequential import central_square, walk
@@ -43,8 +43,7 @@ class CheckReport:
 
     def __str__(self) -> str:
         lines = [f"{self.samples:,} samples, {len(self.bad):,} bad"]
-        lines += [f"  {count:,} {cause}" for cause, count in self.causes.most_common()]
-        return "\n".join(lines)
+        return "\n".join([*lines, *(f"  {line}" for line in explain(self.causes))])
 
     def add(self, cause: str, shard: str, key: str) -> None:
         """Note one bad sample."""
@@ -57,6 +56,7 @@ def check(index: str, *, storage: Storage | None = None, progress: bool = True) 
     source, report, repairs = source_of(index, storage), CheckReport(), list[Fault]()
     for shard, key, cause in Index(index, storage).problems():
         report.add(cause, shard, key)
+    _check_lengths(Index(index, storage), storage or Storage(), report)
     total = Index(index, storage).samples
     found = walk(source, storage=storage, faults=repairs)
     for raw, sample in tqdm(found, total=total, unit="sample", disable=not progress):
@@ -65,6 +65,17 @@ def check(index: str, *, storage: Storage | None = None, progress: bool = True) 
             report.add(sample.cause, raw.shard_name, raw.key)
     report.causes.update(f"{fault.cause} (repaired)" for fault in repairs)
     return report
+
+
+def _check_lengths(index: Index, storage: Storage, report: CheckReport) -> None:
+    """Note shards that have grown, shrunk or gone since: what was appended is in no sample."""
+    for number in np.flatnonzero(index.counts).tolist():
+        try:
+            length = storage.size(index.url(number))
+        except OSError:
+            continue  # every sample of it will say so
+        if length != index.shard_bytes[number]:
+            report.add("shard of another length", index.shards[number], "")
 
 
 def show(

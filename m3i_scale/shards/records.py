@@ -226,9 +226,9 @@ def _from_archive(archive: str) -> Iterator[tuple[Record, str | int | None]]:
 def _member(file: Any, group: Group, kinds: tuple[str, ...]) -> bytes | None:
     for kind in kinds:
         if kind in group.members:
-            _, offset, size = group.members[kind]
-            file.seek(offset)
-            return bytes(file.read(min(size, decode.MAX_TEXT_BYTES)))
+            member = group.members[kind]
+            file.seek(member.offset)
+            return bytes(file.read(min(member.size, decode.MAX_TEXT_BYTES)))
     return None
 
 

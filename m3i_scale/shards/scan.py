@@ -22,7 +22,7 @@ from typing import IO, NamedTuple
 
 from webdataset.tariterators import base_plus_ext
 
-from m3i_scale.data.index import ShardIndex
+from m3i_scale.data.index import ShardIndex, check_of, header_identity
 
 IMAGE = ("jpg", "jpeg", "png", "webp", "bmp", "gif", "tif", "tiff", "ppm", "avif")
 TEXT = ("txt", "caption", "text")
@@ -41,6 +41,7 @@ class Member(NamedTuple):
     name: str
     offset: int
     size: int
+    header: bytes = b""  # its header_identity
 
 
 def read_members(file: IO[bytes], length: int) -> Iterator[Member]:
@@ -63,7 +64,8 @@ def read_members(file: IO[bytes], length: int) -> Iterator[Member]:
             override = {**override, **_long_fields(info.type, file.read(min(size, _LONGEST_NAME)))}
         else:
             if info.type in tarfile.REGULAR_TYPES and info.type != tarfile.GNUTYPE_SPARSE:
-                yield Member(override.get("path", info.name), offset + BLOCK, size)
+                name = override.get("path", info.name)
+                yield Member(name, offset + BLOCK, size, header_identity(block))
             override = {}
         offset += BLOCK + -(-size // BLOCK) * BLOCK
 
@@ -196,10 +198,10 @@ def _offered(
     if counts:
         return counts.most_common(1)[0][0]
     for group in [group for group in groups if "json" in group.members][:20]:
-        _, offset, size = group.members["json"]
-        file.seek(offset)
+        member = group.members["json"]
+        file.seek(member.offset)
         try:
-            document = json.loads(file.read(min(size, _LONGEST_JSON)))
+            document = json.loads(file.read(min(member.size, _LONGEST_JSON)))
         except (ValueError, RecursionError):
             continue
         for name in fields:
@@ -241,3 +243,4 @@ def _append(index: ShardIndex, group: Group) -> None:
         if member is not None:
             getattr(index, f"{name}_offset").append(member.offset)
             getattr(index, f"{name}_size").append(member.size)
+    index.check.append(check_of(member.header for member in chosen.values() if member))

@@ -135,9 +135,11 @@ def test_bad_samples_are_replaced_counted_and_logged(tmp_path, cause, caplog):
     assert len(set(keys)) == 39
 
 
-def test_repairable_captions_are_kept_and_counted(tmp_path):
-    members = [(name, b"caf\xe9" if name.endswith("3.txt") else data)
-               for name, data in text_members(0, 10)]  # fmt: skip
+def test_half_characters_in_json_are_dropped_and_counted(tmp_path):
+    members = [(f"{n}.{kind}", data) for n in range(10) for kind, data in (
+        ("jpg", jpeg(n)),
+        ("json", b'{"caption": "c%d%s"}' % (n, b" \\ud83d" * (n == 3))),
+    )]  # fmt: skip
     path = write_tar(tmp_path / "a.tar", members)
     index_shards([str(path)], str(tmp_path / "i.parquet"), kind="text", progress=False)
     got, loader = epoch(Source("pairs", str(tmp_path / "i.parquet"), "text"))

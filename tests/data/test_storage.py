@@ -7,7 +7,6 @@ import os
 import socket
 import threading
 import time
-from multiprocessing import get_context
 from pathlib import Path
 
 import aiohttp
@@ -198,90 +197,6 @@ def test_index_and_stream_on_s3(s3, tmp_path):
     filesystem.rm("bucket/shards", recursive=True)  # from now on only the cache has the bytes
     again = by_position([cached.loader(start=0, micro_batch=7, end=21)])
     assert_same(strip(again), strip(expected))
-
-
-def reader_of(data: bytes):
-    calls = []
-
-    def fetch(start: int, stop: int) -> bytes:
-        calls.append((start, stop))
-        return data[start:stop]
-
-    return fetch, calls
-
-
-def test_cache_reads_each_block_once_and_joins_what_is_missing(tmp_path):
-    data = bytes(range(256)) * 20  # 5120 bytes
-    fetch, calls = reader_of(data)
-    cache = DiskCache(tmp_path, 100_000, block_bytes=1000)
-    assert cache.read("u", 1500, 1600, fetch) == data[1500:1600]
-    assert cache.read("u", 500, 4500, fetch) == data[500:4500]
-    assert calls == [(1000, 2000), (0, 1000), (2000, 5000)]
-    assert cache.read("u", 4900, 6000, fetch) == data[4900:]
-    assert cache.read("u", 0, 5120, fetch) == data
-    assert len(calls) == 4
-
-
-def test_cache_keeps_its_limit_and_drops_what_was_used_least_recently(tmp_path):
-    fetch, _ = reader_of(os.urandom(100_000))
-    cache = DiskCache(tmp_path, 20_000, block_bytes=1000)
-    for block in range(60):
-        cache.read("u", block * 1000, block * 1000 + 10, fetch)
-        cache.read("u", 0, 10, fetch)  # used all the time
-        assert cache.used() <= 20_000
-    assert cache._load("u", 0, 0, 10) is not None
-    assert cache._load("u", 1, 0, 10) is None
-
-
-def _hammer(folder: str, seed: int) -> int:
-    import random
-
-    data = bytes(range(256)) * 400
-    cache, rng = DiskCache(folder, 12_000, block_bytes=1000), random.Random(seed)
-    wrong = 0
-    for _ in range(150):
-        start = rng.randrange(0, 100_000)
-        stop = start + rng.randrange(1, 3000)
-        wrong += cache.read("u", start, stop, lambda a, b: data[a:b]) != data[start:stop]
-        wrong += cache.used() > 12_000
-    return wrong
-
-
-def test_cache_is_shared_by_processes(tmp_path):
-    with get_context("fork").Pool(4) as pool:
-        assert pool.starmap(_hammer, [(str(tmp_path), seed) for seed in range(4)]) == [0] * 4
-
-
-def test_cache_survives_a_crash(tmp_path):
-    fetch, _ = reader_of(b"x" * 10_000)
-    cache = DiskCache(tmp_path, 5000, block_bytes=1000)
-    cache.read("u", 0, 2000, fetch)
-    block = cache._path("u", 0)
-    half = block.with_name(f"{block.name}.999.tmp")  # what a writer that was killed leaves behind
-    half.write_bytes(b"half")
-    os.utime(half, (1, 1))
-    (tmp_path / "used").write_bytes(b"garbage")
-    after = DiskCache(tmp_path, 5000, block_bytes=1000)
-    assert after.read("u", 0, 10_000, fetch) == b"x" * 10_000
-    assert after.used() <= 5000
-    assert not half.exists()
-
-
-def test_a_cache_that_cannot_be_written_costs_no_data(tmp_path, monkeypatch):
-    cache = DiskCache(tmp_path, 5000, block_bytes=1000)
-
-    def full(*_):
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(os, "fsync", full)
-    fetch, _ = reader_of(b"y" * 3000)
-    assert cache.read("u", 0, 3000, fetch) == b"y" * 3000
-    assert not list(tmp_path.rglob("*.tmp"))
-
-
-def test_a_cache_too_small_is_refused(tmp_path):
-    with pytest.raises(ValueError, match="too small"):
-        DiskCache(tmp_path, 1000)
 
 
 def test_pipe_is_refused_unless_allowed(tmp_path, monkeypatch):

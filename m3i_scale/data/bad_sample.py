@@ -1,0 +1,64 @@
+"""Why samples cannot be used: the finding, and what can be done about each cause."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+_NEIGHBOURS = (
+    "the members of a sample share their name up to the first dot and stand side by side in the "
+    "tar: write it with `tar --sort=name`, or rewrite it with `m3i shards build`"
+)
+_REMEDIES = {
+    # of shards
+    "missing shard": "nothing is at its place: mount or restore it, or index what is there again",
+    "shard is a folder": "name the .tar files in it",
+    "forbidden shard": "whoever runs this must be allowed to read it: file modes, or the "
+    "credentials in data.storage.options",
+    "unreadable shard": "the storage did not deliver it after all attempts: try later, or raise "
+    "data.storage.retries",
+    "truncated shard": "it is shorter than when it was indexed: copy it again, or index it again",
+    "shard does not match its index": "it was changed after it was indexed: index it again",
+    "shard of another length": "it was changed after it was indexed: index it again",
+    # of images
+    "undecodable image": "the file is damaged or no image: replace it, or leave it out",
+    "too many pixels": "raise data.max_pixels to use them",
+    # of captions and categories
+    "bad UTF-8": "texts must be UTF-8, or UTF-16 with a byte order mark: convert them, for "
+    "instance with `iconv -f SHIFT_JIS -t UTF-8`",
+    "empty caption": "give it a caption, or leave it out",
+    "absurd caption": "captions may have 1 MiB: is it the right member?",
+    "bad JSON": "the member must hold one JSON object",
+    "no caption": "the JSON has no text in that field: see `m3i shards index --caption`",
+    "bad category": "categories are integers from 0 on: see `m3i shards index --category`",
+    # of what an index leaves out
+    "no image": _NEIGHBOURS,
+    "no member": "it is no tar, or an empty one",
+    "corrupt tar header": "it is damaged, or no tar: copy it again",
+    "truncated": "its end is missing: copy the shard again",
+    "empty member": "a file of no bytes",
+    "absurd size": "members may have 256 MiB",
+    "repeated member": "a sample has two members of one kind",
+    "repeated key": "two samples have one name",
+}
+
+
+class BadSample(Exception):  # noqa: N818  (a finding about data, not an error of the program)
+    """A sample that cannot be used; `cause` is the short name under which it is counted."""
+
+    def __init__(self, cause: str, detail: str = "") -> None:
+        super().__init__(f"{cause}: {detail}" if detail else cause)
+        self.cause = cause
+
+
+def remedy(cause: str) -> str:
+    """What to do about a cause; "" where its name says all."""
+    return _REMEDIES.get(cause) or (_NEIGHBOURS if cause.startswith("no ") else "")
+
+
+def explain(causes: Mapping[str, int]) -> list[str]:
+    """A line "17 missing shard: what to do" for each cause, the most frequent first."""
+    ordered = sorted(causes.items(), key=lambda item: -item[1])
+    return [
+        f"{count:,} {cause}" + (f": {remedy(cause)}" if remedy(cause) else "")
+        for cause, count in ordered
+    ]
