@@ -174,7 +174,8 @@ class Index:
     """
 
     def __init__(self, path: str, storage: Storage | None = None) -> None:
-        self.path, self._storage = str(path), storage or Storage()
+        self._storage = storage or Storage()
+        self.path = self._storage.check(str(path))
         self._base = parent(self.path)
         self._file: pq.ParquetFile | None = None
         self._owner = 0

@@ -17,8 +17,8 @@ _NO_NOTES = 0xFF - 0x20 - 0x08 - 0x04  # flags of VP8X: without ICC, EXIF and XM
 _SEGMENT = struct.Struct(">HH")  # marker, length
 _STANDALONE = frozenset(range(0xFFD0, 0xFFD8)) | {0xFF01}
 _SCAN = 0xFFDA
-# COM and APP1 to APP15 but Adobe's APP14, which tells what the colours are.
-_JPEG_NOTES = (frozenset(range(0xFFE1, 0xFFF0)) - {0xFFEE}) | {0xFFFE}
+# COM and APP0 to APP15 but Adobe's APP14, which tells what the colours are.
+_JPEG_NOTES = (frozenset(range(0xFFE0, 0xFFF0)) - {0xFFEE}) | {0xFFFE}
 
 
 def without_metadata(data: bytes) -> bytes | None:

@@ -96,17 +96,17 @@ class Storage:
             )
         return url
 
-    def read(self, url: str, start: int, stop: int, *, version: str = "") -> bytes:
+    def read(self, url: str, start: int, stop: int, *, version: str | None = "") -> bytes:
         """Bytes [start, stop) of `url`; fewer only where the file ends.
 
-        What the cache holds of another `version` of the file is not used.  Raises OSError when the
-        file is missing, StorageError after all attempts.
+        What the cache holds of another `version` of the file is not used, and nothing of it where
+        that is None.  Raises OSError when the file is missing, StorageError after all attempts.
         """
         if self.check(url).startswith(_PIPE):
             url = self._spool(url)
         if is_local(url):
             return self._retry(lambda: _read_local(local_path(url), start, stop), f"reading {url}")
-        if self.cache:
+        if self.cache and version is not None:
             key = f"{url} {version}" if version else url
             return self.cache.read(key, start, stop, lambda low, high: self._fetch(url, low, high))
         return self._fetch(url, start, stop)
@@ -199,7 +199,9 @@ class _RangeFile(io.RawIOBase):
 
     def __init__(self, storage: Storage, url: str) -> None:
         self._storage, self._url = storage, url
-        self._at, (self._length, self._version) = 0, storage.state(url)
+        self._at, (self._length, state) = 0, storage.state(url)
+        # Indexes are made again under the same name: without a word on their state, no cache.
+        self._version = state or None
 
     def readable(self) -> bool:
         return True

@@ -30,7 +30,7 @@ from m3i_scale.data.make import Fault, Part, SampleBuilder, TooManyBadSamples, c
 from m3i_scale.data.order import Mixture, Order, SourceOrder, chunk_samples, integer_weights
 from m3i_scale.data.reader import ShardReader
 from m3i_scale.data.source import Source
-from m3i_scale.data.storage import Storage
+from m3i_scale.data.storage import Storage, StorageError
 from m3i_scale.data.views import Augmentation
 
 log = logging.getLogger(__name__)
@@ -178,7 +178,9 @@ def open_index(source: Source, storage: Storage) -> Index:
             f"source {source.name!r}: there is no index {source.index!r}; "
             "make one with `m3i shards index`"
         ) from None
-    except (PermissionError, IsADirectoryError, NotADirectoryError) as error:
+    except StorageError:  # an outage is no mistake of the configuration
+        raise
+    except OSError as error:
         raise ValueError(
             f"source {source.name!r}: the index {source.index!r} cannot be read: {error}"
         ) from None

@@ -57,7 +57,8 @@ def tokenize(texts: list[str]):
     """Bytes of the text, padded to 16."""
     ids = torch.zeros(len(texts), 16, dtype=torch.int64)
     for row, text in zip(ids, texts, strict=True):
-        row[: min(16, len(text))] = torch.tensor(list(text.encode()[:16]), dtype=torch.int64)
+        data = list(text.encode()[:16])
+        row[: len(data)] = torch.tensor(data, dtype=torch.int64)
     return ids, ids > 0
 
 

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import datetime
+import email.utils
 import http.server
 import os
 import socket
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import aiohttp
@@ -14,8 +17,9 @@ import pytest
 from foreign import category_members, make_stream, text_members, write_tar
 from test_stream import assert_same, by_position
 
-from m3i_scale.data import Source, Storage
+from m3i_scale.data import Source, Storage, TooManyBadSamples
 from m3i_scale.data.cache import DiskCache
+from m3i_scale.data.index import Index
 from m3i_scale.data.storage import StorageError
 from m3i_scale.shards.indexing import index_shards
 
@@ -217,3 +221,167 @@ def test_pipe_is_refused_unless_allowed(tmp_path, monkeypatch):
         make_stream([Source("p", index, "text")])
     stream = make_stream([Source("p", index, "text")], storage=trusting)
     assert len(next(iter(stream.loader(start=0, micro_batch=4)))) == 4
+
+
+class Scripted(http.server.BaseHTTPRequestHandler):
+    """Answers with `server.answers` (status, headers) in turn, then as it should."""
+
+    def log_message(self, *args):
+        pass
+
+    def do_HEAD(self):
+        self.answer(body=False)
+
+    def do_GET(self):
+        self.answer(body=True)
+
+    def answer(self, body: bool):
+        self.server.asked.append(time.monotonic())
+        status, headers = self.server.answers.pop(0) if self.server.answers else (200, {})
+        data, wanted = self.server.data, self.headers.get("Range")
+        if status != 200:
+            data = b"an error page"
+        elif wanted:
+            low, high = (int(n) for n in wanted.removeprefix("bytes=").split("-"))
+            headers = {"Content-Range": f"bytes {low}-{high}/{len(data)}"}
+            data, status = data[low : high + 1], 206
+        self.send_response(status)
+        for name, value in {"Content-Length": str(len(data)), **headers}.items():
+            self.send_header(name, value)
+        self.end_headers()
+        if body:
+            self.wfile.write(data)
+
+
+@pytest.fixture
+def scripted(tmp_path):
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Scripted)
+    server.answers, server.asked, server.data = [], [], os.urandom(5000)
+    server.url = f"http://127.0.0.1:{server.server_port}/x.tar"
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield server
+    server.shutdown()
+    server.server_close()
+
+
+def read_and_size(storage: Storage, url: str):
+    return (lambda: storage.read(url, 10, 90), lambda: storage.size(url),
+            lambda: storage.open(url).read(90)[10:])  # fmt: skip
+
+
+@pytest.mark.parametrize("way", range(3), ids=["read", "size", "open"])
+@pytest.mark.parametrize("status", [408, 425, 429, 500, 502, 503, 504])
+def test_a_server_that_is_busy_for_a_while_is_asked_again(scripted, status, way):
+    scripted.answers = [(status, {})] * 4
+    got = read_and_size(Storage(first_wait=0.01), scripted.url)[way]()
+    assert got == (5000 if way == 1 else scripted.data[10:90])
+
+
+@pytest.mark.parametrize("way", range(3), ids=["read", "size", "open"])
+@pytest.mark.parametrize(
+    ("status", "error"),
+    [(404, FileNotFoundError), (410, FileNotFoundError), (401, PermissionError),
+     (403, PermissionError), (503, StorageError)],
+)  # fmt: skip
+def test_what_stays_so_has_its_own_error(scripted, status, error, way):
+    scripted.answers = [(status, {})] * 100
+    storage = Storage(attempts=3, first_wait=0.01 if status == 503 else 30)
+    with pytest.raises(error, match=r"503|404|410|401|403|x\.tar") as caught:
+        read_and_size(storage, scripted.url)[way]()
+    assert type(caught.value) is error
+
+
+def test_a_server_that_is_not_there_is_no_missing_file():
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        url = f"http://127.0.0.1:{taken.getsockname()[1]}/x.tar"
+        for way in read_and_size(Storage(attempts=2, first_wait=0.01), url):
+            with pytest.raises(StorageError, match="failed 2 times"):
+                way()
+
+
+def test_a_busy_server_is_asked_no_more_than_once_an_attempt(scripted):
+    scripted.answers = [(503, {})] * 2
+    Storage(first_wait=0.01).read(scripted.url, 10, 90)
+    assert len(scripted.asked) == 3
+
+
+def test_retry_after_is_respected_within_a_bound(scripted, monkeypatch):
+    waits = []
+    monkeypatch.setattr("time.sleep", waits.append)
+    later = email.utils.format_datetime(
+        datetime.datetime.now(datetime.timezone.utc) + datetime.timedelta(seconds=20)
+    )
+    past = "Wed, 21 Oct 2015 07:28:00 GMT"
+    asked = ["7", later, "86400", "soon", past, "-3"]
+    scripted.answers = [(503, {"Retry-After": text}) for text in asked]
+    Storage(attempts=7, first_wait=0.01).read(scripted.url, 10, 90)
+    assert waits[0] == 7
+    assert 17 < waits[1] <= 20
+    assert waits[2] == 60
+    assert max(waits[3:]) < 1
+
+
+def test_reasons_have_names_in_the_stream(scripted, tmp_path, caplog):
+    scripted.data = write_tar(tmp_path / "a.tar", text_members(0, 6)).read_bytes()
+    index = str(tmp_path / "i.parquet")
+    storage = Storage(attempts=2, first_wait=0.01)
+    index_shards([scripted.url], index, kind="text", storage=storage, progress=False)
+    for status, cause in (
+        (404, "missing shard"), (403, "forbidden shard"), (503, "unreadable shard")
+    ):  # fmt: skip
+        scripted.answers = [(status, {})] * 1000
+        stream = make_stream([Source("pairs", index, "text")], storage=storage, max_bad_rate=0.0)
+        with pytest.raises(TooManyBadSamples, match=f"{cause}: .*{scripted.url}"):
+            list(stream.loader(start=0, micro_batch=6, end=6))
+
+
+def test_a_folder_in_place_of_a_shard_has_its_own_name(tmp_path):
+    source = Source("pairs", str(tmp_path / "i.parquet"), "text")
+    path = write_tar(tmp_path / "a.tar", text_members(0, 6))
+    index_shards([str(path)], source.index, kind="text", progress=False)
+    path.unlink()
+    path.mkdir()
+    with pytest.raises(TooManyBadSamples, match="shard is a folder"):
+        list(make_stream([source]).loader(start=0, micro_batch=6, end=6))
+
+
+def test_an_index_that_is_a_folder_or_private_is_refused_with_its_name(tmp_path):
+    (tmp_path / "i.parquet").mkdir()
+    with pytest.raises(ValueError, match=r"source 'pairs': .*i\.parquet"):
+        make_stream([Source("pairs", str(tmp_path / "i.parquet"), "text")])
+
+
+def test_a_remote_index_that_is_made_again_is_not_taken_from_the_cache(flaky, tmp_path):
+    cache = DiskCache(tmp_path / "cache", 64 << 20)
+    for count in (4, 9):
+        path = write_tar(tmp_path / "www" / "a.tar", text_members(0, count))
+        index_shards([str(path)], str(tmp_path / "www" / "i.parquet"), kind="text",
+                     progress=False)  # fmt: skip
+        assert Index(f"{flaky.url}/i.parquet", fast(cache=cache)).samples == count
+
+
+@pytest.mark.parametrize("name", [b"d\xe9", b"\x83h"])
+def test_names_that_are_not_utf_8_are_refused_with_the_name(tmp_path, name):
+    folder = os.fsdecode(os.fsencode(tmp_path) + b"/" + name)
+    os.mkdir(folder)
+    path = write_tar(tmp_path / "a.tar", text_members(0, 4)).rename(Path(folder) / "a.tar")
+    good = str(tmp_path / "i.parquet")
+    for shards, output in (([str(path)], good), ([f"{tmp_path}/*/*.tar"], good)):
+        with pytest.raises(ValueError, match=r"the path '.*\\udc.*' is not UTF-8"):
+            index_shards(shards, output, kind="text", progress=False)
+    with pytest.raises(ValueError, match="is not UTF-8"):
+        Storage().read(str(path), 0, 10)
+    with pytest.raises(ValueError, match="is not UTF-8"):
+        make_stream([Source("pairs", f"{folder}/i.parquet", "text")])
+
+
+def test_a_pipe_that_fails_is_an_unreadable_shard_and_leaves_nothing(tmp_path, monkeypatch):
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    storage = Storage(allow_pipe=True)
+    with pytest.raises(StorageError, match="ended with status 3"):
+        storage.read("pipe:echo half; exit 3", 0, 10)
+    assert not [path for path in tmp_path.rglob("*") if path.is_file()]
+    command = "pipe:echo whole >> " + str(tmp_path / "ran") + "; sleep 0.2; echo whole"
+    with ThreadPoolExecutor(4) as pool:  # as a reader does
+        assert list(pool.map(lambda _: storage.read(command, 0, 99), range(4))) == [b"whole\n"] * 4
