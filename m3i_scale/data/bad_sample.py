@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 _NEIGHBOURS = (
-    "the members of a sample share their name up to the first dot and stand side by side in the "
-    "tar: write it with `tar --sort=name`, or rewrite it with `m3i shards build`"
+    "a picture and its texts share their name up to the first dot and stand side by side in the "
+    "tar (`tar --sort=name` writes them so)"
 )
 _REMEDIES = {
     # of shards
@@ -57,8 +57,9 @@ def remedy(cause: str) -> str:
 
 def explain(causes: Mapping[str, int]) -> list[str]:
     """A line "17 missing shard: what to do" for each cause, the most frequent first."""
-    ordered = sorted(causes.items(), key=lambda item: -item[1])
-    return [
-        f"{count:,} {cause}" + (f": {remedy(cause)}" if remedy(cause) else "")
-        for cause, count in ordered
-    ]
+    lines, said = [], {""}
+    for cause, count in sorted(causes.items(), key=lambda item: -item[1]):
+        advice = remedy(cause)
+        lines.append(f"{count:,} {cause}" + (f": {advice}" if advice not in said else ""))
+        said.add(advice)
+    return lines

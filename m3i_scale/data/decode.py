@@ -165,7 +165,7 @@ def decode_category(data: bytes, member: str) -> int:
     if ":" in member:
         value = read_json_field(value, member.split(":", 1)[1])
     try:
-        category = int(value)
+        category = int(tidy(value).replace("_", "?") if isinstance(value, str) else value)
     except (TypeError, ValueError, OverflowError):  # JSON knows Infinity
         raise BadSample("bad category", repr(value)[:40]) from None
     if isinstance(value, float | bool) or not 0 <= category < 1 << 31:

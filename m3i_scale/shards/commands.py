@@ -98,6 +98,7 @@ def _add_check(actions: Subparsers) -> None:
     parser = actions.add_parser("check", help="read and decode every sample; list the bad ones")
     parser.add_argument("index", help="the Parquet index")
     parser.add_argument("--output", "-o", help="write cause, shard and key of bad samples as CSV")
+    parser.add_argument("--max-pixels", type=int, help="as data.max_pixels of the run will be")
     _add_storage(parser)
     parser.set_defaults(run=_check)
 
@@ -105,7 +106,8 @@ def _add_check(actions: Subparsers) -> None:
 def _check(args: argparse.Namespace) -> int:
     from m3i_scale.shards.inspect import check
 
-    report = check(args.index, storage=_storage(args))
+    options = {} if args.max_pixels is None else {"max_pixels": args.max_pixels}
+    report = check(args.index, storage=_storage(args), **options)
     print(report)
     if args.output:
         with open(args.output, "w", newline="", encoding="utf-8") as file:

@@ -14,6 +14,7 @@ import numpy as np
 from tqdm import tqdm
 
 from m3i_scale.data.bad_sample import BadSample, explain
+from m3i_scale.data.decode import MAX_PIXELS
 from m3i_scale.data.index import Index
 from m3i_scale.data.make import Fault, Sample
 from m3i_scale.data.sequential import central_square, walk
@@ -51,14 +52,20 @@ class CheckReport:
         self.bad.append((cause, shard, key))
 
 
-def check(index: str, *, storage: Storage | None = None, progress: bool = True) -> CheckReport:
+def check(
+    index: str,
+    *,
+    storage: Storage | None = None,
+    progress: bool = True,
+    max_pixels: int = MAX_PIXELS,
+) -> CheckReport:
     """Read and decode every sample of an index; list what the index left out as well."""
     source, report, repairs = source_of(index, storage), CheckReport(), list[Fault]()
     for shard, key, cause in Index(index, storage).problems():
         report.add(cause, shard, key)
     _check_lengths(Index(index, storage), storage or Storage(), report)
     total = Index(index, storage).samples
-    found = walk(source, storage=storage, faults=repairs)
+    found = walk(source, storage=storage, max_pixels=max_pixels, faults=repairs)
     for raw, sample in tqdm(found, total=total, unit="sample", disable=not progress):
         report.samples += 1
         if isinstance(sample, BadSample):

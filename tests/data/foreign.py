@@ -8,8 +8,10 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import yaml
 from PIL import Image
 
+from m3i_scale.config import Config
 from m3i_scale.data import Augmentation, Source, Stream
 from m3i_scale.shards.indexing import index_shards
 
@@ -77,6 +79,30 @@ def make_stream(sources: list[Source], **options) -> Stream:
         "chunk_bytes": 8192,
     }
     return Stream(sources, **{**chosen, **options})
+
+
+WITHOUT_TEXT = """
+run: small
+model:
+  backbone: {name: vit, options: {width: 32, depth: 1, heads: 2}}
+  decoder: {depth: 1, width: 32, heads: 2, ffn: 64}
+  categories: 5
+objective:
+  input: {corruption: mask, patch: 16, ratio: 0.5, pairing: neighbours, both_views: false}
+  targets:
+    - {name: pixels, representation: pixels, regularisation: none, likelihood: {form: gaussian},
+       decoder: linear, normalise: norm_pix}
+    - {name: category, representation: category, regularisation: negatives,
+       likelihood: {form: boltzmann, temperature: 1.0}}
+optimizer: {global_batch_size: 8, max_micro_batch: 8, duration: 6 steps, warmup: 1 steps}
+"""
+
+
+def config_without_text(index: str, **data) -> Config:
+    """A small configuration of labelled pictures, with these keys below `data`."""
+    sources = [{"name": "c", "index": index, "kind": "category"}]
+    tree = {**yaml.safe_load(WITHOUT_TEXT), "data": {"image_size": 32, "sources": sources, **data}}
+    return Config.model_validate(tree)
 
 
 def text_source(folder: Path, counts: list[int], name: str = "pairs") -> Source:

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from foreign import make_stream, text_members, write_tar
+from foreign import config_without_text, make_stream, text_members, write_tar
 from test_stream import assert_same, by_position
 
 from m3i_scale.data import Source, Storage
@@ -362,3 +362,13 @@ def test_a_loader_counts_the_faults_of_the_cache_of_its_workers(tmp_path):
             zeros(block)
     server.shutdown()
     server.server_close()
+
+
+def test_a_configuration_with_a_file_as_cache_is_refused_in_one_sentence(tmp_path):
+    from m3i_scale.config import ConfigError
+    from m3i_scale.train import build_stream
+
+    (tmp_path / "cache").write_bytes(b"")
+    config = config_without_text("i.parquet", storage={"cache": str(tmp_path / "cache")})
+    with pytest.raises(ConfigError, match=r"^data: the cache .* is a file"):
+        build_stream(config)

@@ -9,13 +9,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from foreign import make_stream, write_tar
+from foreign import config_without_text, make_stream, write_tar
 from PIL import Image, features
 
-from m3i_scale.data import Source
+from m3i_scale.cli import main
+from m3i_scale.data import Source, TooManyBadSamples
 from m3i_scale.data.decode import BadSample, decode_image
 from m3i_scale.shards.build import Recipe, encode
 from m3i_scale.shards.indexing import index_shards
+from m3i_scale.train import build_stream
 
 RGB = Image.fromarray(
     np.random.default_rng(0).integers(0, 256, (3, 4, 3), dtype=np.uint8)
@@ -184,3 +186,18 @@ def test_a_stream_of_them_replaces_none(tmp_path: Path):
     loader = make_stream([source]).loader(start=0, micro_batch=6, end=len(DAMAGED_PNG))
     assert sorted(int(c) for batch in loader for c in batch.category) == [*range(len(DAMAGED_PNG))]
     assert not loader.faults
+
+
+def test_the_largest_picture_is_a_setting_of_the_run_and_of_check(tmp_path, capsys):
+    members = [("0.png", PNG), ("0.cls", b"0"), ("1.png", encoded("PNG", RGB.resize((9, 9)))),
+               ("1.cls", b"1")]  # fmt: skip
+    path = write_tar(tmp_path / "a.tar", members)
+    index = str(tmp_path / "i.parquet")
+    index_shards([str(path)], index, kind="category", progress=False)
+    assert main(["shards", "check", index, "--max-pixels", "100"]) == 1
+    assert "1 too many pixels: raise data.max_pixels" in capsys.readouterr().out
+    assert main(["shards", "check", index]) == 0
+    config = config_without_text(index, max_pixels=100, bad_window=1, max_bad_rate=0.0)
+    stream = build_stream(config)
+    with pytest.raises(TooManyBadSamples, match="1 of the last 1 samples"):
+        list(stream.loader(start=0, micro_batch=2, end=2))

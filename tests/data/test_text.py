@@ -93,6 +93,13 @@ def test_padding_and_marks_inside():
     assert decode_text("\ufeff\ufeffa dog".encode(), "txt") == ("a dog", False)
 
 
+def test_labels_are_integers_and_nothing_that_python_takes_for_one():
+    assert decode_category('{"label": "\ufeff3 "}'.encode(), "json:label") == 3
+    for data in (b"1_0", b"n01440764", "\ufeff-1".encode(), b"1 2"):
+        with pytest.raises(BadSample, match="bad category"):
+            decode_category(data, "cls")
+
+
 def test_a_stream_counts_them_and_names_the_remedy(tmp_path):
     captions = [text.encode() for text in TEXTS] * 3
     captions[4] = "犬".encode("shift_jis")
