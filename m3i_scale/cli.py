@@ -265,10 +265,18 @@ def _add_eval(commands: Any) -> None:
     )
     _add_run(parser)
     parser.add_argument(
-        "--gallery", nargs="+", required=True, metavar="INDEX", help="images with known labels"
+        "--gallery",
+        nargs="+",
+        required=True,
+        metavar="INDEX",
+        help="images with known labels",
     )
     parser.add_argument(
-        "--queries", nargs="+", required=True, metavar="INDEX", help="held-out images to classify"
+        "--queries",
+        nargs="+",
+        required=True,
+        metavar="INDEX",
+        help="held-out images to classify",
     )
     parser.add_argument("--probe", action="store_true", help="fit linear probes, too")
     parser.add_argument(

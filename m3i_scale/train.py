@@ -70,7 +70,7 @@ def build_stream(config: Config) -> Stream:
                 f"the tokenizer {text.tokenizer} has {tokenizer.vocab_size} tokens; set "
                 f"model.text.vocab_size to that or more (it is {text.vocab_size})"
             )
-        return data.Stream(
+        stream = data.Stream(
             [data.Source(**source.model_dump()) for source in spec.sources],
             seed=config.seed,
             image_size=spec.image_size,
@@ -88,6 +88,8 @@ def build_stream(config: Config) -> Stream:
             bad_window=spec.bad_window,
             storage=_storage(spec.storage),
         )
+        stream.require_categories(config.model.categories)
+        return stream
     except ValueError as error:
         raise ConfigError(f"data: {error}") from error
 

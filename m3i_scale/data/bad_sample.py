@@ -29,10 +29,18 @@ _REMEDIES = {
     "absurd caption": "captions may have 1 MiB: is it the right member?",
     "bad JSON": "the member must hold one JSON object",
     "no caption": "the JSON has no text in that field: see `m3i shards index --caption`",
-    "bad category": "categories are integers from 0 on: see `m3i shards index --category`",
+    "bad category": "categories are integers from 0 on, or names of the class list: see "
+    "`m3i shards index --category` and `--classes`",
     # of what an index leaves out
-    "no image": _NEIGHBOURS,
+    "no image": "name pictures .jpg, .png, .webp, ..., and convert other formats; " + _NEIGHBOURS,
+    "members not side by side": _NEIGHBOURS + "; `m3i shards build` rewrites it, too",
+    "second picture under one key": "the key of a sample ends at the first dot of its name: "
+    "replace the other dots",
+    "no category": "give it a label, or index with --kind text",
     "no member": "it is no tar, or an empty one",
+    # of what a build leaves out
+    "unreadable file": "see that the path is right and may be read, and run the command again",
+    "class not in the class list": "add it to the file that --classes names",
     "corrupt tar header": "it is damaged, or no tar: copy it again",
     "truncated": "its end is missing: copy the shard again",
     "empty member": "a file of no bytes",

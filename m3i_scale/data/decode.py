@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import io
 import struct
+from collections.abc import Mapping
 from functools import cache
 from typing import Any
 
@@ -20,8 +21,10 @@ from torch import Tensor
 from torchvision.io import ImageReadMode  # registers the operators of torch.ops.image
 
 from m3i_scale.data.bad_sample import BadSample
+from m3i_scale.data.captions import read_captions
+from m3i_scale.data.labels import category_of, read_label
 from m3i_scale.data.metadata import jpeg_segments, without_metadata
-from m3i_scale.data.text import MAX_TEXT_BYTES, read_json_field, read_text, tidy
+from m3i_scale.data.text import MAX_TEXT_BYTES, read_json, read_json_field, read_text
 
 __all__ = ["MAX_PIXELS", "MAX_TEXT_BYTES", "BadSample", "decode_category", "decode_image",
            "decode_text", "image_format"]  # fmt: skip
@@ -149,26 +152,30 @@ def decode_text(data: bytes, member: str) -> tuple[str, bool]:
     text, repaired = read_text(data), False
     if ":" in member:
         value = read_json_field(text, member.split(":", 1)[1])
-        if not isinstance(value, str):
-            raise BadSample("no caption", f"{member} is {type(value).__name__}")
+        if not isinstance(value, str):  # a list of captions, say: the first one counts
+            value = next(iter(read_captions(value)), None)
+        if value is None:
+            raise BadSample("no caption", f"there is none in {member}")
         text = value.encode("utf-8", "ignore").decode()
         repaired = text != value
-    text = tidy(text)
+    elif member == "json":
+        text = next(iter(read_captions(read_json(text))), "")
+    text = next(iter(read_captions(text)), "")
     if not text:
         raise BadSample("bad UTF-8" if repaired else "empty caption")
     return text, repaired
 
 
-def decode_category(data: bytes, member: str) -> int:
-    """Non-negative class index from a `cls` or `json:field` member."""
+def decode_category(data: bytes, member: str, classes: Mapping[str, int] | None = None) -> int:
+    """Non-negative class index from a `cls` or `json:field` member; `classes` numbers names."""
     value: Any = read_text(data)
     if ":" in member:
         value = read_json_field(value, member.split(":", 1)[1])
     try:
-        category = int(tidy(value).replace("_", "?") if isinstance(value, str) else value)
-    except (TypeError, ValueError, OverflowError):  # JSON knows Infinity
-        raise BadSample("bad category", repr(value)[:40]) from None
-    if isinstance(value, float | bool) or not 0 <= category < 1 << 31:
+        category = category_of(read_label(value), classes or {})
+    except ValueError as error:
+        raise BadSample("bad category", str(error)) from None
+    if category is None:
         raise BadSample("bad category", repr(value)[:40])
     return category
 

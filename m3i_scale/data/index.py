@@ -22,16 +22,17 @@ are compared alone.
 
 Row groups hold about 64k samples, so that one look-up decodes about a megabyte.  The short columns
 of all rows are repeated in the footer (key `summary`), so that an index of 45,000 shards opens in a
-fraction of a second.
+fraction of a second.  The footer's key `notes` holds the class list and the largest category.
 """
 
 from __future__ import annotations
 
 import base64
+import json
 import os
 import zlib
 from collections import OrderedDict
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -111,8 +112,13 @@ class ShardIndex:
         return pa.table({name: [getattr(self, name)] for name in SCHEMA.names}, schema=SCHEMA)
 
 
-def write_index(path: str, rows: Iterable[pa.Table]) -> None:
-    """Write tables of one row per shard (ShardIndex.table) to a local path, grouped by size."""
+def write_index(
+    path: str, rows: Iterable[pa.Table], notes: Mapping[str, Any] | None = None
+) -> None:
+    """Write tables of one row per shard (ShardIndex.table) to a local path, grouped by size.
+
+    `notes` about all shards together are read when the last row is written: see Index.notes.
+    """
     encoding = {f"{name}.list.element": "DELTA_BINARY_PACKED" for name in _LISTS}
     options = {"use_dictionary": False, "compression": "zstd", "write_statistics": False}
     summaries = []
@@ -130,7 +136,14 @@ def write_index(path: str, rows: Iterable[pa.Table]) -> None:
                 summary = summary.append_column(name, values)
             summaries.append(summary)
         summary = pa.concat_tables(summaries).combine_chunks()
-        writer.add_key_value_metadata({"format": FORMAT, "summary": _pack(summary)})
+        footer = {"format": FORMAT, "summary": _pack(summary), "notes": json.dumps(notes or {})}
+        writer.add_key_value_metadata(footer)
+
+
+def read_notes(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """The notes that `write_index` put in the footer of a local file."""
+    notes: dict[str, Any] = json.loads(pq.read_metadata(path).metadata.get(b"notes", b"{}"))
+    return notes
 
 
 def _fingerprint(check: pa.ListScalar) -> int:
@@ -191,7 +204,25 @@ class Index:
         self._columns = [*_LISTS, "check"] if known else list(_LISTS)
         self._where = np.stack([table.column(c).to_numpy() for c in ("group", "row")], axis=1)
         self.samples = int(self.counts.sum())
+        # About all shards together: classes (numbers of the labels that are names) and
+        # largest_category.
+        self.notes: dict[str, Any] = json.loads(self._open().metadata.metadata.get(b"notes", b"{}"))
+        self.classes: dict[str, int] = self.notes.get("classes", {})
         self._groups: OrderedDict[int, pa.Table] = OrderedDict()
+
+    @property
+    def kind(self) -> str | None:
+        """What every usable sample has: "text", "category" or "both"; None without samples."""
+        used = np.flatnonzero(self.counts).tolist()
+        text = bool(used) and all(self.text_member[shard] for shard in used)
+        category = bool(used) and all(self.category_member[shard] for shard in used)
+        return "both" if text and category else "text" if text else "category" if category else None
+
+    @property
+    def largest_category(self) -> int | None:
+        """The largest category of any sample; None without categories, or in an older index."""
+        found = self.notes.get("largest_category", -1)
+        return int(found) if found >= 0 else None
 
     def url(self, shard: int) -> str:
         """URL of a shard."""

@@ -138,7 +138,7 @@ def decode_sample(
             faults.append(Fault(raw.position, "bad UTF-8", shard, raw.key, detail, "repaired"))
     if source.kind != "text":
         member = index.category_member[raw.shard] or "cls"
-        category = decode.decode_category(raw.category or b"", member)
+        category = decode.decode_category(raw.category or b"", member, index.classes)
     image = decode.decode_image(raw.image, max_pixels=max_pixels)
     return Sample(image, text, category, f"{shard}/{raw.key}")
 

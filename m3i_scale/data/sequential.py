@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor
 
 from m3i_scale.data import views
 from m3i_scale.data.decode import MAX_PIXELS, BadSample
+from m3i_scale.data.index import Index
 from m3i_scale.data.make import Fault, Sample, decode_sample
 from m3i_scale.data.order import Located
 from m3i_scale.data.reader import Raw, ShardReader
@@ -29,6 +31,24 @@ class Labelled:
     captions: list[str]  # "" where the source has none
     category: Tensor  # int64 (N,), -1 where the source has none
     key: list[str]  # "source/shard/key"
+
+
+def source_of(index: str, storage: Storage | None = None) -> Source:
+    """The source behind an index file, named after it, of the kind that all its samples allow.
+
+    Raises:
+        ValueError: there is no such index, or it holds no usable sample.
+    """
+    try:
+        opened = Index(index, storage)
+    except FileNotFoundError:
+        raise ValueError(f"there is no index {index}; make one with `m3i shards index`") from None
+    if opened.kind is None:
+        raise ValueError(
+            f"{index} holds no usable sample with a caption or a category; index its shards again "
+            "and see what is left out"
+        )
+    return Source(Path(index).stem, index, opened.kind)
 
 
 def load_labelled(

@@ -109,6 +109,20 @@ class Stream:
         """Samples in all sources together."""
         return sum(index.samples for index in self.indexes)
 
+    def require_categories(self, categories: int) -> None:
+        """Raise ValueError where a source has a category that a classifier of that many lacks.
+
+        0 categories stand for no classifier; indexes older than this check pass it.
+        """
+        for source, index in zip(self.sources, self.indexes, strict=True):
+            largest = index.largest_category
+            if source.kind == "text" or largest is None or not 0 < categories <= largest:
+                continue
+            raise ValueError(
+                f"source {source.name!r} ({source.index}) has samples of category {largest}; set "
+                f"model.categories to {largest + 1} or more (it is {categories})"
+            )
+
     def view_shape(self, samples: int) -> tuple[int, ...]:
         """Shape of the views of that many samples: (views, samples, S, S, 3)."""
         size = self._maker_options["image_size"]

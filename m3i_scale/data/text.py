@@ -42,12 +42,17 @@ def read_text(data: bytes) -> str:
     return text
 
 
-def read_json_field(text: str, field: str) -> Any:
-    """The value of one field of a JSON object, None where it has none; raises BadSample."""
+def read_json(text: str) -> Any:
+    """A JSON document; raises BadSample."""
     try:
-        document = json.loads(text)
+        return json.loads(text)
     except (ValueError, RecursionError):
         raise BadSample("bad JSON") from None
+
+
+def read_json_field(text: str, field: str) -> Any:
+    """The value of one field of a JSON object, None where it has none; raises BadSample."""
+    document = read_json(text)
     if not isinstance(document, dict):
         raise BadSample("bad JSON", f"a {type(document).__name__}, not an object")
     return document.get(field)

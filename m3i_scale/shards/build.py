@@ -1,64 +1,49 @@
-"""Writing shards: from an image folder, from a CSV or Parquet table, or from existing archives.
+"""Writing shards: from an image folder, from tables, or from existing archives.
 
 1. list the records: where each image is, its caption, its category (records.py);
 2. shuffle them with a seed and deal them to shards that are equal in count and, as far as sizes
    are known beforehand, in bytes;
-3. write the shards in several processes, each under a temporary name until it is complete, so
-   that an interrupted build goes on where it stopped;
+3. write the shards in several processes (writing.py), each under a temporary name until it is
+   complete, so that an interrupted build goes on where it stopped;
 4. index the result.
 
-Because of step 2 neighbours in a shard are unrelated, whatever the order of the source was.  Only
-images that lie inside a Parquet table stay together by row group, which is read as a whole.
+A build that is run again writes the shards whose sources, captions, labels or options changed, and
+leaves the others.  Because of step 2 neighbours in a shard are unrelated, whatever the order of the
+source was.  Only images that lie inside a Parquet table stay together by row group, which is read
+as a whole.
 """
 
 from __future__ import annotations
 
-import io
+import fcntl
 import json
 import os
 from collections import Counter
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass
-from functools import lru_cache, partial
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 from zlib import crc32
 
-import pyarrow.parquet as pq
-import webdataset
-from PIL import Image
 from tqdm import tqdm
 
-from m3i_scale.data import decode
-from m3i_scale.data.decode import BadSample
+from m3i_scale.data import labels
+from m3i_scale.data.files import written
 from m3i_scale.data.order import hash64
-from m3i_scale.data.storage import Storage
-from m3i_scale.shards.indexing import IndexSummary, index_shards, process_map
-from m3i_scale.shards.records import Record, list_records
+from m3i_scale.data.storage import is_local
+from m3i_scale.shards.indexing import IndexSummary, describe_problems, index_shards
+from m3i_scale.shards.records import Listing, Record, list_records
+from m3i_scale.shards.sources import check_name, expand_path
+from m3i_scale.shards.tables import Columns
+from m3i_scale.shards.workers import process_map
+from m3i_scale.shards.writing import FORMAT, Recipe, Report, write_shard
+
+__all__ = ["BuildSummary", "Recipe", "build_shards", "deal"]
 
 _UNKNOWN_BYTES = 100_000  # what an image is taken to weigh where its size is not known beforehand
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """How images are written.
-
-    Attributes:
-        resize: shorter side in pixels that larger images are reduced to; 0 keeps them.
-        reencode: write every image as RGB JPEG; otherwise only resized ones are encoded anew.
-        quality: of the JPEGs that are encoded.
-    """
-
-    resize: int = 0
-    reencode: bool = False
-    quality: int = 90
-
-    def __post_init__(self) -> None:
-        if self.resize < 0:
-            raise ValueError(f"resize is {self.resize}: give pixels, or 0 to keep the sizes")
-        if not 1 <= self.quality <= 100:
-            raise ValueError(f"quality is {self.quality}: JPEG takes 1 to 100")
 
 
 @dataclass(frozen=True)
@@ -67,11 +52,12 @@ class BuildSummary:
 
     index: IndexSummary
     left_out: dict[str, int]
+    examples: dict[str, str] = field(default_factory=dict)  # by cause
+    notes: list[str] = field(default_factory=list)
 
     def __str__(self) -> str:
-        lines = [str(self.index)]
-        lines += [f"  {count:,} not written: {cause}" for cause, count in self.left_out.items()]
-        return "\n".join(lines)
+        causes = describe_problems(self.left_out, self.examples, "not written")
+        return "\n".join([str(self.index), *causes, *(f"  {note}" for note in self.notes)])
 
 
 def build_shards(
@@ -83,51 +69,68 @@ def build_shards(
     recipe: Recipe | None = None,
     seed: int = 0,
     processes: int = 1,
+    image_column: str | None = None,
     text_column: str | None = None,
     category_column: str | None = None,
+    classes: Mapping[str, int] | None = None,
     progress: bool = True,
 ) -> BuildSummary:
     """Build `<folder>/00000.tar, ...` and the index `<folder>.parquet` from `source`.
 
     Args:
         source: a folder of images (sub-folders are categories; `x.txt` beside `x.jpg` is its
-            caption), a .csv, .tsv or .parquet table, or a path or glob of tar or zip archives.
+            caption; Hugging Face's metadata.csv or .jsonl counts), or a path, glob or braces of
+            .csv, .tsv, .jsonl or .parquet tables, or of tar or zip archives.
         shard_samples: upper bound of the samples in a shard.
         shard_bytes: about the upper bound of its bytes.
         recipe: resizing and re-encoding.
         processes: shards written at once.
-        text_column: column of a table that holds captions; well-known names are found anyway.
+        image_column: column of tables that holds paths or bytes; well-known names are found.
+        text_column: likewise for captions.
         category_column: likewise for categories, integers or names.
+        classes: numbers of class names, by default in sorted order (labels.number_names); those
+            that were used are written to `<folder>/classes.json`.
 
-    Raises ValueError where nothing usable is found, or where `folder` holds another build.
+    Raises:
+        ValueError: nothing usable is found, `folder` holds something else, another process builds
+            there, or the disk is full.
     """
     if shard_samples < 1 or shard_bytes < 1:
         raise ValueError(f"shards of {shard_samples} samples and {shard_bytes} bytes hold nothing")
-    folder, recipe = Path(str(folder).rstrip("/")), recipe or Recipe()
-    listing = list_records(source, text_column, category_column)
+    folder, recipe = Path(check_name(str(folder)).rstrip("/")), recipe or Recipe()
+    columns = Columns(image_column, text_column, category_column)
+    listing = list_records(source, columns, classes)
     shards = deal(listing.records, shard_samples, shard_bytes, seed)
-    plan = {"source": source, "samples": len(listing.records), "shards": len(shards)}
-    _claim(folder, {**plan, "seed": seed, **asdict(recipe)})
-    if listing.classes:
-        names = json.dumps(listing.classes, ensure_ascii=False, indent=0)
-        (folder / "classes.json").write_text(names, encoding="utf-8", errors="replace")
-    paths = [folder / f"{number:05d}.tar" for number in range(len(shards))]
-    with process_map(processes) as run:
-        done = run(partial(write_shard, recipe=recipe), paths, shards)
-        reports = list(tqdm(done, total=len(paths), unit="shard", disable=not progress))
+    options = {
+        **asdict(recipe),
+        **{f"{name}_column": value for name, value in asdict(columns).items()},
+        **{"shard_samples": shard_samples, "shard_bytes": shard_bytes, "seed": seed},
+    }
+    index, again = Path(f"{folder}.parquet"), (folder / "build.json").exists()
+    with _claimed(folder, source, options) as notes:
+        _write_class_list(folder / "classes.json", listing)
+        paths = [folder / f"{number:05d}.tar" for number in range(len(shards))]
+        with process_map(processes) as run:
+            done = run(partial(write_shard, recipe=recipe, index=index), paths, shards)
+            reports = list(tqdm(done, total=len(paths), unit="shard", disable=not progress))
+        notes += listing.notes
+        removed = _remove_others(folder, len(paths))
+        if again:
+            notes.append(_what_changed(reports, removed))
+    left_out, examples = _left_out(listing, reports)
+    if not any(report.samples for report in reports):
+        causes = "\n".join(describe_problems(left_out, examples, "not written"))
+        raise ValueError(f"none of the {len(listing.records):,} images could be used:\n{causes}")
     first = listing.records[0]
     kind = "text" if first.category is None else "category" if first.text is None else "both"
-    index = index_shards(
+    summary = index_shards(
         [str(path) for path in paths],
-        f"{folder}.parquet",
+        str(index),
         kind=kind,
         processes=processes,
         progress=False,
     )
-    left_out = Counter(listing.left_out)
-    for report in reports:
-        left_out.update(report)
-    return BuildSummary(index, dict(left_out))
+    return BuildSummary(summary, left_out, examples, notes)
 
 
 def deal(
@@ -145,91 +148,114 @@ def deal(
 def _shuffle_key(seed: int, record: Record) -> tuple[int, int]:
     """Random, but rows of one row group of a table stay together."""
     name = crc32(record.url.encode("utf-8", "surrogateescape"))
-    block = int(hash64(seed, name, record.group + 1)[0])
-    return block, int(hash64(seed, name, record.offset, record.row + 1)[0])
-
-
-def _claim(folder: Path, plan: dict[str, Any]) -> None:
-    """Write down what is built here; refuse to mix two builds in one folder."""
-    folder.mkdir(parents=True, exist_ok=True)
-    note = folder / "build.json"
-    if note.exists() and json.loads(note.read_text()) != plan:
-        raise ValueError(
-            f"{folder} holds another build ({note.read_text()}): choose another folder or delete it"
-        )
-    note.write_text(json.dumps(plan))
-
-
-def write_shard(path: Path, records: list[Record], *, recipe: Recipe) -> dict[str, int]:
-    """Write one shard unless it is complete already; return what was left out, by cause."""
-    report = path.with_suffix(".json")
-    if path.exists() and report.exists():
-        return dict(json.loads(report.read_text()))
-    temporary, left_out = f"{path}.{os.getpid()}.tmp", Counter[str]()
-    with open(temporary, "wb") as file, webdataset.TarWriter(file, mtime=0) as tar:
-        for sample in _samples(path.stem, records, recipe, left_out):
-            tar.write(sample)
-    os.replace(temporary, path)
-    report.write_text(json.dumps(left_out))
-    return dict(left_out)
-
-
-def _samples(
-    shard: str, records: list[Record], recipe: Recipe, left_out: Counter[str]
-) -> Iterator[dict[str, Any]]:
-    storage = Storage()
-    for number, record in enumerate(records):
-        try:
-            extension, image = encode(_image_bytes(record, storage), recipe)
-        except BadSample as bad:
-            left_out[bad.cause] += 1
-            continue
-        except OSError:
-            left_out["unreadable file"] += 1
-            continue
-        sample: dict[str, Any] = {"__key__": f"{shard}{number:06d}", extension: image}
-        if record.text is not None:
-            sample["txt"] = record.text
-        if record.category is not None:
-            sample["cls"] = str(record.category)
-        yield sample
-
-
-def _image_bytes(record: Record, storage: Storage) -> bytes:
     if record.row >= 0:
-        value = _row_group(record.url, record.group, record.column)[record.row]
-        data = value.get("bytes") if isinstance(value, dict) else value
-        if not data:
-            raise BadSample("no image")
-        return bytes(data)
-    size = record.size or storage.size(record.url)
-    return storage.read(record.url, record.offset, record.offset + size)
+        block = int(hash64(seed, name, record.group + 1)[0])
+        return block, int(hash64(seed, name, record.row + 1)[0])
+    inside = f"{record.column}\n{record.text}".encode("utf-8", "surrogateescape")
+    return int(hash64(seed, name, record.offset, crc32(inside))[0]), 0
 
 
-@lru_cache(maxsize=2)
-def _row_group(url: str, group: int, column: str) -> list[Any]:
-    return list(pq.ParquetFile(url).read_row_group(group, columns=[column]).column(0).to_pylist())
+@contextmanager
+def _claimed(folder: Path, source: str, options: dict[str, Any]) -> Iterator[list[str]]:
+    """Hold the folder of a build; yield what is different from the last build there.
+
+    What interrupted builds left half written is removed, before and after.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except FileExistsError:
+        raise ValueError(f"{folder} is a file: name a folder for the shards") from None
+    note = folder / "build.json"
+    plan = {"format": FORMAT, "source": _absolute(source), "options": options}
+    if not note.exists() and any(folder.glob("*.tar")):
+        raise ValueError(
+            f"{folder} holds .tar files that no build wrote: choose another folder for the shards"
+        )
+    with _locked(folder):
+        notes = _differences(folder, note, plan)
+        try:
+            _remove_temporary(folder)
+            with written(note) as temporary:
+                temporary.write_text(json.dumps(plan, indent=1))
+            yield notes
+        finally:
+            _remove_temporary(folder)
 
 
-def encode(data: bytes, recipe: Recipe) -> tuple[str, bytes]:
-    """(extension, bytes) of an image after the recipe; BadSample where it cannot be decoded."""
-    image = decode.decode_image(data)
-    height, width = image.shape[:2]
-    if recipe.resize and min(height, width) > recipe.resize:
-        scale = recipe.resize / min(height, width)
-        size = (max(1, round(width * scale)), max(1, round(height * scale)))
-        picture = Image.fromarray(image.numpy()).resize(size, Image.Resampling.BICUBIC)
-    elif recipe.reencode:
-        picture = Image.fromarray(image.numpy())
+def _differences(folder: Path, note: Path, plan: dict[str, Any]) -> list[str]:
+    """What the last build in this folder had different; refuse another source."""
+    try:
+        last = json.loads(note.read_text())
+        before = _absolute(last["source"])
+    except FileNotFoundError:
+        return []
+    except (ValueError, KeyError, TypeError):
+        return [f"{note} was damaged: every shard was looked at anew"]
+    if before != plan["source"]:
+        raise ValueError(
+            f"{folder} holds another build (of {before}): choose another folder or delete it"
+        )
+    options = last.get("options", {})
+    return [
+        f"another {name} than in the last build: {options[name]!r} -> {value!r}"
+        for name, value in plan["options"].items()
+        if name in options and options[name] != value
+    ]
+
+
+def _absolute(source: str) -> str:
+    source = expand_path(source)
+    return os.path.abspath(source) if is_local(source) else source
+
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """Refuse a second build in `folder`; where locks are not supported, do without."""
+    handle = os.open(folder / "build.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(f"another process builds in {folder}: wait until it is done") from None
+        except OSError:
+            pass
+        yield
+    finally:
+        os.close(handle)
+
+
+def _remove_temporary(folder: Path) -> None:
+    for path in folder.glob("*.tmp"):
+        path.unlink(missing_ok=True)
+
+
+def _remove_others(folder: Path, count: int) -> int:
+    """Remove the shards of an earlier build that had more; return how many."""
+    removed = 0
+    for path in folder.glob("[0-9]*.tar"):
+        if path.stem.isdigit() and int(path.stem) >= count:
+            path.unlink()
+            path.with_suffix(".json").unlink(missing_ok=True)
+            removed += 1
+    return removed
+
+
+def _write_class_list(path: Path, listing: Listing) -> None:
+    if listing.classes:
+        labels.write_classes(path, listing.classes)
     else:
-        return _extension(data), data
-    buffer = io.BytesIO()
-    picture.save(buffer, "JPEG", quality=recipe.quality)
-    return "jpg", buffer.getvalue()
+        path.unlink(missing_ok=True)
 
 
-def _extension(data: bytes) -> str:
-    if data[:2] == b"\xff\xd8":
-        return "jpg"
-    form = decode.image_format(data)
-    return {"tiff": "tif", "mpo": "jpg"}.get(form, form)
+def _what_changed(reports: Sequence[Report], removed: int) -> str:
+    fresh = sum(report.fresh for report in reports)
+    said = f"{fresh:,} shards written, {len(reports) - fresh:,} unchanged since the last build"
+    return said + (f", {removed:,} removed" if removed else "")
+
+
+def _left_out(listing: Listing, reports: Sequence[Report]) -> tuple[dict[str, int], dict[str, str]]:
+    counts, examples = Counter(listing.left_out), dict(listing.examples)
+    for report in reports:
+        counts.update(report.left_out)
+        examples = {**report.examples, **examples}
+    return dict(counts), examples

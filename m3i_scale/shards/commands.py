@@ -6,11 +6,11 @@ import argparse
 import csv
 import json
 import os
-from pathlib import Path
 from typing import Any
 
 from m3i_scale.arguments import count, count_or_zero, percent, share
 from m3i_scale.data.storage import Storage
+from m3i_scale.shards.sources import expand_path
 
 Subparsers = Any  # argparse's own type for this is private
 
@@ -30,7 +30,11 @@ def _add_build(actions: Subparsers) -> None:
     parser = actions.add_parser(
         "build", help="write shards from an image folder, a table or archives"
     )
-    parser.add_argument("source", help="folder, .csv, .tsv or .parquet file, or glob of archives")
+    parser.add_argument(
+        "source",
+        help="a folder of images; or tables (.csv, .tsv, .jsonl, .parquet) or archives (.tar, "
+        ".zip) as a path, a glob or braces in quotes: 'dir/{000..127}.tar'",
+    )
     parser.add_argument("folder", help="where the shards go; the index is <folder>.parquet")
     parser.add_argument("--shard-samples", type=count, default=10_000, help="at most (%(default)s)")
     parser.add_argument("--shard-mib", type=count, default=1024, help="about at most (%(default)s)")
@@ -39,8 +43,10 @@ def _add_build(actions: Subparsers) -> None:
     )
     parser.add_argument("--reencode", action="store_true", help="write every image as RGB JPEG")
     parser.add_argument("--quality", type=percent, default=90, help="of new JPEGs (%(default)s)")
+    parser.add_argument("--image-column", help="column of a table: paths, URLs or bytes of images")
     parser.add_argument("--caption-column", help="column of a table that holds captions")
     parser.add_argument("--category-column", help="column of a table that holds categories")
+    _add_class_list(parser)
     parser.add_argument(
         "--seed", type=count_or_zero, default=0, help="of the shuffle (%(default)s)"
     )
@@ -53,14 +59,16 @@ def _build(args: argparse.Namespace) -> int:
 
     summary = build_shards(
         args.source,
-        args.folder,
+        expand_path(args.folder),
         shard_samples=args.shard_samples,
         shard_bytes=args.shard_mib << 20,
         recipe=Recipe(args.resize, args.reencode, args.quality),
         seed=args.seed,
         processes=args.processes,
+        image_column=args.image_column,
         text_column=args.caption_column,
         category_column=args.category_column,
+        classes=_class_list(args.classes),
     )
     print(summary)
     return 0
@@ -68,11 +76,32 @@ def _build(args: argparse.Namespace) -> int:
 
 def _add_index(actions: Subparsers) -> None:
     parser = actions.add_parser("index", help="index shards that exist already, local or remote")
-    parser.add_argument("shards", nargs="+", help="paths, URLs or globs of .tar files")
+    parser.add_argument(
+        "shards",
+        nargs="+",
+        help=".tar files: paths, URLs, folders, globs, or braces in quotes: 's3://b/{000..127}.tar'",
+    )
     parser.add_argument("--output", "-o", required=True, help="the Parquet file to write")
-    parser.add_argument("--kind", required=True, choices=("text", "category", "both"))
-    parser.add_argument("--caption", help="member with the caption: txt, json:caption, ...")
-    parser.add_argument("--category", help="member with the category: cls, json:label, ...")
+    parser.add_argument(
+        "--kind",
+        required=True,
+        choices=("text", "category", "both"),
+        help="what every sample must have beside its image: a caption (text), a class label "
+        "(category), or both; samples without it are left out and counted. Give the kind under "
+        "which data.sources of the configuration will name this index",
+    )
+    parser.add_argument(
+        "--caption", help="member with the caption, by default found: txt, json:caption, ..."
+    )
+    parser.add_argument(
+        "--category", help="member with the category, by default found: cls, json:label, ..."
+    )
+    _add_class_list(parser)
+    parser.add_argument(
+        "--skip-unreached",
+        action="store_true",
+        help="index the others where shards are missing or cannot be read",
+    )
     _add_common(parser)
     _add_storage(parser)
     parser.set_defaults(run=_index)
@@ -83,12 +112,14 @@ def _index(args: argparse.Namespace) -> int:
 
     summary = index_shards(
         args.shards,
-        args.output,
+        expand_path(args.output),
         kind=args.kind,
         text_member=args.caption,
         category_member=args.category,
+        classes=_class_list(args.classes),
         processes=args.processes,
         storage=_storage(args),
+        skip_unreached=args.skip_unreached,
     )
     print(summary)
     return 0
@@ -98,6 +129,12 @@ def _add_check(actions: Subparsers) -> None:
     parser = actions.add_parser("check", help="read and decode every sample; list the bad ones")
     parser.add_argument("index", help="the Parquet index")
     parser.add_argument("--output", "-o", help="write cause, shard and key of bad samples as CSV")
+    parser.add_argument(
+        "--categories",
+        type=int,
+        metavar="N",
+        help="model.categories of the run: samples of category N and above are bad",
+    )
     parser.add_argument("--max-pixels", type=int, help="as data.max_pixels of the run will be")
     _add_storage(parser)
     parser.set_defaults(run=_check)
@@ -107,10 +144,14 @@ def _check(args: argparse.Namespace) -> int:
     from m3i_scale.shards.inspect import check
 
     options = {} if args.max_pixels is None else {"max_pixels": args.max_pixels}
-    report = check(args.index, storage=_storage(args), **options)
+    report = check(
+        expand_path(args.index), categories=args.categories, storage=_storage(args), **options
+    )
     print(report)
+    if report.largest_category >= 0:
+        print(f"  the largest category is {report.largest_category:,}")
     if args.output:
-        with open(args.output, "w", newline="", encoding="utf-8") as file:
+        with open(expand_path(args.output), "w", newline="", encoding="utf-8") as file:
             csv.writer(file).writerows([("cause", "shard", "key"), *report.bad])
     else:
         for cause, shard, key in report.bad[:20]:
@@ -126,24 +167,28 @@ def _add_show(actions: Subparsers) -> None:
     parser.add_argument("--output", "-o", default="shards.png", help="PNG to write (%(default)s)")
     parser.add_argument("--count", type=count, default=48, help="samples to draw (%(default)s)")
     parser.add_argument("--seed", type=count_or_zero, default=0, help="which ones (%(default)s)")
-    parser.add_argument("--classes", help="JSON list of category names (build's classes.json)")
+    parser.add_argument(
+        "--classes", metavar="FILE", help="class list to name categories by (default: the index's)"
+    )
     _add_storage(parser)
     parser.set_defaults(run=_show)
 
 
 def _show(args: argparse.Namespace) -> int:
+    from m3i_scale.data.labels import names_by_number
     from m3i_scale.shards.inspect import show
 
-    classes = json.loads(Path(args.classes).read_text("utf-8")) if args.classes else None
+    classes = _class_list(args.classes)
+    output = expand_path(args.output)
     show(
-        args.index,
-        args.output,
+        expand_path(args.index),
+        output,
         count=args.count,
         seed=args.seed,
-        classes=classes,
+        classes=names_by_number(classes) if classes else None,
         storage=_storage(args),
     )
-    print(args.output)
+    print(output)
     return 0
 
 
@@ -169,7 +214,7 @@ def _glyphs(args: argparse.Namespace) -> int:
 
     blocks = None if args.all else DEMO_BLOCKS
     data = build(
-        args.out,
+        expand_path(args.out),
         image_size=args.image_size,
         seed=args.seed,
         blocks=blocks,
@@ -179,6 +224,21 @@ def _glyphs(args: argparse.Namespace) -> int:
     for source in (data.text, data.category, data.heldout):
         print(f"{source.index}: {Index(source.index).samples:,} glyphs")
     return 0
+
+
+def _add_class_list(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--classes",
+        metavar="FILE",
+        help="class list that numbers the labels that are names (the classes.json of the training "
+        "set, for a validation set); by default names are numbered in sorted order",
+    )
+
+
+def _class_list(path: str | None) -> dict[str, int] | None:
+    from m3i_scale.data.labels import read_classes
+
+    return read_classes(expand_path(path)) if path else None
 
 
 def _add_common(parser: argparse.ArgumentParser) -> None:

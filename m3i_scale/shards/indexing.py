@@ -6,21 +6,19 @@ import hashlib
 import os
 import shutil
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import partial
-from multiprocessing import get_context
 from pathlib import Path
-from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 from tqdm import tqdm
 
-from m3i_scale.data.bad_sample import explain
-from m3i_scale.data.index import FORMAT, ShardIndex, write_index
+from m3i_scale.data import labels
+from m3i_scale.data.bad_sample import remedy
+from m3i_scale.data.files import written
+from m3i_scale.data.index import FORMAT, ShardIndex, read_notes, write_index
 from m3i_scale.data.retry import cause_of
 from m3i_scale.data.storage import (
     Storage,
@@ -29,7 +27,16 @@ from m3i_scale.data.storage import (
     parent,
     retrying,
 )
-from m3i_scale.shards.scan import Wanted, index_shard, wanted_for
+from m3i_scale.shards.scan import Findings, Wanted, index_shard, wanted_for
+from m3i_scale.shards.sources import check_name, find_files, last_change, missing
+from m3i_scale.shards.workers import process_map
+
+_SCAN = 2  # version of the scan: parts of another one are not used
+_MOST_NAMED = 10
+
+
+class ShardsUnreached(ValueError):  # noqa: N818  (the name is the message)
+    """Shards could not be read, and the index was not written without them."""
 
 
 @dataclass(frozen=True)
@@ -40,10 +47,30 @@ class IndexSummary:
     samples: int
     bytes: int
     problems: dict[str, int]  # by cause
+    examples: dict[str, str] = field(default_factory=dict)  # by cause: a shard and sample
+    largest_category: int = -1
+    classes: int = 0  # labels that are class names
 
     def __str__(self) -> str:
         lines = [f"{self.samples:,} samples in {self.shards:,} shards, {self.bytes / 1e9:,.2f} GB"]
-        return "\n".join([*lines, *(f"  left out: {line}" for line in explain(self.problems))])
+        if self.largest_category >= 0:
+            named = f", {self.classes:,} of them by name" if self.classes else ""
+            lines.append(
+                f"  categories up to {self.largest_category:,}{named}: "
+                f"model.categories must be {self.largest_category + 1:,} or more"
+            )
+        return "\n".join([*lines, *describe_problems(self.problems, self.examples, "left out")])
+
+
+def describe_problems(
+    problems: Mapping[str, int], examples: Mapping[str, str], outcome: str
+) -> Iterator[str]:
+    """A line for every cause, the commonest first: count, example and remedy."""
+    for cause, count in sorted(problems.items(), key=lambda item: -item[1]):
+        first = f" ({examples[cause]})" if examples.get(cause) else ""
+        advice = f"; {remedy(cause)}" if remedy(cause) else ""
+        line = f"  {count:,} {outcome}: {cause}{first}{advice}"
+        yield line.encode("utf-8", "backslashreplace").decode()  # file names can be any bytes
 
 
 def index_shards(
@@ -53,113 +80,151 @@ def index_shards(
     kind: str,
     text_member: str | None = None,
     category_member: str | None = None,
+    classes: Mapping[str, int] | None = None,
     processes: int = 1,
     storage: Storage | None = None,
+    skip_unreached: bool = False,
     progress: bool = True,
 ) -> IndexSummary:
-    """Index `shards` (paths, URLs or globs of either) into the Parquet file `output`.
+    """Index `shards` into the Parquet file `output`.
 
     Args:
+        shards: paths, URLs, folders, globs, or WebDataset's braces (`sources.find_files`).
         kind: what a sample must have: "text", "category" or "both".
         text_member: where captions are, e.g. "txt" or "json:caption"; found by itself if None.
         category_member: likewise, e.g. "cls" or "json:label".
+        classes: numbers of the labels that are class names, as another index or a class list has
+            them; by default names are numbered (labels.number_names) and written to
+            `<output without .parquet>.classes.json`.
         processes: shards scanned at once.
+        skip_unreached: leave out shards that are missing or cannot be read.
 
-    Finished shards are kept in `<output>.parts/` until all are done, so that an interrupted run
-    goes on where it stopped.  A damaged shard becomes a row of problems, never an error; raises
-    ValueError when no shard is found or no shard holds a usable sample.
+    Finished shards are kept in `<output>.parts/` until the index is written, so that an interrupted
+    run goes on where it stopped.  A damaged shard becomes a row of problems, never an error.
+
+    Raises:
+        ShardsUnreached: a shard is missing or cannot be read; nothing is written, and the parts of
+            the others are kept.
+        ValueError: no shard is found or no shard holds a usable sample.
     """
     if not is_local(output):
         raise ValueError(f"cannot write the index to {output}: write it to a path and copy it")
+    check_name(output)
     storage = storage or Storage()
-    wanted = wanted_for(kind, text_member, category_member)
-    urls = _expand(shards, storage)
+    wanted = wanted_for(kind, text_member, category_member, classes)
+    urls = find_files(shards, (".tar",), storage)
+    for url in urls:
+        check_name(relative_to(output, url))
+    if not urls:
+        raise ValueError(f"no shard matches {list(shards)}")
     parts = Path(f"{output}.parts")
     parts.mkdir(parents=True, exist_ok=True)
+    for leftover in parts.glob("*.tmp"):
+        leftover.unlink(missing_ok=True)
     scan = partial(_scan_to_part, folder=parts, wanted=wanted, storage=storage)
     with process_map(processes) as run:
         done = run(scan, urls)
         paths = list(tqdm(done, total=len(urls), unit="shard", disable=not progress))
-    summary = _merge(paths, urls, output)
+    unreached = [
+        (url, part) for url, part in zip(urls, paths, strict=True) if part.suffix == _FAILED
+    ]
+    if unreached and not skip_unreached:
+        raise ShardsUnreached(_unreached_message(unreached, len(urls)))
+    summary = _merge(paths, urls, output, wanted, parts)
     shutil.rmtree(parts)
     return summary
 
 
-def _expand(shards: Sequence[str], storage: Storage) -> list[str]:
-    urls: list[str] = []
-    for shard in shards:
-        storage.check(shard)
-        urls += storage.glob(shard) if any(c in shard for c in "*?[") else [shard]
-    urls = list(dict.fromkeys(urls))
-    if not urls:
-        raise ValueError(f"no shard matches {list(shards)}")
-    compressed = [url for url in urls if url.endswith((".gz", ".tgz", ".bz2", ".xz", ".zst"))]
-    if compressed:
-        raise ValueError(
-            f"{compressed[0]} is compressed: samples are read by offset, so unpack it to a .tar"
-        )
-    return urls
+def _unreached_message(unreached: Sequence[tuple[str, Path]], total: int) -> str:
+    lines = [f"{len(unreached):,} of {total:,} shards could not be read; no index was written:"]
+    for url, part in unreached[:_MOST_NAMED]:
+        row = pq.read_table(part, columns=["problems"]).to_pylist()[0]
+        cause = row["problems"][0]["cause"]
+        lines.append(f"  {url}: {cause} ({read_notes(part)['examples'].get(cause, '')})")
+    if len(unreached) > _MOST_NAMED:
+        lines.append(f"  ... and {len(unreached) - _MOST_NAMED:,} more")
+    return "\n".join(
+        [*lines, "correct the names or wait for the storage, and run the same command again (what "
+         "was scanned is kept), or leave these shards out with --skip-unreached"]
+    )  # fmt: skip
 
 
-@contextmanager
-def process_map(processes: int) -> Iterator[Callable[..., Iterator[Any]]]:
-    """A `map` over that many processes, results in order."""
-    if processes <= 1:
-        yield map
-        return
-    # Forked, because a new interpreter would first import torch for half a minute; fsspec and
-    # pyarrow both start their threads anew in a forked child.
-    with ProcessPoolExecutor(processes, mp_context=get_context("fork")) as pool:
-        yield partial(pool.map, chunksize=1)
+_FAILED = ".failed"
 
 
 def _scan_to_part(url: str, *, folder: Path, wanted: Wanted, storage: Storage) -> Path:
-    """Index one shard into its own small file in `folder`, unless an earlier run did."""
+    """Index one shard into its own small file in `folder`, unless an earlier run did.
+
+    The part of a shard that could not be read ends in `.failed`: later runs try that one again.
+    """
+    findings = Findings()
     try:
         size = storage.size(url)
     except OSError as error:
-        return _save(folder, url, 0, wanted, _unreadable(url, error))
+        shard = _unreached(url, error, findings)
+        return _save(_part_path(folder, url, 0, wanted).with_suffix(_FAILED), shard, findings)
     done = _part_path(folder, url, size, wanted)
     if done.exists():
         return done
     try:
-        shard = retrying(
+        shard, findings = retrying(
             lambda: _scan(url, size, wanted, storage),
             f"indexing {url}",
             attempts=storage.attempts,
             first_wait=storage.first_wait,
         )
     except OSError as error:
-        shard = _unreadable(url, error)
-    return _save(folder, url, size, wanted, shard)
+        shard = _unreached(url, error, findings)
+        return _save(done.with_suffix(_FAILED), shard, findings)
+    return _save(done, shard, findings)
 
 
-def _scan(url: str, size: int, wanted: Wanted, storage: Storage) -> ShardIndex:
+def _scan(url: str, size: int, wanted: Wanted, storage: Storage) -> tuple[ShardIndex, Findings]:
+    findings = Findings()
     with storage.open(url) as file:
-        return index_shard(url, file, size, wanted)
+        return index_shard(url, file, size, wanted, findings), findings
 
 
-def _unreadable(url: str, error: OSError) -> ShardIndex:
-    return ShardIndex(url, 0, problems=[{"key": "", "cause": cause_of(error)}])
+def _unreached(url: str, error: OSError, findings: Findings) -> ShardIndex:
+    cause = cause_of(error)
+    findings.note(cause, "", missing(url) if cause == "missing shard" else str(error))
+    return ShardIndex(url, 0, problems=[{"key": "", "cause": cause}])
 
 
 def _part_path(folder: Path, url: str, size: int, wanted: Wanted) -> Path:
-    name = hashlib.sha256(f"{FORMAT}|{url}|{size}|{wanted}".encode()).hexdigest()[:32]
+    what = f"{FORMAT}|{_SCAN}|{url}|{size}|{last_change(url)}|{wanted}"
+    name = hashlib.sha256(what.encode("utf-8", "surrogateescape")).hexdigest()[:32]
     return folder / f"{name}.parquet"
 
 
-def _save(folder: Path, url: str, size: int, wanted: Wanted, shard: ShardIndex) -> Path:
-    path = _part_path(folder, url, size, wanted)
-    temporary = path.with_suffix(f".{os.getpid()}.tmp")
-    write_index(str(temporary), [shard.table()])
-    os.replace(temporary, path)
+def _save(path: Path, shard: ShardIndex, findings: Findings) -> Path:
+    notes = {
+        "largest": findings.largest,
+        "names": sorted(findings.names),
+        "examples": findings.examples,
+    }
+    with written(path) as temporary:
+        write_index(str(temporary), [shard.table()], notes)
     return path
 
 
-def _merge(parts: Sequence[Path], urls: Sequence[str], output: str) -> IndexSummary:
+def _merge(
+    parts: Sequence[Path], urls: Sequence[str], output: str, wanted: Wanted, folder: Path
+) -> IndexSummary:
     """Join the parts in the order of `urls`; paths below the index become relative to it."""
-    problems: Counter[str] = Counter()
-    totals: Counter[str] = Counter()
+    problems, totals = Counter[str](), Counter[str]()
+    examples = dict[str, str]()
+    names, largest = set[str](), -1
+    for part, url in zip(parts, urls, strict=True):
+        found = read_notes(part)
+        names.update(found["names"])
+        largest = max(largest, found["largest"])
+        for cause, example in found["examples"].items():
+            examples.setdefault(cause, ", ".join(text for text in (url, example) if text))
+    classes = dict(wanted.classes or labels.number_names([*names, largest]))
+    if not wanted.category:
+        classes = {}
+    largest = max([largest, *(classes[name] for name in names)])
 
     def tables() -> Iterator[pa.Table]:
         for part, url in zip(parts, urls, strict=True):
@@ -169,15 +234,29 @@ def _merge(parts: Sequence[Path], urls: Sequence[str], output: str) -> IndexSumm
             totals.update(samples=row["samples"], bytes=row["bytes"])
             yield table.set_column(0, "shard", pa.array([relative_to(output, url)]))
 
-    temporary = f"{output}.{os.getpid()}.tmp"
-    write_index(temporary, tables())
+    whole = folder / "whole.index"
+    with written(whole) as temporary:
+        write_index(str(temporary), tables(), {"classes": classes, "largest_category": largest})
     if totals["samples"] == 0:
-        os.remove(temporary)
         raise ValueError(
-            f"no usable sample in {len(urls)} shards; left out: {'; '.join(explain(problems))}"
+            "\n".join(
+                [
+                    f"no usable sample in {len(urls):,} shards:",
+                    *describe_problems(problems, examples, "left out"),
+                ]
+            )
         )
-    os.replace(temporary, output)
-    return IndexSummary(len(urls), totals["samples"], totals["bytes"], dict(problems))
+    if names and wanted.classes is None:
+        labels.write_classes(class_list(output), classes)
+    os.replace(whole, output)
+    return IndexSummary(
+        len(urls), totals["samples"], totals["bytes"], dict(problems), examples, largest, len(names)
+    )
+
+
+def class_list(output: str) -> str:
+    """Where the class list of an index goes: `a.parquet` -> `a.classes.json`."""
+    return f"{output.removesuffix('.parquet')}.classes.json"
 
 
 def relative_to(output: str, url: str) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import textwrap
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,22 +16,12 @@ from tqdm import tqdm
 from m3i_scale.data.bad_sample import BadSample, explain
 from m3i_scale.data.decode import MAX_PIXELS
 from m3i_scale.data.index import Index
+from m3i_scale.data.labels import names_by_number
 from m3i_scale.data.make import Fault, Sample
-from m3i_scale.data.sequential import central_square, walk
-from m3i_scale.data.source import Source
+from m3i_scale.data.sequential import central_square, source_of, walk
 from m3i_scale.data.storage import Storage
 
-
-def source_of(index: str, storage: Storage | None = None) -> Source:
-    """The source behind an index file, with the kind that its members allow."""
-    opened = Index(index, storage)
-    used = np.flatnonzero(opened.counts)
-    text = len(used) and all(opened.text_member[i] for i in used)
-    category = len(used) and all(opened.category_member[i] for i in used)
-    if not (text or category):
-        raise ValueError(f"{index} holds no usable sample")
-    kind = "both" if text and category else "text" if text else "category"
-    return Source(Path(index).stem, index, kind)
+__all__ = ["CheckReport", "check", "show", "source_of"]
 
 
 @dataclass
@@ -39,6 +29,7 @@ class CheckReport:
     """Findings about the samples of one index; `bad` holds lines `cause, shard, key`."""
 
     samples: int = 0
+    largest_category: int = -1
     causes: Counter[str] = field(default_factory=Counter)
     bad: list[tuple[str, str, str]] = field(default_factory=list)
 
@@ -55,11 +46,15 @@ class CheckReport:
 def check(
     index: str,
     *,
+    categories: int | None = None,
     storage: Storage | None = None,
     progress: bool = True,
     max_pixels: int = MAX_PIXELS,
 ) -> CheckReport:
-    """Read and decode every sample of an index; list what the index left out as well."""
+    """Read and decode every sample of an index; list what the index left out as well.
+
+    With `categories` a sample is bad too whose category is not below that number.
+    """
     source, report, repairs = source_of(index, storage), CheckReport(), list[Fault]()
     for shard, key, cause in Index(index, storage).problems():
         report.add(cause, shard, key)
@@ -70,6 +65,11 @@ def check(
         report.samples += 1
         if isinstance(sample, BadSample):
             report.add(sample.cause, raw.shard_name, raw.key)
+            continue
+        report.largest_category = max(report.largest_category, sample.category)
+        if categories is not None and sample.category >= categories:
+            cause = f"category {sample.category}, not below {categories}"
+            report.add(cause, raw.shard_name, raw.key)
     report.causes.update(f"{fault.cause} (repaired)" for fault in repairs)
     return report
 
@@ -91,16 +91,18 @@ def show(
     *,
     count: int = 48,
     seed: int = 0,
-    classes: list[str] | None = None,
+    classes: Mapping[int, str] | None = None,
     storage: Storage | None = None,
 ) -> None:
     """Draw a contact sheet of `count` samples with their targets, and histograms, to a PNG.
 
-    The samples are consecutive runs from all over the source, so that a sorted one shows as such.
+    `classes` names the categories; by default the index does, where its labels are names. The
+    samples are consecutive runs from all over the source, so that a sorted one shows as such.
     """
     from matplotlib.figure import Figure
 
     source = source_of(index, storage)
+    classes = classes or names_by_number(Index(index, storage).classes)
     samples = [s for s in _spread(source, count, seed, storage) if isinstance(s, Sample)]
     columns = 8
     rows = -(-max(1, len(samples)) // columns)
@@ -131,18 +133,17 @@ def _spread(
             yield sample
 
 
-def _title(sample: Sample, classes: list[str] | None) -> str:
+def _title(sample: Sample, classes: Mapping[int, str]) -> str:
     words = []
     if sample.category >= 0:
-        named = classes and sample.category < len(classes)
-        words.append(classes[sample.category] if classes and named else f"{sample.category}")
+        words.append(classes.get(sample.category, f"{sample.category}"))
     words.append(sample.text or "")
     lines = textwrap.wrap(": ".join(word for word in words if word), 28)[:3]
     return "\n".join(lines).replace("$", r"\$")
 
 
 def _histograms(  # type: ignore[no-untyped-def]
-    axes, index: Index, samples: list[Sample], classes: list[str] | None
+    axes, index: Index, samples: list[Sample], classes: Mapping[int, str]
 ) -> None:
     sizes = [max(sample.image.shape[:2]) for sample in samples]
     axes[0].hist(sizes, bins=20)
@@ -151,7 +152,7 @@ def _histograms(  # type: ignore[no-untyped-def]
     axes[1].set_title("samples per shard")
     categories = Counter(sample.category for sample in samples if sample.category >= 0)
     if categories:
-        names = [classes[c] if classes and c < len(classes) else str(c) for c in categories]
+        names = [classes.get(c, str(c)) for c in categories]
         axes[2].bar(names, list(categories.values()))
         axes[2].tick_params(axis="x", rotation=60, labelsize=6)
         axes[2].set_title("categories of the samples shown")

@@ -1,14 +1,11 @@
-"""Finding the samples of a tar shard by the WebDataset convention.
+"""Finding the samples of a tar shard from its headers, and which of them can be used.
 
-Consecutive members whose names agree up to the first dot of the last path component are one
-sample; what follows that dot is the member's kind.  Example, as img2dataset writes shards:
+How members form samples is in `groups.py`.  Zeros between headers are skipped, as `tar
+--ignore-zeros` does, so that joined tars are read to their end.  A damaged header costs its own
+member: the scan goes on at the next block that is a valid header again, where a sequential tar
+reader would lose the rest of the shard.
 
-    000000017.jpg  000000017.json  000000017.txt     -> key 000000017: jpg, json, txt
-
-A shard in which that finds no image at all has dots in its keys, and is split at the last dot.
-
-Only headers are read.  A damaged header costs its own member: the scan goes on at the next block
-that is a valid header again, where a sequential tar reader would lose the rest of the shard.
+Data are read of labels and of JSON documents only, so that the index knows every category.
 """
 
 from __future__ import annotations
@@ -16,42 +13,49 @@ from __future__ import annotations
 import json
 import tarfile
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import IO, NamedTuple
+from typing import IO, Any
 
-from webdataset.tariterators import base_plus_ext
-
+from m3i_scale.data import captions, labels
+from m3i_scale.data.bad_sample import BadSample
 from m3i_scale.data.index import ShardIndex, check_of, header_identity
+from m3i_scale.data.text import read_text
+from m3i_scale.shards.groups import Group, Member, group_members, last_part
 
-IMAGE = ("jpg", "jpeg", "png", "webp", "bmp", "gif", "tif", "tiff", "ppm", "avif")
-TEXT = ("txt", "caption", "text")
-TEXT_JSON = ("json:caption", "json:text")
-CATEGORY = ("cls", "class", "label")
-CATEGORY_JSON = ("json:cls", "json:label", "json:category", "json:class")
 BLOCK = tarfile.BLOCKSIZE
+_RECORD = tarfile.RECORDSIZE  # tars are padded with zeros to a multiple of this
+_LARGE_RECORD = 1 << 16  # tar -b 128; larger ones are multiples of it
+_LONGEST_END = 2048  # blocks of zeros that a tar of large records may end with
 _LONGEST_NAME = 1 << 16
-_LONGEST_JSON = 1 << 20
+_LARGEST_KEPT = 1 << 20
+_MOST_KEPT = 1 << 28  # bytes of labels and JSON documents of one shard
 _LARGEST_MEMBER = 1 << 28  # 256 MiB: a sample is read as a whole
+_SKIP = 1 << 20  # zeros are passed over in steps of this many bytes
+_JSON_DOCUMENTS = 64  # that are looked at for captions
+# A JSON field is preferred to members only if that many more samples have it.
+_PREFERENCE = 0.1
 
 
-class Member(NamedTuple):
-    """A tar member: its name and the range of its data; name "" for a damaged header."""
+def read_members(
+    file: IO[bytes], length: int, keep: frozenset[str] = frozenset()
+) -> Iterator[Member]:
+    """Yield the regular files of a tar of `length` bytes in order, and one "" per damaged run.
 
-    name: str
-    offset: int
-    size: int
-    header: bytes = b""  # its header_identity
-
-
-def read_members(file: IO[bytes], length: int) -> Iterator[Member]:
-    """Yield the regular files of a tar of `length` bytes in order, and one "" per damaged run."""
-    offset, override, damaged = 0, dict[str, str](), False
+    Zeros count as damage where no tar writer puts them: a download with a hole.  The data of small
+    members whose name ends in one of `keep` come along.
+    """
+    offset, first, override, damaged, kept = 0, 0, dict[str, str](), False, 0
     while offset + BLOCK <= length:
         file.seek(offset)
         block = file.read(BLOCK)
-        if not any(block) and not any(file.read(BLOCK)):
-            return  # end-of-archive marker: two empty blocks; a single one is damage
+        if not any(block):
+            after = _skip_zeros(file, offset, length)
+            bad = not _may_be_an_end(offset, after, first, length)
+            if bad and not damaged:
+                yield Member("", offset, 0)
+            offset, first, damaged = after, after, damaged or bad
+            continue
         info = parse_header(block)
         if info is None:
             if not damaged:
@@ -64,10 +68,35 @@ def read_members(file: IO[bytes], length: int) -> Iterator[Member]:
             override = {**override, **_long_fields(info.type, file.read(min(size, _LONGEST_NAME)))}
         else:
             if info.type in tarfile.REGULAR_TYPES and info.type != tarfile.GNUTYPE_SPARSE:
-                name = override.get("path", info.name)
-                yield Member(name, offset + BLOCK, size, header_identity(block))
+                name, data = override.get("path", info.name), None
+                if last_part(name).lower() in keep and size <= min(
+                    _LARGEST_KEPT, _MOST_KEPT - kept
+                ):
+                    data, kept = file.read(size), kept + size
+                yield Member(name, offset + BLOCK, size, header_identity(block), data)
             override = {}
         offset += BLOCK + -(-size // BLOCK) * BLOCK
+
+
+def _skip_zeros(file: IO[bytes], offset: int, length: int) -> int:
+    """Offset of the first block from `offset` on that is not zeros, or where none can begin."""
+    while offset + BLOCK <= length:
+        file.seek(offset)
+        chunk = file.read(_SKIP)
+        rest = chunk.lstrip(b"\0")
+        if rest:
+            return offset + (len(chunk) - len(rest)) // BLOCK * BLOCK
+        offset += max(len(chunk), BLOCK)
+    return length
+
+
+def _may_be_an_end(offset: int, after: int, first: int, length: int) -> bool:
+    """Whether zeros from `offset` to `after` are how a tar that began at `first` may end."""
+    blocks, short = (after - offset) // BLOCK, 2 + _RECORD // BLOCK
+    if after + BLOCK > length:
+        return blocks <= (_LONGEST_END if length % _LARGE_RECORD == 0 else short)
+    padded = (after - first) % _RECORD == 0 and blocks <= short
+    return blocks >= 2 and (blocks == 2 or padded)
 
 
 def parse_header(block: bytes) -> tarfile.TarInfo | None:
@@ -96,55 +125,13 @@ def _long_fields(kind: bytes, data: bytes) -> dict[str, str]:
     return found
 
 
-@dataclass
-class Group:
-    """The members of one sample by kind (lower case, without the dot)."""
-
-    key: str
-    members: dict[str, Member] = field(default_factory=dict)
-    repeated: bool = False
-
-    def image(self) -> Member | None:
-        """The image member, if any."""
-        return next((self.members[kind] for kind in IMAGE if kind in self.members), None)
-
-    def of(self, member: str | None) -> Member | None:
-        """The tar member behind a name such as `txt` or `json:caption`."""
-        return self.members.get(member.split(":")[0]) if member else None
+def find_groups(file: IO[bytes], length: int, keep: frozenset[str] = frozenset()) -> list[Group]:
+    """The samples of an open tar of `length` bytes; for `keep` see `read_members`."""
+    return group_members(read_members(file, length, keep))
 
 
-def find_groups(file: IO[bytes], length: int) -> list[Group]:
-    """The samples of an open tar of `length` bytes."""
-    members = list(read_members(file, length))
-    groups = list(group_members(members, base_plus_ext))
-    if any(group.image() for group in groups):
-        return groups
-    dotted = list(group_members(members, _split_at_last_dot))
-    return dotted if any(group.image() for group in dotted) else groups
-
-
-def _split_at_last_dot(name: str) -> tuple[str | None, str | None]:
-    key, dot, kind = name.rpartition(".")
-    return (key, kind) if dot and key and "/" not in kind else (None, None)
-
-
-def group_members(
-    members: Iterable[Member], split: Callable[[str], tuple[str | None, str | None]]
-) -> Iterator[Group]:
-    """Group consecutive members by key; a damaged header ends a sample and is one without key."""
-    group: Group | None = None
-    for member in members:
-        key, kind = split(member.name) if member.name else ("", "")
-        if key is None or kind is None or key.startswith("__"):
-            continue
-        if group is None or group.key != key:
-            if group is not None:
-                yield group
-            group = Group(key)
-        group.repeated |= kind.lower() in group.members
-        group.members.setdefault(kind.lower(), member)
-    if group is not None:
-        yield group
+KEPT = frozenset((*captions.MEMBERS, *labels.MEMBERS, "json"))  # labels, captions and JSON
+_KEPT_FOR_CATEGORIES = frozenset((*labels.MEMBERS, "txt", "json"))
 
 
 @dataclass(frozen=True)
@@ -155,82 +142,216 @@ class Wanted:
     category: bool
     text_member: str | None = None  # e.g. "txt", "json:caption"
     category_member: str | None = None  # e.g. "cls", "json:label"
+    classes: Mapping[str, int] | None = None  # the class list; None: any name is a class
 
 
 def wanted_for(
-    kind: str, text_member: str | None = None, category_member: str | None = None
+    kind: str,
+    text_member: str | None = None,
+    category_member: str | None = None,
+    classes: Mapping[str, int] | None = None,
 ) -> Wanted:
     """What samples of a source of `kind` text, category or both must have."""
     if kind not in ("text", "category", "both"):
         raise ValueError(f"kind is {kind!r}: it must be 'text', 'category' or 'both'")
-    return Wanted(kind != "category", kind != "text", text_member, category_member)
+    return Wanted(kind != "category", kind != "text", text_member, category_member, classes)
 
 
-def index_shard(name: str, file: IO[bytes], length: int, wanted: Wanted) -> ShardIndex:
+@dataclass
+class Findings:
+    """What the scan of a shard says besides its row of the index."""
+
+    largest: int = -1  # integer label
+    names: set[str] = field(default_factory=set)  # labels that are class names
+    examples: dict[str, str] = field(default_factory=dict)  # of every cause, one sample
+
+    def note(self, cause: str, key: str, detail: str) -> None:
+        """Remember the first sample that has a cause."""
+        named = f"sample {key}" if key else ""
+        self.examples.setdefault(cause, ", ".join(part for part in (named, detail) if part))
+
+
+def index_shard(
+    name: str, file: IO[bytes], length: int, wanted: Wanted, findings: Findings | None = None
+) -> ShardIndex:
     """Index one open shard of `length` bytes; damage is recorded in `problems`, never raised."""
-    groups = find_groups(file, length)
+    found = Findings() if findings is None else findings
+    kept = _KEPT_FOR_CATEGORIES if wanted.category else frozenset(("json",))
+    groups = find_groups(file, length, kept)
     index = ShardIndex(name, length)
     if wanted.text:
-        index.text_member = wanted.text_member or _offered(groups, TEXT, TEXT_JSON, file)
+        index.text_member = wanted.text_member or _offered_text(groups)
     if wanted.category:
-        chosen = wanted.category_member or _offered(groups, CATEGORY, CATEGORY_JSON, file)
-        index.category_member = chosen
+        index.category_member = wanted.category_member or _offered_category(groups)
     if not groups:
         index.problems.append({"key": "", "cause": "no member"})
+        found.note("no member", "", f"{length:,} bytes")
     seen: set[str] = set()
+    times = Counter(group.key for group in groups)
     for group in groups:
-        cause = _problem(group, index, wanted)
+        cause, detail = _problem(group, index, wanted) or (None, "")
         if cause is None and group.key in seen:
             cause = "repeated key"
+        if cause is not None and cause.startswith("no ") and times[group.key] > 1:
+            cause = APART
+        if cause is None and wanted.text:
+            cause = _text_problem(group, index)
+        if cause is None and wanted.category:
+            cause, detail = _category_problem(group, index, wanted, file, found)
         seen.add(group.key)
         if cause is None:
             _append(index, group)
         else:
             index.problems.append({"key": group.key, "cause": cause})
+            found.note(cause, group.key, detail or f"which has {', '.join(sorted(group.members))}")
     return index
 
 
-def _offered(
-    groups: list[Group], kinds: tuple[str, ...], fields: tuple[str, ...], file: IO[bytes]
+APART = "members not side by side"
+
+
+def _offered_text(groups: list[Group]) -> str | None:
+    """The member that holds the captions of most samples, or a field of their JSON."""
+    plain = Counter(kind for group in groups for kind in group.texts())
+    fields = Counter[str]()
+    documents = [d for d in map(_document, groups) if d is not _NOTHING][:_JSON_DOCUMENTS]
+    for document in documents:
+        if isinstance(document, dict):
+            name = captions.caption_field(document)
+            fields.update([f"json:{name}"] if name is not None else [])
+        elif captions.read_captions(document):
+            fields["json"] += 1
+    return _choose(plain, fields, len(documents), groups)
+
+
+def _offered_category(groups: list[Group]) -> str | None:
+    """The member that holds the labels of most samples, or a field of their JSON."""
+    plain = Counter(kind for group in groups for kind in group.labels())
+    fields = Counter[str]()
+    documents = [d for d in map(_document, groups) if isinstance(d, dict)][:_JSON_DOCUMENTS]
+    for document in documents:
+        name = label_field(document)
+        fields.update([f"json:{name}"] if name is not None else [])
+    return _choose(plain, fields, len(documents), groups)
+
+
+def _choose(
+    plain: Counter[str], fields: Counter[str], documents: int, groups: list[Group]
 ) -> str | None:
-    """The member most samples have among `kinds`; failing those, a known field of their JSON."""
-    counts = Counter(kind for group in groups for kind in kinds if kind in group.members)
-    if counts:
-        return counts.most_common(1)[0][0]
-    for group in [group for group in groups if "json" in group.members][:20]:
-        member = group.members["json"]
-        file.seek(member.offset)
+    """The commoner of the best plain member and the best JSON field, the member if in doubt."""
+    member, members = plain.most_common(1)[0] if plain else (None, 0)
+    name, count = fields.most_common(1)[0] if fields else (None, 0)
+    with_json = sum("json" in group.members for group in groups)
+    estimate = count / documents * with_json if documents else 0.0
+    return name if estimate > members + _PREFERENCE * len(groups) else member or name
+
+
+def label_field(document: Mapping[str, Any]) -> str | None:
+    """The first known field of a JSON object that holds a label, as it is spelt there."""
+    spelt: dict[str, str] = {}
+    for name in document:
+        spelt.setdefault(name.casefold(), name)
+    for name in (spelt[known] for known in labels.FIELDS if known in spelt):
         try:
-            document = json.loads(file.read(min(member.size, _LONGEST_JSON)))
-        except (ValueError, RecursionError):
-            continue
-        for name in fields:
-            if isinstance(document, dict) and document.get(name.split(":")[1]) is not None:
+            if labels.read_label(document[name]) is not None:
                 return name
+        except ValueError:
+            continue
     return None
 
 
-def _problem(group: Group, index: ShardIndex, wanted: Wanted) -> str | None:
-    """Why a sample cannot be used, or None."""
+_NOTHING = object()
+
+
+def _document(group: Group) -> Any:
+    """The JSON document of a sample, or _NOTHING."""
+    member = group.members.get("json")
+    if member is None or member.data is None:
+        return _NOTHING
+    return parse_json(member.data, _NOTHING)
+
+
+def parse_json(data: bytes, default: Any = None) -> Any:
+    """A JSON document, or `default` where the bytes are none."""
+    try:
+        return json.loads(read_text(data))
+    except (ValueError, RecursionError, BadSample):
+        return default
+
+
+def content(file: IO[bytes], member: Member) -> bytes:
+    """The data of a member, up to 1 MiB."""
+    if member.data is not None:
+        return member.data
+    file.seek(member.offset)
+    return bytes(file.read(min(member.size, _LARGEST_KEPT)))
+
+
+def _problem(group: Group, index: ShardIndex, wanted: Wanted) -> tuple[str, str] | None:
+    """Why a sample cannot be used, and details, or None."""
     if not group.key:
-        return "corrupt tar header"
+        return "corrupt tar header", f"at byte {group.members[''].offset:,}"
+    if group.extra:
+        return "second picture under one key", ""
     used = [group.image()]
     if used[0] is None:
-        return "no image"
+        return "no image", ""
     if wanted.text:
         used.append(group.of(index.text_member))
     if wanted.category:
         used.append(group.of(index.category_member))
     if None in used:
         missing = index.text_member if wanted.text and used[1] is None else index.category_member
-        return f"no {missing or ('caption' if wanted.text else 'category')}"
+        return f"no {missing or ('caption' if wanted.text else 'category')}", ""
     if any(member.size == 0 for member in used if member):
-        return "empty member"
+        return "empty member", ""
     if any(member.offset + member.size > index.bytes for member in used if member):
-        return "truncated"
+        return "truncated", f"the shard ends at byte {index.bytes:,}"
     if any(member.size > _LARGEST_MEMBER for member in used if member):
-        return "absurd size"
-    return "repeated member" if group.repeated else None
+        return "absurd size", ""
+    return ("repeated member", "") if group.repeated else None
+
+
+def _text_problem(group: Group, index: ShardIndex) -> str | None:
+    """What is wrong with a caption inside a JSON document that the scan has kept, or None."""
+    member, where = group.of(index.text_member), index.text_member or ""
+    if member is None or member.data is None or not where.startswith("json"):
+        return None
+    document = parse_json(member.data, _NOTHING)
+    if ":" in where:
+        if not isinstance(document, dict):
+            return "bad JSON"
+        document = document.get(where.split(":", 1)[1])
+    return None if captions.read_captions(document) else "no caption"
+
+
+def _category_problem(
+    group: Group, index: ShardIndex, wanted: Wanted, file: IO[bytes], found: Findings
+) -> tuple[str | None, str]:
+    """Note the label of a sample; (cause, details) where it is none, (None, "") where it is one."""
+    member, where = group.of(index.category_member), index.category_member or ""
+    assert member is not None  # _problem has seen to that
+    try:
+        value: Any = content(file, member)
+        if ":" in where:
+            document = parse_json(value)
+            if not isinstance(document, dict):
+                return "bad JSON", member.name
+            value = document.get(where.split(":", 1)[1])
+        label = labels.read_label(value)
+        if label is not None and wanted.classes is not None:
+            label = labels.category_of(label, wanted.classes)
+    except ValueError as error:
+        return "bad category", str(error)
+    except BadSample as bad:
+        return bad.cause, str(bad)
+    if label is None:
+        return "no category", f"its label is {str(value)[:40]!r}"
+    if isinstance(label, str):
+        found.names.add(label)
+    else:
+        found.largest = max(found.largest, label)
+    return None, ""
 
 
 def _append(index: ShardIndex, group: Group) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -19,7 +20,7 @@ from m3i_scale.config import Data, Objective
 from m3i_scale.data import Source, Storage
 from m3i_scale.data.index import Index
 from m3i_scale.data.make import Sample
-from m3i_scale.data.sequential import central_square, walk
+from m3i_scale.data.sequential import central_square, source_of, walk
 from m3i_scale.models.tokenizer import Tokenizer
 from m3i_scale.objective.likelihoods import normalise
 from m3i_scale.objective.m3i import M3I
@@ -181,19 +182,9 @@ def open_source(path: str, storage: Storage | None = None) -> Source:
     """The source behind an index file, of the kind that its samples allow.
 
     Raises:
-        ValueError: there is no such index, or it knows neither captions nor categories.
+        ValueError: there is no such index, or it holds no usable sample.
     """
-    try:
-        index = Index(path, storage)
-    except FileNotFoundError:
-        raise ValueError(f"there is no index {path}; make one with `m3i shards index`") from None
-    has = {"text": all(index.text_member), "category": all(index.category_member)}
-    if not any(has.values()):
-        raise ValueError(
-            f"{path} knows neither captions nor categories; index its shards with their members"
-        )
-    kind = "both" if all(has.values()) else next(kind for kind, there in has.items() if there)
-    return Source(path, path, kind)
+    return replace(source_of(path, storage), name=path)
 
 
 def _usable(

@@ -252,8 +252,12 @@ def test_truncated_and_hopeless_archives_become_rows_of_problems(tmp_path):
     cut.write_bytes(cut.read_bytes()[: len(cut.read_bytes()) // 2 - 5000])
     (tmp_path / "2.tar").write_bytes(b"<html>404</html>" * 100)
     (tmp_path / "3.tar").write_bytes(b"")
-    summary = index_shards([str(tmp_path / "*.tar"), str(tmp_path / "4.tar")],
-                           str(tmp_path / "i.parquet"), kind="text", progress=False)  # fmt: skip
+    names, output = [str(tmp_path / "*.tar"), str(tmp_path / "4.tar")], str(tmp_path / "i.parquet")
+    with pytest.raises(ValueError, match=r"1 of 5 shards .*\n.*4\.tar: missing shard"):
+        index_shards(names, output, kind="text", progress=False)
+    assert not Path(output).exists()
+    summary = index_shards(names, output, kind="text", skip_unreached=True, progress=False)
+    assert "4.tar" in str(summary)
     index = Index(str(tmp_path / "i.parquet"))
     assert len(index.shards) == 5
     assert index.counts[0] == 4

@@ -207,8 +207,10 @@ def test_bad_captions(data, member, cause):
 def test_categories():
     assert decode_category(b"12\n", "cls") == 12
     assert decode_category(b'{"label": 3}', "json:label") == 3
+    assert decode_category(b'{"label": 3.0}', "json:label") == 3
+    assert decode_category(b" dog\n", "cls", {"cat": 0, "dog": 1}) == 1
     for data, member in [(b"x", "cls"), (b"-1", "cls"), (b"1.5", "cls"), (b"", "cls"),
-                         (b'{"label": 1.5}', "json:label"), (b'{"label": true}', "json:label"),
+                         (b'{"label": 1.5}', "json:label"), (b'{"label": [1]}', "json:label"),
                          (b"9" * 5000, "cls")]:  # fmt: skip
         with pytest.raises(BadSample, match="bad category"):
             decode_category(data, member)

@@ -8,6 +8,7 @@ import json
 import tarfile
 import zipfile
 from pathlib import Path
+from shutil import copytree
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -16,8 +17,7 @@ from foreign import jpeg, make_stream, text_members, write_tar
 
 from m3i_scale.data import load_labelled
 from m3i_scale.data.index import Index
-from m3i_scale.shards import build as build_module
-from m3i_scale.shards import commands
+from m3i_scale.shards import commands, writing
 from m3i_scale.shards.build import Recipe, build_shards
 from m3i_scale.shards.inspect import source_of
 
@@ -139,7 +139,7 @@ def test_resize_and_reencode(folder, tmp_path):
 
 
 def test_an_interrupted_build_goes_on_and_two_builds_do_not_mix(folder, tmp_path, monkeypatch):
-    written, original = [], build_module.encode
+    written, original = [], writing.encode
 
     def interrupted(data, recipe):
         written.append(1)
@@ -147,7 +147,7 @@ def test_an_interrupted_build_goes_on_and_two_builds_do_not_mix(folder, tmp_path
             raise KeyboardInterrupt
         return original(data, recipe)
 
-    monkeypatch.setattr(build_module, "encode", interrupted)
+    monkeypatch.setattr(writing, "encode", interrupted)
     options = {"shard_samples": 8, "progress": False}
     with pytest.raises(KeyboardInterrupt):
         build_shards(str(folder), tmp_path / "out", **options)
@@ -156,7 +156,7 @@ def test_an_interrupted_build_goes_on_and_two_builds_do_not_mix(folder, tmp_path
     assert summary.left_out == {"undecodable image": 1}
     assert len(written) == 20 + 31 - 15  # the two shards that were complete are not written again
     with pytest.raises(ValueError, match="holds another build"):
-        build_shards(str(folder), tmp_path / "out", seed=1, **options)
+        build_shards(str(copytree(folder, tmp_path / "others")), tmp_path / "out", **options)
 
 
 def test_the_few_without_a_caption_are_left_out_and_counted(tmp_path, capsys):
