@@ -81,7 +81,7 @@ def _add_index(actions: Subparsers) -> None:
         nargs="+",
         help=".tar files: paths, URLs, folders, globs, or braces in quotes: 's3://b/{000..127}.tar'",
     )
-    parser.add_argument("--output", "-o", required=True, help="the Parquet file to write")
+    parser.add_argument("--out", "--output", "-o", required=True, help="the Parquet file to write")
     parser.add_argument(
         "--kind",
         required=True,
@@ -112,7 +112,7 @@ def _index(args: argparse.Namespace) -> int:
 
     summary = index_shards(
         args.shards,
-        expand_path(args.output),
+        expand_path(args.out),
         kind=args.kind,
         text_member=args.caption,
         category_member=args.category,
@@ -128,7 +128,9 @@ def _index(args: argparse.Namespace) -> int:
 def _add_check(actions: Subparsers) -> None:
     parser = actions.add_parser("check", help="read and decode every sample; list the bad ones")
     parser.add_argument("index", help="the Parquet index")
-    parser.add_argument("--output", "-o", help="write cause, shard and key of bad samples as CSV")
+    parser.add_argument(
+        "--out", "--output", "-o", help="write cause, shard and key of bad samples as CSV"
+    )
     parser.add_argument(
         "--categories",
         type=int,
@@ -150,8 +152,8 @@ def _check(args: argparse.Namespace) -> int:
     print(report)
     if report.largest_category >= 0:
         print(f"  the largest category is {report.largest_category:,}")
-    if args.output:
-        with open(expand_path(args.output), "w", newline="", encoding="utf-8") as file:
+    if args.out:
+        with open(expand_path(args.out), "w", newline="", encoding="utf-8") as file:
             csv.writer(file).writerows([("cause", "shard", "key"), *report.bad])
     else:
         for cause, shard, key in report.bad[:20]:
@@ -164,7 +166,9 @@ def _check(args: argparse.Namespace) -> int:
 def _add_show(actions: Subparsers) -> None:
     parser = actions.add_parser("show", help="draw a contact sheet with captions and histograms")
     parser.add_argument("index", help="the Parquet index")
-    parser.add_argument("--output", "-o", default="shards.png", help="PNG to write (%(default)s)")
+    parser.add_argument(
+        "--out", "--output", "-o", default="shards.png", help="PNG to write (%(default)s)"
+    )
     parser.add_argument("--count", type=count, default=48, help="samples to draw (%(default)s)")
     parser.add_argument("--seed", type=count_or_zero, default=0, help="which ones (%(default)s)")
     parser.add_argument(
@@ -179,7 +183,7 @@ def _show(args: argparse.Namespace) -> int:
     from m3i_scale.shards.inspect import show
 
     classes = _class_list(args.classes)
-    output = expand_path(args.output)
+    output = expand_path(args.out)
     show(
         expand_path(args.index),
         output,

@@ -19,6 +19,7 @@ from m3i_scale.data.index import Index
 from m3i_scale.data.labels import names_by_number
 from m3i_scale.data.make import Fault, Sample
 from m3i_scale.data.sequential import central_square, source_of, walk
+from m3i_scale.data.source import Source
 from m3i_scale.data.storage import Storage
 
 __all__ = ["CheckReport", "check", "show", "source_of"]

@@ -5,7 +5,6 @@ from __future__ import annotations
 import difflib
 import glob
 import os
-import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -16,7 +15,6 @@ from m3i_scale import paths
 from m3i_scale.data.storage import Storage, is_local, local_path, parent
 from m3i_scale.shards.groups import is_hidden
 
-_VARIABLE = re.compile(r"\$(\w+|\{[^}]*\})")
 _COMPRESSED = (".gz", ".tgz", ".bz2", ".tbz2", ".xz", ".txz", ".zst", ".lz4")
 _CHAINS = ("zip", "tar", "simplecache", "filecache", "blockcache", "libarchive")
 

@@ -77,7 +77,7 @@ def test_home_and_variables(tmp_path, monkeypatch):
     assert expand_path("$SCRATCH/${SCRATCH}x") == "/scratch/me//scratch/mex"
     assert expand_path("s3://b/$SCRATCH") == "s3://b//scratch/me"
     assert expand_path("pipe:cat $HOME/x") == "pipe:cat $HOME/x"
-    with pytest.raises(ValueError, match=r"variable \$NOT_SET is not set"):
+    with pytest.raises(ValueError, match="variable NOT_SET is not set"):
         expand_path("$NOT_SET/a.tar")
     with pytest.raises(ValueError, match="no user 'nobody-here'"):
         expand_path("~nobody-here/a.tar")
@@ -94,7 +94,7 @@ def test_the_commands_expand_paths(tmp_path, monkeypatch, capsys):
     assert main(["shards", "check", "~/i.parquet"]) == 0
     assert main(["tokenizer", "~/i.parquet", "--vocab-size", "90", "--out=~/t.json"]) == 0
     assert main(["shards", "check", "$GONE/i.parquet"]) == 2
-    assert "$GONE is not set" in capsys.readouterr().err
+    assert "GONE is not set" in capsys.readouterr().err
     assert not list((tmp_path / "cwd").iterdir())
 
 
