@@ -4,6 +4,7 @@ from typing import Any
 
 import pytest
 import torch
+from kernel_checks import DEVICE
 from m3i_kernels import dcnv3
 
 
@@ -64,4 +65,4 @@ def test_refuses(changes: dict[str, Any], message: str) -> None:
 
 def test_triton_refuses_float64() -> None:
     with pytest.raises(ValueError, match=r"x has dtype torch\.float64"):
-        call(x=torch.zeros(2, 4, 5, 8).double(), backend="triton")
+        call(x=torch.zeros(2, 4, 5, 8, device=DEVICE).double(), backend="triton")

@@ -117,8 +117,8 @@ def _neighbours(location):
 def _clamped(i, size, stride, WIDE: tl.constexpr):
     """Element offset of index i on one axis, moved into the image where it is outside."""
     i = tl.minimum(tl.maximum(i, 0), size - 1)
-    if WIDE:
-        return i.to(tl.int64) * stride
+    if WIDE:  # no return in here: Triton 3.6 compiles what follows a return as well
+        i = i.to(tl.int64)
     return i * stride
 
 
