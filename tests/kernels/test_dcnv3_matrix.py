@@ -4,7 +4,9 @@ On a GPU with Triton 3.8 or later they run there, without a GPU in an emulator o
 """
 
 import importlib
+import json
 import logging
+import pathlib
 import sys
 from typing import Any
 
@@ -148,6 +150,21 @@ def test_every_tile(tiles: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(matrix_op, "choose_matrix_tiles", lambda pixels, backward: chosen)
     tensors = make_inputs((1, 9, 10), 2, seed=3)
     assert_close(run(tensors, 2), exact(tensors, 2), TOLERANCE)
+
+
+MEASURED = pathlib.Path(__file__).parents[2] / "benchmarks" / "gpu_session" / "results"
+
+
+@pytest.mark.parametrize("direction", ["forward", "backward"])
+def test_the_shipped_tile_is_the_fastest_measured(direction: str) -> None:
+    lines = (MEASURED / "2026-11-26_h100_first" / "matrix.log").read_text().splitlines()
+    rows = [r for r in map(json.loads, lines) if r.get("direction") == direction]
+    times = [r for r in rows if r.get("kernel") == "matrix"]
+    for size, name in ((12, "192 stage 3"), (6, "192 stage 4"), (14, "224 stage 3"),
+                       (7, "224 stage 4")):  # fmt: skip
+        fastest = min((r for r in times if r["time"] == name), key=lambda r: r["ms"])
+        chosen = matrix_op.choose_matrix_tiles(size * (size + size % 2), direction == "backward")
+        assert chosen == (fastest["P"], fastest["NW"]), name
 
 
 @pytest.mark.usefixtures("runnable")
