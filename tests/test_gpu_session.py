@@ -13,7 +13,8 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 SESSION = ROOT / "benchmarks" / "gpu_session"
-PARTS = ["setup", "tests", "audit", "step", "host", "depthwise", "dcnv3"]
+FIRST = SESSION / "results" / "2026-11-26_h100_first"
+PARTS = ["setup", "tests", "audit", "step", "host", "matrix", "depthwise", "dcnv3"]
 # Stands in for Python: some parts end, one fails, one never ends; reports are real.
 STAND_IN = f"""#!/usr/bin/env bash
 case $1 in
@@ -72,6 +73,8 @@ def test_only_some_parts(tmp_path: Path):
         (["OUT", "--fast"], "there is no option --fast"),
         (["OUT", "--wheels"], "--wheels needs a value"),
         (["OUT", "--wheels", "/nowhere"], "there is no wheel in /nowhere"),
+        (["OUT", "--cubins"], "--cubins needs a value"),
+        (["OUT", "--cubins", "/nowhere"], "there are no kernels in /nowhere"),
         (["OUT", "--only", "step,kernels"], "there is no part kernels"),
     ],
 )
@@ -110,9 +113,16 @@ def test_report_of_what_was_measured(tmp_path: Path):
             "images_per_second": 42.0, "mfu": 0.1,
         },
         {"part": "step", "name": "plan 64", "step_ms": 380.0, "computing_ms": 370.0,
-         "tensors_gib": 31.0, "utilisation": 0.3},
-        {"part": "step", "name": "kernel", "kernel": "gemm", "calls": 3, "milliseconds": 100.0},
+         "tensors_gib": 31.0, "utilisation": 0.3, "images_per_second": 168.0},
+        {"part": "step", "name": "kernel", "kernel": "void at::gemm<at::tall, float>(int)",
+         "calls": 3, "milliseconds": 100.0},
         {"part": "audit", "name": "weights", "ok": False, "figure": 0.5, "bound": 1e-3},
+        *({"part": "depthwise", "name": "H 192 stage 1", "direction": "both", "ok": True, "ms": ms,
+           "implementation": name, "error": 1e-3, "gb_per_s": 500.0, "fraction_of_copy": 0.2}
+          for name, ms in (("triton", 1.9), ("torch eager", 2.9))),
+        *({"part": "depthwise", "name": f"320 x 48 {layout}", "direction": "forward", "ok": True,
+           "channels": 320, "side": 48, "layout": layout, "implementation": "cudnn", "ms": ms}
+          for layout, ms in (("nchw", 1.6), ("channels_last", 0.3))),
         {"part": "dcnv3", "name": "copy", "gb_per_s": 3000.0, "bytes": 1 << 31, "ok": True},
         {"part": "dcnv3", "name": "H 192 stage 4", "implementation": "matrix", "ok": False,
          "error": "CheckError: disagrees"},
@@ -122,9 +132,12 @@ def test_report_of_what_was_measured(tmp_path: Path):
     assert done.returncode == 0, done.stderr
     text = (tmp_path / "report.md").read_text()
     assert "- micro-batch 128: out of GPU memory" in text
-    assert "| step, ms | 380 | 1500 |" in text
-    assert "| work on the device, ms | 370 | 400 |" in text
-    assert "| gemm | 3 | 100.00 |" in text
+    assert "| step | ms | 380 | 1500 |" in text
+    assert "| work on the device | ms | 370 | 400 |" in text
+    assert "| throughput | images/s | 168 | 42 |" in text
+    assert "| gemm tall float | 3 | 100.00 |" in text
+    assert "| H 192 stage 1 | both | 2.9 | 1.9 | 1.53 |" in text
+    assert "| 320 x 48 forward | 1.600 | 0.300 |" in text
     assert "| weights | **no** | 0.5 | 0.001 |" in text
     assert "CheckError: disagrees" in text
     assert "micro-batch 64: 1500 ms, on the device 400 ms, 33.0 GiB" in done.stdout
@@ -154,6 +167,51 @@ def test_the_audit_tells_what_differs_and_what_is_missing(tmp_path: Path):
         assert found[f"offload_optimizer: resumed {kind}"]["differ"] == [f"{kind}/student.w"]
     assert not found["agreement"]["ok"]  # "reference" never ended
     assert "not started" in found["agreement"]["error"]
+
+
+def test_rows_of_what_other_programs_print(tmp_path: Path):
+    path = [SESSION, ROOT, ROOT / "kernels", ROOT / "kernels" / "bench", ROOT / "tests"]
+    environment = {"PYTHONPATH": os.pathsep.join(map(str, path)), "M3I_REHEARSE": "1"}
+    command = [sys.executable, ROOT / "tests" / "gpu_session_rows.py", FIRST / "matrix.log"]
+    done = subprocess.run(
+        command,
+        capture_output=True,
+        text=True,
+        timeout=500,
+        env={**os.environ, **environment, "M3I_SESSION": str(tmp_path), "DS_ACCELERATOR": "cpu"},
+    )
+    assert done.returncode == 0, done.stderr
+    rows = [json.loads(line) for line in (tmp_path / "rows.jsonl").read_text().splitlines()]
+    found = {(row["part"], row["name"]): row for row in rows}
+    host = found["host", "160 ranks"]
+    assert (host["ranks"], host["ok"], host["ran_on"]) == (160, True, "cuda")
+    assert (host["device"], host["config"]) == ("cpu", "configs/a.yaml")
+    assert host["commit"] != "z"
+    run, kernel = found["step", "micro-batch 4"], found["step", "kernel"]
+    assert (run["ok"], run["exit_code"], run["note"]) == (True, 0, "")
+    assert (kernel["micro_batch"], kernel["calls"]) == (4, 2)
+    plan = found["step", "plan 4"]
+    assert 0 < plan["tensors_gib"] < plan["memory_gib"]
+    assert plan["images_per_second"] == pytest.approx(4e3 / plan["step_ms"])
+    assert plan["hardware_gflops_per_image"] >= plan["gflops_per_image"] > 0
+    times = [row for row in rows if row.get("kind") == "time"]
+    assert len(times) == 36
+    assert all(row.get("ok", True) for row in rows)
+
+    command = [sys.executable, SESSION / "report.py", tmp_path]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stderr
+    text = (tmp_path / "report.md").read_text()
+    assert "67 of 67 checks hold, 1.0 to 8.9 times the gather." in text
+    assert re.search(r"192 stage 3 \| backward \| 1.977 \| .* \| 8.87 \| 4% \| 34% \|", text)
+    assert (tmp_path / "matrix.png").stat().st_size > 0
+
+
+def test_results_name_no_folder_of_a_machine():
+    for path in (SESSION / "results").glob("*/*"):
+        if path.suffix != ".png":
+            found = set(re.findall(r"/(?:home|work|opt|tmp|root|mnt)/[^\s\"]*", path.read_text()))
+            assert not found, path
 
 
 def test_report_of_nothing(tmp_path: Path):

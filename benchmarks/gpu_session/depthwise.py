@@ -1,6 +1,7 @@
-"""Part 6: depthwise 5 x 5 convolutions of InternImage-H in bf16: directions, layouts, search.
+"""Part 7: the depthwise branch of InternImage-H in bf16.
 
-Whatever the kernels' benchmark registers as `depthwise` is measured beside them, checked first.
+First the kernels beside torch's layers, checked before, at all four stages: what decides about
+`fused_offset_branch`. Then cuDNN's convolution alone in both layouts, then what torch compiles.
 """
 
 from __future__ import annotations
@@ -8,7 +9,6 @@ from __future__ import annotations
 import sys
 
 import kernel_bench
-import operators
 import rows
 import torch
 from torch import Tensor
@@ -23,25 +23,26 @@ LAYOUTS = {"nchw": torch.contiguous_format, "channels_last": torch.channels_last
 
 def main() -> int:
     """Measure everything; 1 where something failed."""
-    failed = 0
+    failed = branch("triton", "torch eager")
     for channels, side in SMALL if rows.REHEARSE else STAGES:
         for layout in LAYOUTS:
-            for search in (False, True):
-                torch.backends.cudnn.benchmark = search
-                try:
-                    measure(channels, side, layout, search)
-                except RuntimeError as error:
-                    failed = 1
-                    name = f"{channels} x {side} {layout}"
-                    rows.write("depthwise", name, search=search, ok=False, error=str(error)[:300])
-    for name in operators.OPERATORS:
-        if "depthwise" in name:
-            batch = 2 if rows.REHEARSE else 128
-            failed |= kernel_bench.bench("depthwise", name, ["192"], batch, torch.bfloat16)
-    return failed
+            try:
+                measure(channels, side, layout)
+            except RuntimeError as error:
+                failed = 1
+                name = f"{channels} x {side} {layout}"
+                rows.write("depthwise", name, ok=False, error=str(error)[:300])
+    return failed | branch("torch compiled")
 
 
-def measure(channels: int, side: int, layout: str, search: bool) -> None:
+def branch(*implementations: str) -> int:
+    """Rows of the whole branch: convolution, LayerNorm, GELU; 1 where something failed."""
+    return kernel_bench.bench(
+        "depthwise", "depthwise", ["192"], BATCH, torch.bfloat16, implementations
+    )
+
+
+def measure(channels: int, side: int, layout: str) -> None:
     """One row for each direction, with the rate at which the least bytes were moved."""
     shape = (BATCH, channels, side, side)
     x, grad = (_random(shape, layout) for _ in range(2))
@@ -71,7 +72,6 @@ def measure(channels: int, side: int, layout: str, search: bool) -> None:
             side=side,
             batch=BATCH,
             layout=layout,
-            search=search,
             direction=direction,
             implementation="cudnn",
             ms=taken,

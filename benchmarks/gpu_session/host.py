@@ -58,7 +58,8 @@ def account(name: str, process: Any, output: Path, ranks: int, end: float) -> in
     except ValueError:
         found = {"error": note or text[-300:] or f"exit code {process.returncode}"}
     ok = "seconds_per_step" in found
-    rows.write("host", name, ranks=ranks, ok=ok, **found)
+    found["ran_on"] = found.pop("device", None)  # a row's device is the GPU of the session
+    rows.write("host", name, **{"ranks": ranks, **found, "ok": ok})
     return 0 if ok else 1
 
 

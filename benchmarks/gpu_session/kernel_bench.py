@@ -1,4 +1,4 @@
-"""Part 7: DCNv3 at InternImage-H's stages, every implementation that the kernels' benchmark knows.
+"""Part 8: DCNv3 at InternImage-H's stages, every implementation that the kernels' benchmark knows.
 
     python benchmarks/gpu_session/kernel_bench.py
 
@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import sys
 import time
+from collections.abc import Sequence
 
 import measure
 import operators
@@ -17,8 +18,17 @@ import rows
 import torch
 
 
-def bench(part: str, name: str, words: list[str], batch: int, dtype: torch.dtype) -> int:
-    """Check and time the implementations of one operator; 1 where one failed or disagrees."""
+def bench(
+    part: str,
+    name: str,
+    words: list[str],
+    batch: int,
+    dtype: torch.dtype,
+    only: Sequence[str] = (),
+) -> int:
+    """Check and time implementations of one operator, all or `only` some, at all problems whose
+    name has one of the words; 1 where one failed or disagrees.
+    """
     operator = operators.OPERATORS[name]
     nbytes = 1 << (20 if rows.REHEARSE else 31)
     bandwidth = measure.copy_bandwidth(rows.DEVICE, nbytes)
@@ -29,7 +39,8 @@ def bench(part: str, name: str, words: list[str], batch: int, dtype: torch.dtype
     failed = 0
     for problem in chosen:
         for implementation in operator.implementations(problem):
-            if not implementation.startswith("reference"):
+            wanted = implementation in only if only else not implementation.startswith("reference")
+            if wanted:
                 failed |= _one(part, operator, problem, implementation, batch, bandwidth)
     return failed
 
@@ -52,7 +63,7 @@ def _one(
         return 1
     for row in found:
         values = {k: v for k, v in row._asdict().items() if k not in rows.origin()}
-        rows.write(part, problem.name, ok=True, ms=row.ms_p50, **values)
+        rows.write(part, problem.name, **{**values, "ok": True, "ms": row.ms_p50})
     print(f"{problem.name} {name}: {time.perf_counter() - started:.1f} s", flush=True)
     return 0
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import kernel_names
 import matplotlib as mpl
 
 mpl.use("Agg")
@@ -31,13 +32,15 @@ def planned(run: Row, plan: Row, path: Path) -> bool:
 
 def kernels(longest: list[Row], run: Row, path: Path) -> bool:
     """The longest kernels, and what all others take together."""
-    names = [row["kernel"][:60] for row in longest]
+    names = [kernel_names.short(row["kernel"])[:60] for row in longest]
     taken = [row["milliseconds"] for row in longest]
     rest = (run.get("kernel_ms") or 0) - sum(taken)
     if rest > 0:
         names, taken = [*names, "all others"], [*taken, rest]
     figure, panel = plt.subplots(figsize=(9, 0.35 * len(names) + 1))
-    bars = panel.barh(names[::-1], taken[::-1], color="#2f5d8a")
+    bars = panel.barh(range(len(names)), taken[::-1], color="#2f5d8a")  # names may repeat
+    panel.set_yticks(range(len(names)), names[::-1])
+    panel.margins(x=0.1)
     panel.bar_label(bars, fmt="%.2f", fontsize=7)
     panel.tick_params(axis="y", labelsize=7)
     panel.set_xlabel("ms in a step")

@@ -2,8 +2,8 @@
 
     python benchmarks/gpu_session/report.py OUT
 
-Reads OUT/rows.jsonl, writes OUT/report.md with planned.png, kernels.png and dcnv3.png, and prints
-the table of the parts. What was not measured is left out and said to be missing.
+Reads OUT/rows.jsonl, writes OUT/report.md with planned.png, kernels.png, matrix.png and dcnv3.png,
+and prints the table of the parts. What was not measured is left out and said to be missing.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import kernel_names
 import plots
 import rows
 
@@ -30,7 +31,7 @@ def main(arguments: list[str]) -> int:
     found = rows.read(folder / "rows.jsonl")
     table = parts_table(found)
     sections = [opening(found), "## Parts\n\n" + table]
-    for write in (setup, tests, audit, step, host, depthwise, dcnv3):
+    for write in (setup, tests, audit, step, host, matrix, depthwise, dcnv3):
         part = write.__name__
         try:
             sections.append(write(found, folder) if of(found, part) else "")
@@ -91,9 +92,19 @@ def _share_headline(mine: list[Row]) -> str:
     return f"best: {best['implementation']}, {best['name']} {best['direction']}, {share}"
 
 
+def _matrix_headline(mine: list[Row]) -> str:
+    skipped = [r["note"] for r in mine if r["name"] == "skipped"]
+    if skipped:
+        return f"not run: {skipped[0]}"
+    checks = [r for r in mine if r.get("kind") in ("check", "limit")]
+    times = [gather["ms"] / best["ms"] for gather, best in against_gather(mine)]
+    text = f"{sum(r['ok'] for r in checks)} of {len(checks)} checks hold"
+    return text + (f", {min(times):.1f} to {max(times):.1f} times the gather" if times else "")
+
+
 def _depthwise_headline(mine: list[Row]) -> str:
-    slowest = max((r for r in mine if "ms" in r), key=lambda r: r["ms"])
-    return f"slowest: {slowest['name']} {slowest['direction']} {slowest['ms']:.2f} ms"
+    ratios = [float(line[-1]) for line in branch_lines(mine) if line[1] == "both"]
+    return f"the kernels are {min(ratios):.2f} to {max(ratios):.2f} times as fast as torch"
 
 
 def _host_headline(mine: list[Row]) -> str:
@@ -111,6 +122,7 @@ HEADLINES: dict[str, Callable[[list[Row]], str]] = {
     "audit": _audit_headline,
     "step": _step_headline,
     "host": _host_headline,
+    "matrix": _matrix_headline,
     "depthwise": _depthwise_headline,
     "dcnv3": _share_headline,
 }
@@ -165,11 +177,13 @@ def step(found: list[Row], folder: Path) -> str:
     micro = run["name"].split()[-1]
     plan = next((r for r in mine if r["name"] == f"plan {micro}"), None)
     lines = list(comparison(run, plan)) if run.get("step_ms_p50") else []
-    text += markdown(["", "planned", "measured"], lines) + "\n\n"
+    if not plan:
+        text += "There is no plan of this step: the log of this part says why.\n\n"
+    text += markdown(["", "unit", "planned", "measured"], lines) + "\n\n"
     if plan and lines and plots.planned(run, plan, folder / "planned.png"):
         text += "![planned and measured](planned.png)\n\n"
     longest = [
-        [r["kernel"][:90], str(r["calls"]), f"{r['milliseconds']:.2f}"]
+        [kernel_names.short(r["kernel"]), str(r["calls"]), f"{r['milliseconds']:.2f}"]
         for r in of(found, "step", name="kernel")
     ]
     if longest:
@@ -182,11 +196,21 @@ def step(found: list[Row], folder: Path) -> str:
 def comparison(run: Row, plan: Row | None) -> Iterator[list[str]]:
     """Rows of planned against measured."""
     planned = plan or {}
-    yield ["step, ms", cell(planned.get("step_ms")), cell(run["step_ms_p50"])]
-    yield ["work on the device, ms", cell(planned.get("computing_ms")), cell(run.get("kernel_ms"))]
-    yield ["tensors, GiB", cell(planned.get("tensors_gib")), cell(run["peak_memory_gib"])]
-    yield ["model FLOPs utilisation", cell(planned.get("utilisation")), cell(run.get("mfu"))]
-    yield ["images/s", "", cell(run["images_per_second"])]
+    recomputed = None
+    if run.get("tflops_per_device"):
+        more = run["hardware_tflops_per_device"] / run["tflops_per_device"]
+        recomputed = run["gflops_per_image"] * more
+    for name, unit, key, measured in (
+        ("step", "ms", "step_ms", run["step_ms_p50"]),
+        ("work on the device", "ms", "computing_ms", run.get("kernel_ms")),
+        ("throughput", "images/s", "images_per_second", run["images_per_second"]),
+        ("peak of tensors", "GiB", "tensors_gib", run["peak_memory_gib"]),
+        ("peak with what libraries take", "GiB", "memory_gib", None),
+        ("FLOPs of the model", "GFLOP an image", "gflops_per_image", run.get("gflops_per_image")),
+        ("FLOPs with recomputation", "GFLOP an image", "hardware_gflops_per_image", recomputed),
+        ("model FLOPs utilisation", "of the bf16 peak", "utilisation", run.get("mfu")),
+    ):
+        yield [name, unit, cell(planned.get(key)), cell(measured)]
 
 
 def host(found: list[Row], _: Path) -> str:
@@ -201,26 +225,82 @@ def host(found: list[Row], _: Path) -> str:
     return "## Host time\n\n" + markdown(titles, lines)
 
 
-def depthwise(found: list[Row], _: Path) -> str:
-    """Milliseconds by layout and search; other implementations below."""
-    mine = [r for r in of(found, "depthwise") if r.get("implementation") == "cudnn"]
-    columns = [(layout, search) for layout in ("nchw", "channels_last") for search in (False, True)]
+def matrix(found: list[Row], folder: Path) -> str:
+    """What is right, the shipped and the fastest tile beside the gather kernel, all tiles."""
+    mine = of(found, "matrix")
+    checks = [r for r in mine if r.get("kind") in ("check", "limit")]
+    text = f"## DCNv3, matrix kernels\n\n{_matrix_headline(mine)}."
+    wrong = [[r["name"], str(r.get("direction", "")), str(r.get("errors", ""))]
+             for r in checks if not r["ok"]]  # fmt: skip
+    if wrong:
+        text += "\n\n" + markdown(["wrong", "direction", "errors"], wrong)
     lines = []
-    for stage in dict.fromkeys((r["channels"], r["side"]) for r in mine):
+    for gather, best in against_gather(mine):
+        shipped = next((r for r in mine if _same(r, gather) and r.get("shipped")), None)
+        lines.append(
+            [gather["name"], gather["direction"], cell(gather["ms"]), tile(shipped), tile(best),
+             f"{gather['ms'] / best['ms']:.2f}", f"{gather['fraction_of_copy']:.0%}",
+             f"{best['fraction_of_copy']:.0%}"]
+        )  # fmt: skip
+    if not lines:
+        return text
+    titles = ["problem", "direction", "gather, ms", "matrix as shipped", "fastest tile",
+              "times as fast", "gather, of copy", "matrix, of copy"]  # fmt: skip
+    text += "\n\n" + markdown(titles, lines)
+    pairs = [row for pair in against_gather(mine) for row in pair]
+    plots.shares(pairs, folder / "matrix.png")
+    return text + "\n\n![share of copy](matrix.png)"
+
+
+def against_gather(mine: list[Row]) -> list[tuple[Row, Row]]:
+    """The gather kernel and the fastest matrix kernel of every problem and direction."""
+    times = [r for r in mine if r.get("kind") == "time"]
+    pairs = []
+    for gather in (r for r in times if r["implementation"] == "gather"):
+        others = [r for r in times if _same(r, gather) and r["implementation"] == "matrix"]
+        if others:
+            pairs.append((gather, min(others, key=lambda r: r["ms"])))
+    return pairs
+
+
+def _same(row: Row, other: Row) -> bool:
+    keys = ("name", "direction", "kind")
+    return all(row.get(key) == other[key] for key in keys)
+
+
+def tile(row: Row | None) -> str:
+    """Milliseconds and tile of one matrix kernel."""
+    return f"{row['ms']:.4g} ms (P {row['P']}, {row['NW']} warps)" if row else "-"
+
+
+def depthwise(found: list[Row], _: Path) -> str:
+    """The whole branch by our kernels and by torch; the convolution alone by layout."""
+    mine = of(found, "depthwise")
+    titles = ["problem", "direction", "torch eager, ms", "kernels, ms", "times as fast"]
+    text = "## Depthwise branch: convolution, LayerNorm, GELU\n\n"
+    text += markdown(titles, list(branch_lines(mine))) + "\n\n"
+    text += timed([r for r in mine if r.get("fraction_of_copy")])
+    alone = [r for r in mine if r.get("implementation") == "cudnn" and not r.get("search")]
+    layouts = ("nchw", "channels_last")
+    lines = []
+    for stage in dict.fromkeys((r["channels"], r["side"]) for r in alone):
         for direction in ("forward", "dgrad", "wgrad"):
+            here = {"channels": stage[0], "side": stage[1], "direction": direction}
             cells = [
-                next((f"{r['ms']:.3f}" for r in mine if _is(r, stage, direction, *c)), "-")
-                for c in columns
+                next((f"{r['ms']:.3f}" for r in of(alone, "depthwise", **here, layout=layout)), "-")
+                for layout in layouts
             ]
             lines.append([f"{stage[0]} x {stage[1]} {direction}", *cells])
-    titles = ["ms", *(f"{a}{', search' if b else ''}" for a, b in columns)]
-    others = [r for r in of(found, "depthwise") if r.get("fraction_of_copy")]
-    return "## Depthwise 5 x 5, cuDNN\n\n" + markdown(titles, lines) + "\n\n" + timed(others)
+    return text + "\n\nThe convolution alone, cuDNN, ms:\n\n" + markdown(["", *layouts], lines)
 
 
-def _is(row: Row, stage: tuple[int, int], direction: str, layout: str, search: bool) -> bool:
-    here = (row["channels"], row["side"]) == stage and row["direction"] == direction
-    return here and row["layout"] == layout and row["search"] is search
+def branch_lines(mine: list[Row]) -> Iterator[list[str]]:
+    """Our kernels beside torch's layers, by stage and direction."""
+    times = {(r["name"], r["direction"], r["implementation"]): r["ms"] for r in mine if "ms" in r}
+    for (name, direction, implementation), ours in times.items():
+        eager = times.get((name, direction, "torch eager"))
+        if implementation == "triton" and eager:
+            yield [name, direction, cell(eager), cell(ours), f"{eager / ours:.2f}"]
 
 
 def dcnv3(found: list[Row], folder: Path) -> str:

@@ -11,6 +11,7 @@ import importlib.metadata
 import json
 import os
 import subprocess
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -36,13 +37,23 @@ def origin() -> dict[str, str]:
     }
 
 
-def write(part: str, name: str, **values: Any) -> None:
-    """Append one row and print it; a part that is stopped later has lost nothing."""
-    row = {"part": part, "name": name, **values, **origin()}
+def write(part: str, name: str, /, **values: Any) -> None:
+    """Append one row and print it; a part that is stopped later has lost nothing.
+
+    Values of another program may bring any key: `part`, `name` and the origin's are this row's.
+    """
+    row = {"part": part, "name": name, **(values | origin() | {"part": part, "name": name})}
     with (FOLDER / "rows.jsonl").open("a") as file:
-        file.write(json.dumps(row) + "\n")
+        file.write(without_folders(json.dumps(row)) + "\n")
     shown = {k: v for k, v in row.items() if k not in origin()}
     print(json.dumps(shown)[:600], flush=True)
+
+
+def without_folders(text: str) -> str:
+    """Leave out where this machine keeps the project, the session and its packages."""
+    for folder in (ROOT, FOLDER.resolve(), sys.prefix):
+        text = text.replace(f"{folder}/", "")
+    return text
 
 
 def read(path: Path) -> list[dict[str, Any]]:

@@ -1,14 +1,16 @@
 #!/usr/bin/env bash
 # Eight minutes on one GPU: is it right, how fast is it, where does the time go.
 #
-#     bash benchmarks/gpu_session/run.sh OUT [--wheels FOLDER] [--rehearse] [--only PART,PART]
-#                                            [--python PROGRAM] [--seconds TOTAL]
+#     bash benchmarks/gpu_session/run.sh OUT [--wheels FOLDER] [--cubins FOLDER] [--rehearse]
+#                                            [--only PART,PART] [--python PROGRAM] [--seconds TOTAL]
 #
 # The parts and their time limits stand at the end. Each writes rows (OUT/rows.jsonl) and a log
 # (OUT/session.log) as it goes; one that fails or is stopped does not keep the next from running.
 # OUT/raw.tar.gz has everything else. At the end: a table, and OUT/report.md with plots.
 # --rehearse runs the same on a CPU in a small form: `make gpu-session-rehearsal`.
 # $M3I_COMMIT names the commit where the tree is a copy without .git.
+# --cubins: DCNv3's matrix kernels, which need Triton 3.8, compiled where there is one by
+# `python kernels/bench/matrix_check.py --compile FOLDER` from the same sources.
 #
 # The machine needs Python 3.12 with torch 2.11, triton 3.6, torchvision, transformers 5.17, timm,
 # tokenizers, safetensors, pyarrow, fsspec, aiohttp, tensorboard, matplotlib, pillow, tqdm, pytest,
@@ -25,12 +27,13 @@
 #     DS_BUILD_OPS=0 python3.12 -m pip wheel --no-deps -w .whl deepspeed==0.19.8 hjson==3.1.0
 set -uo pipefail
 
-out= wheels= only= total= python=python3 rehearse=0
+out= wheels= cubins= only= total= python=python3 rehearse=0
 while [ $# -gt 0 ]; do
     case $1 in
-        --wheels | --only | --python | --seconds)
+        --wheels | --cubins | --only | --python | --seconds)
             [ $# -gt 1 ] || { echo "error: $1 needs a value" >&2; exit 2; } ;;&
         --wheels) wheels=$2; shift ;;
+        --cubins) cubins=$2; shift ;;
         --only) only=$2; shift ;;
         --python) python=$2; shift ;;
         --seconds) total=$2; shift ;;
@@ -43,16 +46,19 @@ done
 [ -n "$out" ] || { echo "usage: run.sh OUT [--wheels FOLDER] [--rehearse]; see its head" >&2; exit 2; }
 [ -z "$wheels" ] || compgen -G "$wheels/*.whl" >/dev/null ||
     { echo "error: there is no wheel in $wheels; the head of $0 says how to fetch them" >&2; exit 2; }
-parts=setup,tests,audit,step,host,depthwise,dcnv3
+[ -z "$cubins" ] || [ -f "$cubins/manifest.json" ] ||
+    { echo "error: there are no kernels in $cubins; matrix_check.py --compile makes them" >&2; exit 2; }
+parts=setup,tests,audit,step,host,matrix,depthwise,dcnv3
 for name in ${only//,/ }; do
     [[ ",$parts," == *",$name,"* ]] ||
         { echo "error: there is no part $name; there are $parts" >&2; exit 2; }
 done
-total=${total:-$((rehearse ? 1800 : 470))}
+total=${total:-$((rehearse ? 1800 : 520))}
 here=$(cd "$(dirname "$0")" && pwd)
 root=$(cd "$here/../.." && pwd)
 out=$(mkdir -p "$out" && cd "$out" && pwd)
 [ -z "$wheels" ] || wheels=$(cd "$wheels" && pwd)
+[ -z "$cubins" ] || cubins=$(cd "$cubins" && pwd)
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
 started=$(date +%s)
@@ -113,7 +119,7 @@ setup() {
     "$python" "$here/environment.py"
 }
 export -f setup
-export wheels python work here
+export wheels cubins python work here
 
 # The limits on a GPU; a rehearsal may find its two cores busy.
 slow=$((rehearse ? 6 : 1))
@@ -126,7 +132,8 @@ part step $((165 * slow)) bash -c 'exec "$python" "$here/training_step.py" "$LIM
 part host $((90 * slow)) bash -c 'exec "$python" "$here/host.py" "$LIMIT"'
 # Interpreted in a rehearsal, native on a GPU.
 export TRITON_INTERPRET=$rehearse
-part depthwise $((25 * slow)) "$python" "$here/depthwise.py"
+part matrix $((30 * slow)) bash -c 'exec "$python" "$here/matrix.py" "$LIMIT" ${cubins:+"$cubins"}'
+part depthwise $((45 * slow)) "$python" "$here/depthwise.py"
 part dcnv3 $((50 * slow)) "$python" "$here/kernel_bench.py"
 echo
 timeout $((40 * slow)) "$python" "$here/report.py" "$out"

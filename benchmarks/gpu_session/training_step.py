@@ -52,11 +52,14 @@ def main(arguments: list[str]) -> int:
         if code != OUT_OF_MEMORY:
             break
     try:
-        planning.wait(max(1, end - time.monotonic()))
+        failed = planning.wait(max(1, end - time.monotonic()))
+        why = "see the log of this part"
     except subprocess.TimeoutExpired:
         planning.kill()
-        print("the plan was not ready in time", flush=True)
-    return code
+        failed, why = 1, "not ready in time"
+    if failed:
+        rows.write("step", "plan", ok=False, error=why)
+    return code or failed
 
 
 def measure(config: str, micro: int, out: Path, seconds: float) -> int:
@@ -89,9 +92,10 @@ def account(out: Path, micro: int, code: int) -> None:
     known = {k: found.get(k) for k in ("warmup", "steps", "known_after", "kernel_ms")}
     note = {OUT_OF_MEMORY: "out of GPU memory", 124: "stopped by its time limit"}.get(code, "")
     ok = code == 0 and bool(measured)
-    rows.write("step", name, ok=ok, exit_code=code, note=note, **{**values, **known})
+    own = {"ok": ok, "exit_code": code, "note": note}
+    rows.write("step", name, **{**values, **known, **own})
     for kernel in longest[:LONGEST]:
-        rows.write("step", "kernel", kernel=kernel.pop("name"), micro_batch=micro, **kernel)
+        rows.write("step", "kernel", **{**kernel, "kernel": kernel["name"], "micro_batch": micro})
 
 
 def plan(config_file: str) -> int:
@@ -99,9 +103,9 @@ def plan(config_file: str) -> int:
     from m3i_scale.config import load_config
     from m3i_scale.planner.estimate import Cluster, make_plan
     from m3i_scale.planner.gpus import gpu
-    from m3i_scale.profiling.trace import survey
+    from m3i_scale.profiling.trace import trace
 
-    seen = survey(load_config(config_file, []), kernels=True)  # the same for any micro-batch
+    seen = trace(load_config(config_file, []), kernels=True)  # the same for any micro-batch
     for micro in sizes():
         changes = [f"optimizer.global_batch_size={micro}", f"optimizer.max_micro_batch={micro}"]
         config = load_config(config_file, changes)
@@ -114,7 +118,10 @@ def plan(config_file: str) -> int:
             tensors_gib=(made.peak_memory - made.assumed.workspace) / 2**30,
             step_ms=1e3 * made.step,
             computing_ms=1e3 * made.computing,
-            utilisation=made.assumed.utilisation,
+            utilisation=made.utilisation,
+            images_per_second=micro / made.step,
+            gflops_per_image=made.flops.model / 1e9,
+            hardware_gflops_per_image=made.flops.hardware / 1e9,
             state_gib={name: size / 2**30 for name, size in made.state.items()},
         )
     return 0
