@@ -22,6 +22,9 @@ import torch
 import triton
 from operators import Implementation, Operator, Problem
 from torch import Tensor
+from torch._functorch import config as functorch_config
+
+functorch_config.donated_buffer = False  # a backward is timed many times over one forward
 
 _CALLS = 30
 _MAX_SETS = 16
