@@ -15,8 +15,8 @@ from PIL import Image, features
 from m3i_scale.cli import main
 from m3i_scale.data import Source, TooManyBadSamples
 from m3i_scale.data.decode import BadSample, decode_image
-from m3i_scale.shards.writing import Recipe, encode
 from m3i_scale.shards.indexing import index_shards
+from m3i_scale.shards.writing import Recipe, encode
 from m3i_scale.train import build_stream
 
 RGB = Image.fromarray(
