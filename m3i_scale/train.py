@@ -2,32 +2,29 @@
 
 Also started by torchrun, by srun (see slurm/), or by plain python on one device.
 Exit codes: 0 finished; 2 something is wrong and the last line says what; 85 saved and stopped,
-because a signal asked for it.
+because a signal asked for it; 130 interrupted while starting.
 """
 
 from __future__ import annotations
 
 import argparse
 import functools
-import logging
-import os
+import signal
 import sys
 from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import Tensor
-
-from m3i_scale.config import Config, ConfigError, load_config
-from m3i_scale.config import schema as tree
-
+# What takes long to import is imported when the command line has been read: --help answers at once,
+# and Ctrl-C ends a start with one line.
 if TYPE_CHECKING:
-    from m3i_scale.data import Storage, Stream
+    from torch import Tensor
 
-log = logging.getLogger("m3i")
+    from m3i_scale.config import Config
+    from m3i_scale.config import schema as tree
+    from m3i_scale.data import Storage, Stream
 
 
 def parse(arguments: list[str]) -> argparse.Namespace:
-    """Read the command line."""
+    """Read the command line; overrides may stand on both sides of options."""
     parser = argparse.ArgumentParser(
         prog="train.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -36,16 +33,41 @@ def parse(arguments: list[str]) -> argparse.Namespace:
         "--resume",
         default="auto",
         metavar="WHICH",
-        help="auto (default: the newest good checkpoint of this run, if any), never, or a path",
+        help="auto (default: the newest good checkpoint of this run, if any), never, or the path "
+        "of a checkpoint or run; a restart of the same job goes on with auto",
+    )
+    parser.add_argument(
+        "--accept-change",
+        action="append",
+        default=[],
+        metavar="KEY,KEY",
+        help="keys in which the run may differ from its checkpoint, though order, samples or loss "
+        "depend on them; for instance data.lanes,seed",
     )
     parser.add_argument(
         "--dry-run",
         action="store_true",
-        help="build everything, print model size, memory, steps and data, and stop",
+        help="build everything, print model size, memory, steps and data, and stop; writes nothing",
     )
-    parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # deepspeed adds it
+    parser.add_argument(
+        "--print",
+        dest="asked",
+        choices=("run", "folder", "run_folder"),
+        help="print this of the configuration, and stop",
+    )
+    parser.add_argument("--version", action="version", version=_version())
+    parser.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)
     parser.add_argument("overrides", nargs="*", metavar="a.b=value", help="changes to the file")
-    return parser.parse_args(arguments)
+    return parser.parse_intermixed_args(arguments)
+
+
+def _version() -> str:
+    from importlib import metadata
+
+    try:
+        return f"m3i-scale {metadata.version('m3i-scale')}"
+    except metadata.PackageNotFoundError:
+        return "m3i-scale, not installed as a package"
 
 
 def build_stream(config: Config) -> Stream:
@@ -55,6 +77,7 @@ def build_stream(config: Config) -> Stream:
         ConfigError: a tokenizer or an index is missing or does not fit.
     """
     from m3i_scale import data
+    from m3i_scale.config import ConfigError
     from m3i_scale.models.tokenizer import load_tokenizer
     from m3i_scale.objective.masks import PatchMask
 
@@ -106,6 +129,8 @@ def _storage(spec: tree.Storage) -> Storage:
 
 def no_tokens(texts: list[str]) -> tuple[Tensor, Tensor]:
     """Tokens (B, 0) and mask (B, 0) of an objective without texts."""
+    import torch
+
     ids = torch.zeros(len(texts), 0, dtype=torch.int64)
     return ids, torch.zeros_like(ids, dtype=torch.bool)
 
@@ -121,44 +146,54 @@ def run(options: argparse.Namespace, config: Config) -> int:
     )
     launch.setup_logging(world.rank)
     # These import deepspeed, which then fixes its accelerator: the one that `start` has chosen.
-    from m3i_scale.engine import metrics, session, stop
+    from m3i_scale.engine import session, stop
     from m3i_scale.planner import dry_run
 
     flag = stop.StopFlag()
     set_backend(config.engine.kernels)
     stream = build_stream(config)
-    ready = session.open_run(
-        config, world, stream, epoch_samples=stream.samples, resume=options.resume
+    open_run = functools.partial(
+        session.open_run,
+        config,
+        world,
+        stream,
+        epoch_samples=stream.samples,
+        resume=options.resume,
+        accept=[key for keys in options.accept_change for key in keys.split(",")],
+        sources=stream.identities(),
     )
     if options.dry_run:
+        ready = open_run(write=False)
         if world.is_main:
             print(dry_run.describe(ready, stream.describe()), end="", flush=True)
-        launch.finish()
-        return 0
-    record = metrics.MetricLog(
-        ready.folder,
-        is_main=world.is_main,
-        total=ready.schedule.total,
-        first=ready.progress.step,
-        tensorboard=config.logging.tensorboard,
-    )
-    finished = session.pretrain_through(ready, flag, record)
-    record.close()
+        finished = True
+    else:
+        with session.hold(config.run_folder, world):
+            finished = session.train(open_run(), flag)
     launch.finish()
     return 0 if finished else stop.STOPPED
 
 
 def main() -> int:
     """Run, and turn what a user can mend into one sentence."""
+    from m3i_scale.engine import ending
+
+    signal.signal(signal.SIGINT, ending.interrupted)
     options = parse(sys.argv[1:])
     try:
-        return run(options, load_config(options.config, options.overrides))
+        from m3i_scale.config import load_config
+
+        config = load_config(options.config, options.overrides)
+        if options.asked:
+            print(getattr(config, options.asked))
+            return 0
+        return run(options, config)
     except Exception as error:
-        if not getattr(error, "for_users", False):
+        code = ending.exit_code(error)
+        if code is None:
             raise
-        if os.environ.get("RANK", "0") == "0" or getattr(error, "on_one_rank", False):
-            print(f"error: {error}", file=sys.stderr, flush=True)
-        return 2
+        ending.explain(error, code)
+        return code
 
 
 if __name__ == "__main__":

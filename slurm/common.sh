@@ -1,5 +1,6 @@
 # What the templates share; sourced by them inside a job, from the repository's root.
 #
+#   name_run ARGUMENT...     M3I_RUN, the run's name, as the configuration and the overrides give it
 #   new_attempt RUN_FOLDER   log folder, restart counting; gives up when restarts bring no progress
 #   rendezvous               MASTER_ADDR and MASTER_PORT, from Slurm's own variables
 #   preflight                checks the nodes; excludes a bad one and requeues (M3I_PREFLIGHT=yes)
@@ -29,7 +30,29 @@ export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} PYTHONUNBUFFERED=1
 srun_options+=(--kill-on-bad-exit=0 --wait=60)
 
 # The last lines of a file in which a progress bar may have overwritten one line many times.
-ending() { tail -c 4000 "$1" | tr '\r' '\n' | tail -n 20; }
+ending() { tail -c 4000 "$1" 2> /dev/null | tr '\r' '\n' | tail -n 20; }
+
+# A word as a YAML string, for overrides: a name like 'yes' or '2024' must stay a name.
+quoted() { printf "'%s'" "${1//\'/\'\'}"; }
+
+name_run() {
+    [[ -z ${M3I_RUN:-} ]] || return 0
+    local code
+    M3I_RUN=$("${python[@]}" -m m3i_scale.train --config "$M3I_CONFIG" "$@" --print run)
+    code=$?
+    (( code == 2 )) && exit 2  # it has said why
+    if (( code != 0 )) || [[ -z $M3I_RUN ]]; then
+        # The interpreter may exist in srun's container only.
+        say "${python[*]} prints no run name on this node (exit code $code); taking it from the line" \
+            "'run:' of $M3I_CONFIG. Set M3I_RUN if it stands elsewhere"
+        M3I_RUN=$(sed -n "/^run:/{s/^run:[[:space:]]*//p;q}" "$M3I_CONFIG")
+        case $M3I_RUN in
+            \'*) M3I_RUN=${M3I_RUN#\'}; M3I_RUN=${M3I_RUN%%\'*} ;;
+            \"*) M3I_RUN=${M3I_RUN#\"}; M3I_RUN=${M3I_RUN%%\"*} ;;
+            *) M3I_RUN=$(sed 's/[[:space:]]#.*//; s/[[:space:]]*$//' <<< "$M3I_RUN") ;;
+        esac
+    fi
+}
 
 newest_step() {
     local marker step=0
@@ -42,11 +65,15 @@ newest_step() {
 new_attempt() {
     run_folder=$1
     if [[ $run_folder == */ ]]; then
-        say "the run has no name: set M3I_RUN, or give $M3I_CONFIG a key run"
+        say "the run has no name: set M3I_RUN, or give $M3I_CONFIG a key run; see also that" \
+            "M3I_PYTHON ('${python[*]}') is an interpreter in which m3i_scale is installed"
         exit 2
     fi
     logs=$run_folder/logs/$SLURM_JOB_ID-$restart
     mkdir -p "$logs" && ln -sfn "$SLURM_JOB_ID-$restart" "$run_folder/logs/latest" || exit 1
+    # A rank that ends with code 2 writes its reason here (m3i_scale/engine/ending.py): with NCCL the
+    # others hang until srun kills them, and srun's exit code is then that of the kill.
+    export M3I_FAILURE=$logs/failure
     local attempts=$run_folder/logs/attempts step stuck
     step=$(newest_step)
     # One line per attempt. Restarts in a row that found no newer checkpoint than the attempt before
@@ -54,7 +81,7 @@ new_attempt() {
     echo "$SLURM_JOB_ID $restart $step" >> "$attempts"
     stuck=$(awk -v job="$SLURM_JOB_ID" -v last=-1 \
         '$1 == job { stuck = $3 == last ? stuck + 1 : 0; last = $3 } END { print stuck }' "$attempts")
-    say "starts from step $step on ${nodes[*]}; the ranks' logs are in $logs"
+    say "starts on ${nodes[*]}; the newest checkpoint is of step $step; the ranks' logs are in $logs"
     if (( stuck >= M3I_MAX_STUCK )); then
         say "gives up: $stuck restarts in a row without a new checkpoint. See $run_folder/logs/," \
             "mend the cause and submit again; training will go on from step $step."
@@ -65,6 +92,7 @@ new_attempt() {
 rendezvous() {
     local tasks=${SLURM_NTASKS_PER_NODE:-} gpus=${SLURM_GPUS_PER_NODE:-}
     gpus=${gpus##*:}  # h100:8 -> 8
+    [[ $gpus == 0 ]] && gpus=  # asked for without any, on nodes that have none
     if [[ $tasks && $gpus && $tasks != "$gpus" ]]; then
         say "--ntasks-per-node is $tasks and --gpus-per-node is $gpus: make them equal, one task per GPU"
         exit 2
@@ -88,21 +116,54 @@ preflight() {
     if [[ -s $bad ]]; then
         requeue "$(paste -sd, "$bad")"
     fi
+    if not_startable $code "$logs/preflight.log"; then
+        say "the check of the nodes cannot be started, and a restart would not help: is M3I_PYTHON" \
+            "('${python[*]}') an interpreter, on all nodes, in which m3i_scale is installed?"
+        exit 2
+    fi
     say "pre-flight failed (exit code $code) and no single node is to blame"
     requeue
 }
 
+# not_startable EXIT_CODE LOG: whether it was a mistake that a restart repeats. 2 is ours, and Slurm's
+# where a program cannot be executed; 126 and 127 are the shell's; an interpreter without the project's
+# packages ends with 1 and says so in its last line.
+not_startable() {
+    [[ $1 == 2 || $1 == 126 || $1 == 127 ]] || ending "$2" | tail -n 1 | grep -q 'No module named'
+}
+
 conclude() {
-    case $1 in
+    local code=$1
+    # What srun said, the first task that failed first; the others fail because of it.
+    [[ -s $logs/srun.log ]] && cat "$logs/srun.log"
+    if [[ -s $M3I_FAILURE ]]; then
+        say "cannot go on, and a restart would not help:"
+        cat "$M3I_FAILURE"
+        exit 2
+    fi
+    (( code != 0 )) && not_startable "$code" "$logs/rank-0000.log" && code=2
+    case $code in
         0)  say "finished at step $(newest_step)"; exit 0 ;;
         2)  say "cannot go on, and a restart would not help:" ;;
         85) say "was asked to stop and has saved step $(newest_step)"; requeue ;;
-        *)  say "failed with exit code $1; the newest checkpoint is of step $(newest_step). srun names" \
-                "above the tasks that failed, rank-NNNN.log has their words; rank 0 ends with:" ;;
+        *)  say "failed with exit code $1; the newest checkpoint is of step $(newest_step)"
+            name_first_failure ;;
     esac
     ending "$logs/rank-0000.log"
-    (( $1 == 2 )) && exit 2
+    (( code == 2 )) && exit 2
     requeue
+}
+
+# Name the task that srun reports first, before rank 0's words: those may be about the loss of it.
+name_first_failure() {
+    local first rank
+    first=$(grep -m 1 -E 'task[s]? [0-9]' "$logs/srun.log")
+    if [[ $first =~ task[s]?\ ([0-9]+) ]]; then
+        rank=${BASH_REMATCH[1]}
+        say "rank $rank failed first (${first#srun: error: }); its words are in" \
+            "$logs/rank-$(printf %04d "$rank").log"
+        (( rank == 0 )) || say "what rank 0 says now may follow from that:"
+    fi
 }
 
 # requeue [NODES]: start this job again, from its newest checkpoint, not on NODES; does not return.

@@ -127,7 +127,7 @@ def test_no_module_shadows_another_package():
 
 def test_the_entry_point_is_thin():
     text = (PACKAGE / "train.py").read_text()
-    assert len(text.splitlines()) < 170
+    assert len(text.splitlines()) < 200
     assert not any(isinstance(node, ast.ClassDef) for node in ast.walk(ast.parse(text)))
 
 

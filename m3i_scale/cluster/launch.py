@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import datetime
+import errno
 import logging
 import os
 import random
 import socket
 import sys
-from collections.abc import Mapping
+import warnings
+from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 import numpy as np
@@ -18,7 +20,29 @@ import torch.distributed as dist
 from m3i_scale.cluster.numerics import prepare_allocator
 from m3i_scale.config import ConfigError
 
-log = logging.getLogger("m3i")
+log = logging.getLogger(__name__)
+
+PACKAGES = ("m3i_scale", "m3i_kernels")  # whose loggers `speak` configures
+# Variables that number the tasks of a node: Slurm's, Open MPI's, MPICH's and Intel's, MVAPICH's.
+LOCAL_RANKS = (
+    "SLURM_LOCALID",
+    "OMPI_COMM_WORLD_LOCAL_RANK",
+    "MPI_LOCALRANKID",
+    "MV2_COMM_WORLD_LOCAL_RANK",
+)
+
+
+class PortTakenError(ConfigError):
+    """Another program listens where the ranks are to meet."""
+
+    def __init__(self, address: str, port: str) -> None:
+        super().__init__(
+            f"the ranks cannot meet at {address}:{port}, because another program, perhaps another "
+            "training, listens there; choose another port: deepspeed --master_port N, torchrun "
+            "--master-port N, or MASTER_PORT=N"
+        )
+        # A restarted job meets at another port (slurm/common.sh); by hand one has to be given.
+        self.exit_code = 1 if "SLURM_JOB_ID" in os.environ else 2
 
 
 class World(NamedTuple):
@@ -42,12 +66,12 @@ def rank_variables(environment: Mapping[str, str]) -> dict[str, str]:
     (which sets none of them); a world of one otherwise.
 
     Raises:
-        ConfigError: several Slurm tasks but no address to meet at.
+        ConfigError: several ranks but no address to meet at, variables that contradict each other,
+            or several ranks of which none knows its number on its node.
     """
-    if "RANK" in environment and "WORLD_SIZE" in environment:
-        names = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-        found = {name: environment[name] for name in names if name in environment}
-        return {"LOCAL_RANK": environment.get("LOCAL_RANK", "0"), **found}
+    given = [name for name in ("RANK", "WORLD_SIZE") if name in environment]
+    if len(given) == 2:
+        return _launched(environment)
     if "SLURM_PROCID" in environment and int(environment.get("SLURM_NTASKS", "1")) > 1:
         if "MASTER_ADDR" not in environment or "MASTER_PORT" not in environment:
             raise ConfigError(
@@ -61,6 +85,12 @@ def rank_variables(environment: Mapping[str, str]) -> dict[str, str]:
             "MASTER_ADDR": environment["MASTER_ADDR"],
             "MASTER_PORT": environment["MASTER_PORT"],
         }
+    if given == ["RANK"] or (given and environment["WORLD_SIZE"] != "1"):
+        missing = "WORLD_SIZE" if given == ["RANK"] else "RANK"
+        raise ConfigError(
+            f"{given[0]} is {environment[given[0]]} but {missing} is not set; a launcher "
+            f"sets both: unset {given[0]} to train in one process"
+        )
     return {
         "RANK": "0",
         "LOCAL_RANK": "0",
@@ -68,6 +98,35 @@ def rank_variables(environment: Mapping[str, str]) -> dict[str, str]:
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(_free_port()),
     }
+
+
+def _launched(environment: Mapping[str, str]) -> dict[str, str]:
+    """The variables of a launcher that has set RANK and WORLD_SIZE."""
+    names = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    found = {name: environment[name] for name in names if name in environment}
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
+        if not environment.get(name, "0").isdigit():
+            raise ConfigError(f"{name} is {environment[name]!r}: it must be a whole number")
+    rank, size = int(found["RANK"]), int(found["WORLD_SIZE"])
+    if rank >= size:
+        raise ConfigError(f"RANK is {rank} and WORLD_SIZE is {size}: ranks count from 0")
+    if size == 1:  # nobody else has to know the port, and the usual one may be taken
+        found |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port())}
+    missing = [name for name in names if name not in found]
+    if missing:
+        raise ConfigError(
+            f"RANK is {rank} of {size} but {' and '.join(missing)} is not set; export the address "
+            "and a free port of rank 0's node on all ranks"
+        )
+    local = next(
+        (n for n in ("LOCAL_RANK", *LOCAL_RANKS) if environment.get(n, "").isdigit()), None
+    )
+    if local is None and size > 1:
+        raise ConfigError(
+            f"RANK is {rank} of {size} but LOCAL_RANK is not set, so that all ranks of a node "
+            "would take the same GPU; export LOCAL_RANK, the number of the rank on its node"
+        )
+    return {"LOCAL_RANK": environment[local] if local else "0", **found}
 
 
 def choose_device(wanted: str, precision: str, local_rank: int) -> torch.device:
@@ -115,7 +174,7 @@ def start(device: str, precision: str, seed: int, timeout_minutes: float) -> Wor
     """Join the process group and seed this rank's generators.
 
     Raises:
-        ConfigError: as `rank_variables` and `choose_device`.
+        ConfigError: as `rank_variables` and `choose_device`, or the port is taken.
     """
     os.environ.update(rank_variables(os.environ))
     rank, local_rank, size = (int(os.environ[k]) for k in ("RANK", "LOCAL_RANK", "WORLD_SIZE"))
@@ -130,11 +189,20 @@ def start(device: str, precision: str, seed: int, timeout_minutes: float) -> Wor
     if chosen.type == "cuda":
         prepare_allocator()
         torch.cuda.set_device(chosen)
-    deepspeed.init_distributed(
-        dist_backend="nccl" if chosen.type == "cuda" else "gloo",
-        timeout=datetime.timedelta(minutes=timeout_minutes),
-        verbose=False,
+    # DeepSpeed calls these in every step, and PyTorch says so in every step.
+    warnings.filterwarnings(
+        "ignore", r"`torch\.distributed\.\w+` is deprecated", FutureWarning, r"torch\.distributed\."
     )
+    try:
+        deepspeed.init_distributed(
+            dist_backend="nccl" if chosen.type == "cuda" else "gloo",
+            timeout=datetime.timedelta(minutes=timeout_minutes),
+            verbose=False,
+        )
+    except dist.DistError as error:
+        if "EADDRINUSE" not in str(error) and "address already in use" not in str(error):
+            raise
+        raise PortTakenError(os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"]) from None
     seed_rank(seed, rank)
     return World(rank, local_rank, size, chosen)
 
@@ -154,13 +222,53 @@ def finish() -> None:
         dist.destroy_process_group()
 
 
+def from_rank_0(world: World, action: Callable[[], None]) -> None:
+    """Run `action` on rank 0; what it raises for users is raised on all ranks (a collective).
+
+    Raises:
+        ConfigError: the action failed for a reason that a user can mend.
+    """
+    said: list[str] = [""]
+    if world.is_main:
+        try:
+            action()
+        except OSError as error:
+            said = [os_error_sentence(error)]
+        except Exception as error:
+            if not getattr(error, "for_users", False):
+                raise
+            said = [str(error)]
+    if world.size > 1:
+        dist.broadcast_object_list(said, src=0, device=world.device)
+    if said[0]:
+        raise ConfigError(said[0])
+
+
+def os_error_sentence(error: OSError) -> str:
+    """What the operating system refused, and of which file."""
+    what = error.strerror or str(error) or type(error).__name__
+    name = error.filename2 or error.filename
+    remedy = {
+        errno.ENOSPC: "; make room there or choose another folder",
+        errno.EDQUOT: "; make room within your quota or choose another folder",
+        errno.EROFS: "; choose a folder that can be written",
+        errno.EACCES: "; choose a folder that can be written, or change its permissions",
+        errno.EPERM: "; choose a folder that can be written, or change its permissions",
+        errno.ENOTDIR: "; a file stands where a folder is needed",
+        errno.EEXIST: "; a file stands where a folder is needed",
+    }.get(error.errno or 0, "")
+    return f"{os.fspath(name) if name is not None else 'a file'}: {what}{remedy}"
+
+
 def setup_logging(world_rank: int, level: int = logging.INFO) -> None:
     """Log to standard error: rank 0 from `level`, the others warnings only."""
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(logging.Formatter(f"[rank {world_rank}] %(message)s"))
-    log.handlers[:] = [handler]
-    log.setLevel(level if world_rank == 0 else logging.WARNING)
-    log.propagate = False
+    for package in PACKAGES:
+        logger = logging.getLogger(package)
+        logger.handlers[:] = [handler]
+        logger.setLevel(level if world_rank == 0 else logging.WARNING)
+        logger.propagate = False
 
 
 def _free_port() -> int:

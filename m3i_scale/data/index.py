@@ -28,6 +28,7 @@ fraction of a second.  The footer's key `notes` holds the class list and the lar
 from __future__ import annotations
 
 import base64
+import hashlib
 import json
 import os
 import zlib
@@ -232,6 +233,21 @@ class Index:
     def checked(self) -> bool:
         """Whether the index knows the headers of its members (format 3), not their sizes alone."""
         return self._fingerprint is not None
+
+    def fingerprint(self) -> str:
+        """A hash of what the order rests on: shards' names without folders, lengths, counts."""
+        rows = zip(
+            (name.rpartition("/")[2] for name in self.shards),
+            self.shard_bytes.tolist(),
+            self.counts.tolist(),
+            self.text_member,
+            self.category_member,
+            strict=True,
+        )
+        digest = hashlib.sha256()
+        for row in rows:
+            digest.update(repr(row).encode("utf-8", "surrogatepass"))
+        return digest.hexdigest()[:16]
 
     def version(self, shard: int) -> str:
         """What tells the indexed version of a shard from others: its length and its headers."""

@@ -142,6 +142,21 @@ class Stream:
             for source, index, weight in zip(self.sources, self.indexes, weights, strict=True)
         }
 
+    def identities(self) -> list[dict[str, int | str]]:
+        """What each source is, whatever its path: samples, shards, and a hash of its index.
+
+        Equal for an index that was moved with its shards; different where a shard has come, gone
+        or changed its length or its number of samples, which all move the order.
+        """
+        return [
+            {
+                "samples": index.samples,
+                "shards": len(index.shards),
+                "content": index.fingerprint(),
+            }
+            for index in self.indexes
+        ]
+
     def loader(
         self,
         *,

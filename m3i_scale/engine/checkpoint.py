@@ -7,7 +7,8 @@
         rank-00000-of-00002.safetensors   this rank's slices of the flattened tensors, no padding
         rank-00000-of-00002.json          size and SHA-256 of that file
         state.json                        step, shapes, ranks, counters
-        complete.json                     the list of files, written last
+        complete.json                     lineage and the list of files, written last
+      lineage.json                        which of these are the run; see lineage.py
 
 Tensors are named `weight/<parameter>` (fp32 master), `exp_avg/<parameter>`,
 `exp_avg_sq/<parameter>`, `teacher/<parameter>` (fp32 average), `buffer/<buffer>` and
@@ -21,6 +22,7 @@ import contextlib
 import hashlib
 import json
 import os
+import re
 import shutil
 import threading
 from collections.abc import Iterator
@@ -33,8 +35,11 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from m3i_scale.config import ConfigError
+from m3i_scale.engine import lineage
+from m3i_scale.engine.lineage import Lineage
 
 FORMAT = 2  # 1: before the names student and teacher
+_STEP = re.compile(r"step-\d+")
 
 
 class CheckpointError(RuntimeError):
@@ -62,15 +67,44 @@ def rank_file(rank: int, ranks: int) -> str:
     return f"rank-{rank:05d}-of-{ranks:05d}.safetensors"
 
 
+def all_complete(folder: Path) -> list[Path]:
+    """Complete checkpoints of any lineage, by step."""
+    found = [path.parent for path in folder.glob("step-*/complete.json")]
+    return sorted((path for path in found if _STEP.fullmatch(path.name)), key=step_of)
+
+
+def current_lineage(folder: Path) -> Lineage:
+    """The lineage of the run whose checkpoints lie here.
+
+    That of `lineage.json`; without one (another version wrote here, or somebody copied checkpoints)
+    that of the newest checkpoint.
+    """
+    known = lineage.read_file(folder / lineage.FILE)
+    found = (lineage.of_checkpoint(path) for path in reversed(all_complete(folder)))
+    return known or next((line for line in found if line), lineage.LEGACY)
+
+
 def complete_checkpoints(folder: Path) -> list[Path]:
-    """Complete checkpoints, oldest first."""
-    found = sorted(folder.glob("step-*/complete.json"))
-    return [path.parent for path in found if path.parent.suffix != ".partial"]
+    """Complete checkpoints of the run's lineage, oldest first."""
+    line = current_lineage(folder)
+    return [path for path in all_complete(folder) if belongs(path, line)]
+
+
+def belongs(path: Path, line: Lineage) -> bool:
+    """Whether a checkpoint is of a lineage; one that does not say so is taken for it."""
+    own = lineage.of_checkpoint(path)
+    return own is None or line.holds(own.attempt, step_of(path))
+
+
+def strangers(folder: Path) -> list[Path]:
+    """Complete checkpoints that lie here and are of another lineage, by step."""
+    line = current_lineage(folder)
+    return [path for path in all_complete(folder) if not belongs(path, line)]
 
 
 def remains(folder: Path) -> list[Path]:
     """What a crash left of checkpoints that it cut short, in being written or removed."""
-    complete = set(complete_checkpoints(folder))
+    complete = set(all_complete(folder))
     return [path for path in sorted(folder.glob("step-*")) if path not in complete]
 
 
@@ -134,8 +168,13 @@ def begin_write(
     return Write(step, partial, thread, failure)
 
 
-def publish(write: Write, ranks: int) -> Path:
+def publish(write: Write, ranks: int, line: Lineage | None = None) -> Path:
     """Make a fully written checkpoint the newest complete one (rank 0, after all ranks are done).
+
+    Args:
+        write: this rank's part.
+        ranks: their number.
+        line: the lineage that the checkpoint belongs to; None: the folder's.
 
     Raises:
         CheckpointError: the marker cannot be written (disk full, folder gone).
@@ -147,7 +186,9 @@ def publish(write: Write, ranks: int) -> Path:
             for r in range(ranks)
         ]
         files.append(_fingerprint(write.partial / "state.json"))
-        _write_json(write.partial / "complete.json", {"files": files})
+        line = line or current_lineage(final.parent)
+        marker = {"lineage": line.as_json(), "files": files}
+        _write_json(write.partial / "complete.json", marker)
         _sync(write.partial)
         remove(final)  # there, if the run went back before it and has reached it again
         os.rename(write.partial, final)
@@ -158,7 +199,10 @@ def publish(write: Write, ranks: int) -> Path:
 
 
 def prune(folder: Path, keep_last: int, keep_every: int | None) -> None:
-    """Remove all complete checkpoints but the last ones and those at multiples of `keep_every`."""
+    """Remove the run's complete checkpoints but the last ones and multiples of `keep_every`.
+
+    Those of another lineage are neither removed nor counted.
+    """
     for path in complete_checkpoints(folder)[:-keep_last]:
         if keep_every is None or step_of(path) % keep_every:
             remove(path)
@@ -221,9 +265,10 @@ class CheckpointReader:
             self.state: dict[str, Any] = json.loads((path / "state.json").read_text())
         except (OSError, ValueError) as error:
             raise CheckpointError(f"{path}: no readable checkpoint ({error})") from None
-        if self.state["format"] != FORMAT:
+        found = self.state.get("format") if isinstance(self.state, dict) else None
+        if found != FORMAT:
             raise CheckpointError(
-                f"{path}: checkpoint format {self.state['format']}, this version reads {FORMAT}; "
+                f"{path}: checkpoint format {found}, this version reads {FORMAT}; "
                 "train on with the version that wrote it, or start another run"
             )
         self.ranks: int = self.state["ranks"]
@@ -274,6 +319,8 @@ def _elements(shape: list[int]) -> int:
 def candidates(folder: Path, resume: str) -> Iterator[Path]:
     """Checkpoints to try, best first, for `--resume auto|never|PATH`.
 
+    PATH is a checkpoint, a folder of them, or a run folder.
+
     Raises:
         ConfigError: a path was named and holds no complete checkpoint.
     """
@@ -284,7 +331,7 @@ def candidates(folder: Path, resume: str) -> Iterator[Path]:
         return
     path = Path(resume)
     if not (path / "complete.json").is_file():
-        inside = complete_checkpoints(path)
+        inside = complete_checkpoints(path) or complete_checkpoints(path / "checkpoints")
         if not inside:
             raise ConfigError(f"--resume {resume}: no complete checkpoint there (no complete.json)")
         path = inside[-1]

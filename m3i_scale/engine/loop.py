@@ -28,7 +28,7 @@ from m3i_scale.objective.balance import LossBalance
 from m3i_scale.objective.inputs import MixedBatch, build_input
 from m3i_scale.objective.momentum import ema_coefficient
 
-log = logging.getLogger("m3i")
+log = logging.getLogger(__name__)
 
 
 class Stream(Protocol):
@@ -61,6 +61,7 @@ class Run:
     balance: LossBalance
     saver: Saver
     save_every: int
+    stated: dict[str, Any] = field(default_factory=dict)  # about itself, in every checkpoint
     speed: Speed | None = None  # on rank 0, which writes the metrics
     stop: StopFlag | None = None  # of this rank
     stopping: bool = False  # whether any rank was asked to stop, when the last step ended
@@ -78,12 +79,20 @@ class UnstableError(RuntimeError):
     for_users = True
 
 
+class CategoryError(ValueError):
+    """A sample's category is beyond the classifier."""
+
+    for_users = True
+    on_one_rank = True
+
+
 def pretrain(run: Run, stop: StopFlag, metrics: MetricLog) -> bool:
     """Train to the end of the schedule; False if it stopped before because it was asked to.
 
     Raises:
         UnstableError: `engine.max_nonfinite_steps` steps in a row had non-finite gradients, or
             the loss rose above `engine.spike_factor` times its average.
+        CategoryError: a sample has a category beyond `model.categories`.
         CheckpointError: the last checkpoint could not be written.
     """
     run.saver.remove_leftovers()
@@ -99,6 +108,11 @@ def _train(run: Run, stop: StopFlag, metrics: MetricLog, watchdog: Watchdog) -> 
     run.stop = stop
     batches = open_batches(run)
     skipped_in_a_row, average_loss = 0, RunningMean()
+    if progress.step >= run.schedule.total and run.world.is_main:
+        log.info(
+            "nothing to do: %d steps are done and optimizer.duration asks for %d (%s)",
+            progress.step, run.schedule.total, config.optimizer.duration,
+        )  # fmt: skip
     while progress.step < run.schedule.total:
         values, updated = train_step(run, batches)
         skipped_in_a_row = 0 if updated else skipped_in_a_row + 1
@@ -111,14 +125,24 @@ def _train(run: Run, stop: StopFlag, metrics: MetricLog, watchdog: Watchdog) -> 
         progress.position += run.split.batch
 
         run.saver.poll()
-        last = progress.step == run.schedule.total
+        if run.stopping:
+            _say_stopping(run, stop)
+        last = progress.step >= run.schedule.total
         if run.stopping or last or progress.step % run.save_every == 0:
             save(run)
         if run.stopping:
             break
     if not run.saver.finish():
         raise CheckpointError("the last checkpoint could not be written; see the messages above")
-    return progress.step == run.schedule.total
+    return progress.step >= run.schedule.total
+
+
+def _say_stopping(run: Run, stop: StopFlag) -> None:
+    """On rank 0 that the run stops; on the rank that was asked, by what."""
+    if stop.raised_by is not None:
+        log.warning("asked to stop by %s, saving step %d", stop.raised_by, run.progress.step)
+    elif run.world.is_main:
+        log.warning("another rank was asked to stop, saving step %d", run.progress.step)
 
 
 def train_step(run: Run, batches: Timed) -> tuple[dict[str, float], bool]:
@@ -165,7 +189,9 @@ def train_step(run: Run, batches: Timed) -> tuple[dict[str, float], bool]:
 def save(run: Run) -> None:
     """Start a checkpoint of where the run stands, after the one before has ended."""
     copy = run.config.checkpoint.background
-    state = snapshot(run.sharded, run.world, run.progress, run.balance, copy=copy)
+    state = snapshot(
+        run.sharded, run.world, run.progress, run.balance, stated=run.stated, copy=copy
+    )
     run.saver.save(run.progress.step, *state)
 
 
@@ -191,6 +217,7 @@ def _batches(run: Run) -> Iterable[Any]:
 def _prepare(run: Run, batch: Any) -> MixedBatch:
     """Move a batch to the device, distort and mix it there."""
     config = run.config
+    _require_categories(batch, config)
     prepared = build_input(
         batch.to(run.world.device),
         config.objective.input,
@@ -204,6 +231,24 @@ def _prepare(run: Run, batch: Any) -> MixedBatch:
             picture, prepared, config.data.mean, config.data.std, config.objective.input.patch
         )
     return prepared
+
+
+def _require_categories(batch: Any, config: Config) -> None:
+    """Refuse a label that the classifier has no row for, while the batch is on the CPU.
+
+    On a GPU it would end in an assertion of the device, without a name.
+    """
+    categories = config.model.categories
+    if "category" not in config.objective.representations or not len(batch):
+        return
+    largest = int(batch.category.max())
+    if largest >= categories:
+        key = batch.key[int(batch.category.argmax())]
+        raise CategoryError(
+            f"sample {key} has category {largest}, but model.categories is {categories}, for "
+            f"categories 0 to {categories - 1}; set model.categories={largest + 1} or more before "
+            "the first start of the run, or mend the labels"
+        )
 
 
 def _figures(run: Run, outputs: dict[str, Tensor], weight: float) -> dict[str, Tensor]:

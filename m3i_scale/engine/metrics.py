@@ -26,7 +26,7 @@ from m3i_scale.config import Config, dump_config
 from m3i_scale.profiling.flops import step_flops
 from m3i_scale.profiling.peaks import dense_bf16_peak
 
-log = logging.getLogger("m3i")
+log = logging.getLogger(__name__)
 
 PACKAGES = (
     "torch",
@@ -92,6 +92,7 @@ class MetricLog:
         if not is_main:
             return
         self._path = folder / "metrics.jsonl"
+        folder.mkdir(parents=True, exist_ok=True)
         self._file = self._path.open("ab", buffering=0)
         _drop_torn_line(self._path)
         self._unwritten = b""

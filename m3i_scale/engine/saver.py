@@ -13,10 +13,11 @@ from torch import Tensor
 
 from m3i_scale.cluster.launch import World
 from m3i_scale.config import ConfigError
-from m3i_scale.engine import checkpoint
+from m3i_scale.engine import checkpoint, lineage
 from m3i_scale.engine.checkpoint import CheckpointError, CheckpointReader, Write
+from m3i_scale.engine.lineage import Lineage
 
-log = logging.getLogger("m3i")
+log = logging.getLogger(__name__)
 
 
 class Saver:
@@ -37,6 +38,7 @@ class Saver:
     ) -> None:
         self.folder = folder
         self.last_good: Path | None = None
+        self.lineage: Lineage | None = None  # of this start of training, on rank 0
         self._world = world
         self._keep = (keep_last, keep_every)
         self._background = background
@@ -76,7 +78,7 @@ class Saver:
         problem = "; ".join(write.failure)
         if not self._any_rank(bool(problem)) and self._world.is_main:
             try:
-                self.last_good = checkpoint.publish(write, self._world.size)
+                self.last_good = checkpoint.publish(write, self._world.size, self.lineage)
                 checkpoint.prune(self.folder, *self._keep)
             except CheckpointError as error:
                 problem = str(error)
@@ -105,15 +107,22 @@ def any_rank(flag: bool, world: World) -> bool:
 def newest_good(folder: Path, resume: str, world: World) -> CheckpointReader | None:
     """Open the newest undamaged checkpoint for `--resume`; damaged ones are named and passed over.
 
+    Args:
+        folder: the run's checkpoints.
+        resume: "auto", "never", or the path of a checkpoint, of a folder of them, or of a run.
+        world: this rank.
+
     Raises:
         ConfigError: a checkpoint was asked for by path and it is damaged or not there.
+        CheckpointError: there are checkpoints of this run and all of them are damaged.
     """
-    if world.is_main and resume == "auto":
-        for path in checkpoint.remains(folder):
-            log.warning("%s was never completed and is passed over", path)
+    resume = _of_a_restart(folder, resume, world)
     found = checkpoint.candidates(folder, resume)
     if resume == "auto":
+        if world.is_main:
+            _say_passed_over(folder)
         found = _agreed(found, folder, world)
+    damaged = 0
     for path in found:
         problem = checkpoint.verify(path, world.rank, world.size)
         if not any_rank(problem is not None, world):
@@ -124,7 +133,40 @@ def newest_good(folder: Path, resume: str, world: World) -> CheckpointReader | N
             raise ConfigError(f"--resume {resume}: {path} is damaged; choose another one")
         if world.is_main:
             log.warning("%s is passed over, trying the one before", path)
+        damaged += 1
+    if damaged:
+        raise CheckpointError(
+            f"all {damaged} checkpoints in {folder} are damaged or cannot be read, as said above; "
+            "mend the file system, resume another checkpoint with --resume PATH, or train from the "
+            "beginning with --resume never, which sets them aside"
+        )
     return None
+
+
+def _say_passed_over(folder: Path) -> None:
+    for path in checkpoint.remains(folder):
+        log.warning("%s was never completed and is passed over", path)
+    for path in checkpoint.strangers(folder):
+        log.warning("%s is of another lineage and is passed over", path)
+
+
+def _of_a_restart(folder: Path, resume: str, world: World) -> str:
+    """`resume`, or "auto" if this is a restart of the job that has obeyed it already (collective).
+
+    A scheduler starts a job again with the same words: `--resume never` must not begin anew at
+    every restart, nor must a path go back to the same checkpoint.
+    """
+    if resume == "auto":
+        return resume
+    known = lineage.read_file(folder / lineage.FILE) if world.is_main else None
+    job = lineage.this_job()
+    again = known is not None and known.job == job and job is not None and lineage.restarts() > 0
+    if not any_rank(again, world):
+        return resume
+    if world.is_main:
+        log.warning("job %s has been restarted and goes on; --resume %s was for its first start",
+                    job, resume)  # fmt: skip
+    return "auto"
 
 
 def _agreed(found: Iterator[Path], folder: Path, world: World) -> Iterator[Path]:

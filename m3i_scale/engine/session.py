@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
 
-from m3i_scale.cluster.launch import World
+from m3i_scale.cluster.launch import World, from_rank_0
 from m3i_scale.config import Config
+from m3i_scale.engine import agreement, run_folder
 from m3i_scale.engine.checkpoint import CheckpointReader
+from m3i_scale.engine.lock import RunLock
 from m3i_scale.engine.loop import Run, Stream, UnstableError, pretrain
 from m3i_scale.engine.metrics import MetricLog, measure_speed, write_provenance
 from m3i_scale.engine.saver import Saver, newest_good
@@ -16,7 +22,26 @@ from m3i_scale.engine.stop import StopFlag
 from m3i_scale.engine.zero import build, deepspeed_config
 from m3i_scale.objective.balance import LossBalance
 
-log = logging.getLogger("m3i")
+log = logging.getLogger(__name__)
+
+
+def train(run: Run, stop: StopFlag) -> bool:
+    """Train with a record of it; False if it stopped before its end because it was asked to.
+
+    Raises:
+        as `loop.pretrain`.
+    """
+    record = MetricLog(
+        run.folder,
+        is_main=run.world.is_main,
+        total=run.schedule.total,
+        first=run.progress.step,
+        tensorboard=run.config.logging.tensorboard,
+    )
+    try:
+        return pretrain_through(run, stop, record)
+    finally:
+        record.close()
 
 
 def pretrain_through(run: Run, stop: StopFlag, record: MetricLog) -> bool:
@@ -45,10 +70,19 @@ def rewind(run: Run, skip_to: int) -> None:
     run.progress = restore(reader, run.sharded, run.world, run.balance, run.config.seed)
     run.progress.position, run.progress.skipped = skip_to, skipped
     reader.close()
+    begin(run)
 
 
 def open_run(
-    config: Config, world: World, stream: Stream, *, epoch_samples: int, resume: str
+    config: Config,
+    world: World,
+    stream: Stream,
+    *,
+    epoch_samples: int,
+    resume: str,
+    accept: Sequence[str] = (),
+    sources: Sequence[Mapping[str, Any]] = (),
+    write: bool = True,
 ) -> Run:
     """Build networks and optimiser, and load the newest good checkpoint if there is one.
 
@@ -57,11 +91,15 @@ def open_run(
         world: this rank.
         stream: where batches come from.
         epoch_samples: samples in one pass over all sources.
-        resume: "auto", "never", or the path of a checkpoint or of a folder of them.
+        resume: "auto", "never", or the path of a checkpoint, of a folder of them, or of a run.
+        accept: keys of `agreement.statement` that may differ from the checkpoint's.
+        sources: what each source is (`data.Stream.identities`), for the same statement.
+        write: make the run folder this run's. False to look only: nothing is written.
 
     Raises:
-        ConfigError: the batch, the schedule or the checkpoint asked for is impossible.
-        CheckpointError: the checkpoint is of other networks.
+        ConfigError: the batch, the schedule or the checkpoint asked for is impossible, the
+            checkpoint is of another order, or the folder cannot be written.
+        CheckpointError: the checkpoint is of other networks, or none is undamaged.
     """
     spec = config.optimizer
     split = split_batch(spec.global_batch_size, spec.max_micro_batch, world.size)
@@ -75,7 +113,13 @@ def open_run(
         and keep_every.steps(batch=spec.global_batch_size, epoch_samples=epoch_samples),
         background=config.checkpoint.background,
     )
+    stated = {
+        "order": agreement.statement(config, sources),
+        "candidates": plan.micro * world.size,
+    }
     reader = newest_good(saver.folder, resume, world)
+    if reader is not None:
+        _compare(reader, stated, accept, config, world)
     sharded = build(config, world, split)
     balance = config.objective.balance
     weighing = LossBalance(active=False)
@@ -93,6 +137,7 @@ def open_run(
         save_every=config.checkpoint.every.steps(
             batch=spec.global_batch_size, epoch_samples=epoch_samples
         ),
+        stated=stated,
         speed=measure_speed(config, world.device) if world.is_main else None,
     )
     if reader is not None:
@@ -100,6 +145,56 @@ def open_run(
         saver.last_good = reader.path
         reader.close()
         log.info("resumed from %s at step %d", reader.path, run.progress.step)
-    if world.is_main:
-        write_provenance(run.folder, config, deepspeed_config(config, split))
+    if write:
+        begin(run)
     return run
+
+
+def begin(run: Run) -> None:
+    """Make the run folder this run's: lineage, provenance, other lineages set aside (collective).
+
+    Raises:
+        ConfigError: the folder cannot be written.
+    """
+    saver = run.saver
+
+    def work() -> None:
+        saver.lineage = run_folder.begin(run.folder, saver.last_good, run.progress.step)
+        write_provenance(run.folder, run.config, deepspeed_config(run.config, run.split))
+
+    from_rank_0(run.world, work)
+
+
+@contextlib.contextmanager
+def hold(folder: Path, world: World) -> Iterator[None]:
+    """Own a run folder, on rank 0 for all ranks (a collective).
+
+    Raises:
+        ConfigError: another start owns it, or it cannot be written.
+    """
+    with contextlib.ExitStack() as stack:
+        from_rank_0(world, lambda: _enter(stack, folder))
+        yield
+
+
+def _enter(stack: contextlib.ExitStack, folder: Path) -> None:
+    stack.enter_context(RunLock(folder))
+
+
+def _compare(
+    reader: CheckpointReader,
+    stated: dict[str, Any],
+    accept: Sequence[str],
+    config: Config,
+    world: World,
+) -> None:
+    """Refuse a checkpoint of another order; say what differs and is accepted."""
+    said = agreement.require_agreement(
+        reader.path, reader.state.get("order"), stated["order"], accept
+    )
+    moved = agreement.candidates_phrase(
+        reader.state, world.size, stated["candidates"], contrastive=agreement.contrastive(config)
+    )
+    if world.is_main:
+        for phrase in [*said, *filter(None, [moved])]:
+            log.warning("%s", phrase)

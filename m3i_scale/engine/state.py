@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,12 +26,19 @@ class Progress:
 
 
 def snapshot(
-    sharded: Sharded, world: World, progress: Progress, balance: LossBalance, *, copy: bool = True
+    sharded: Sharded,
+    world: World,
+    progress: Progress,
+    balance: LossBalance,
+    *,
+    stated: Mapping[str, Any] | None = None,
+    copy: bool = True,
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """This rank's tensors in CPU memory, and the state that all ranks share.
 
     The tensors are private copies, or with `copy` False, on a CPU, the living ones: for a write
     that ends before the next step, where memory does not hold a second copy of everything.
+    `stated` are further entries of the state, what the run says about itself (`agreement`).
     """
     tensors = {
         key: view[: own.stop - own.start].detach().to("cpu", copy=copy)
@@ -51,6 +58,7 @@ def snapshot(
         "balance": balance.state_dict(),
         "shapes": parameter_shapes(sharded.model),
         "buffers": buffer_shapes(sharded.model),
+        **(stated or {}),
     }
     return tensors, state
 

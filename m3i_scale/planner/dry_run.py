@@ -6,35 +6,10 @@ from collections.abc import Iterator
 
 from torch import nn
 
+from m3i_scale.engine import agreement
 from m3i_scale.engine.loop import Run
-from m3i_scale.engine.zero import DTYPES
-
-
-def state_memory(run: Run) -> dict[str, int]:
-    """Bytes per rank of what lives as long as the run, by kind; activations come on top."""
-    ranks = run.world.size
-    width = DTYPES[run.config.engine.precision].itemsize
-    trained = _elements(run.sharded.model, trained=True)
-    return {
-        "weights": trained * width // ranks,
-        "fp32 master weights": trained * 4 // ranks if width < 4 else 0,
-        "gradients (fp32)": trained * 4 // ranks,
-        "Adam moments (fp32)": trained * 8 // ranks,
-        **_teacher_memory(run),
-    }
-
-
-def _teacher_memory(run: Run) -> dict[str, int]:
-    teacher = getattr(run.sharded.model, "teacher", None)
-    if teacher is None:
-        return {}
-    weights = sum(_numel(p) for p in teacher.parameters())
-    width = DTYPES[run.config.engine.precision].itemsize
-    copies = run.world.size if run.config.engine.teacher == "sharded" else 1
-    return {
-        f"teacher ({run.config.engine.teacher})": weights * width // copies,
-        "teacher averages (fp32)": 4 * weights // run.world.size,
-    }
+from m3i_scale.planner.estimate import lasting_memory
+from m3i_scale.profiling.trace import Weight
 
 
 def describe(run: Run, sources: dict[str, dict[str, int | float | str]]) -> str:
@@ -56,11 +31,27 @@ def _networks(run: Run) -> Iterator[str]:
 
 
 def _memory(run: Run) -> Iterator[str]:
-    kinds = state_memory(run)
-    precision = run.config.engine.precision
-    yield f"memory per rank on {run.world.size} ranks in {precision}, without activations"
-    for kind, size in {**kinds, "in all": sum(kinds.values())}.items():
-        yield f"  {kind:26s} {size / 2**30:12.3f} GiB"
+    """What lives as long as the run, as `m3i plan` counts it."""
+    ranks, precision = run.world.size, run.config.engine.precision
+    device, host = lasting_memory(run.config, _weights(run), ranks, run.split)
+    yield f"memory per rank on {ranks} ranks in {precision}, without activations"
+    for kinds, where in ((device, ""), (host, " (host)")):
+        for kind, size in kinds.items():
+            if size:
+                yield f"  {kind + where:24s} {size / 2**30:12.3f} GiB"
+        if kinds:
+            yield f"  {'in all' + where:24s} {sum(kinds.values()) / 2**30:12.3f} GiB"
+
+
+def _weights(run: Run) -> list[Weight]:
+    """All weights, a teacher's outside of the engine's module among them."""
+    found = dict(run.sharded.model.named_parameters())
+    if run.sharded.teacher is not None:
+        found |= run.sharded.teacher.teacher.named_parameters("teacher")
+    return [
+        Weight(name, name.rpartition(".")[0], _numel(p), p.requires_grad)
+        for name, p in found.items()
+    ]
 
 
 def _length(run: Run) -> Iterator[str]:
@@ -68,11 +59,7 @@ def _length(run: Run) -> Iterator[str]:
     yield "length"
     parts = f"{plan.micro} x {plan.accumulation} accumulated x {run.world.size} ranks"
     yield f"  batch {plan.batch} = {parts}"
-    targets = run.config.objective.targets
-    among_samples = any(
-        t.regularisation == "negatives" and t.representation != "category" for t in targets
-    )
-    if plan.accumulation > 1 and among_samples:
+    if plan.accumulation > 1 and agreement.contrastive(run.config):
         # Every micro-step has a softmax of its own: accumulation brings no further negatives.
         yield f"  negatives come from the {plan.micro * run.world.size} samples of a micro-step"
     yield f"  {schedule.total} steps ({run.config.optimizer.duration}), warm-up {schedule.warmup}"

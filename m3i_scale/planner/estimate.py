@@ -157,10 +157,7 @@ def make_plan(
     )
     deepspeed = deepspeed_config(config, batch)
     widths = Widths.of(config, deepspeed)
-    whole = config.engine.teacher == "whole"
-    state = state_memory(traced.weights, cluster.ranks, widths, deepspeed, whole=whole)
-    offloaded = (memory.MASTER, memory.MOMENTS, memory.GRADIENTS)
-    host = {k: state.pop(k) for k in offloaded if config.engine.zero.offload_optimizer}
+    state, host = lasting_memory(config, traced.weights, cluster.ranks, batch)
     flow = step_flow(config, traced, cluster.ranks, batch, deepspeed, checkpointed=checkpointed)
     acts = activations(traced, checkpointed)
     trained = sum(w.elements for w in traced.weights if w.trained)
@@ -269,6 +266,18 @@ def state_memory(
         large = (w.elements for w in gathered if w.elements > threshold)
         state[HPZ] = sum(shard(elements, hpz) for elements in large) * widths.compute
     return state
+
+
+def lasting_memory(
+    config: Config, weights: list[Weight], ranks: int, batch: BatchSplit
+) -> tuple[dict[str, float], dict[str, float]]:
+    """Bytes per rank of what lives as long as the run, by kind: on the device, in the host."""
+    deepspeed = deepspeed_config(config, batch)
+    whole = config.engine.teacher == "whole"
+    state = state_memory(weights, ranks, Widths.of(config, deepspeed), deepspeed, whole=whole)
+    offloaded = (memory.MASTER, memory.MOMENTS, memory.GRADIENTS)
+    host = {k: state.pop(k) for k in offloaded if config.engine.zero.offload_optimizer}
+    return state, host
 
 
 def activations(traced: Trace, checkpointed: bool | None = None) -> Activations:

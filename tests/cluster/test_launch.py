@@ -1,7 +1,12 @@
 from __future__ import annotations
 
+import logging
+import re
+from pathlib import Path
+
 import pytest
 
+from m3i_scale.cluster import launch
 from m3i_scale.cluster.launch import choose_device, rank_variables
 from m3i_scale.config import ConfigError
 
@@ -22,6 +27,65 @@ def test_srun_gives_ranks_through_slurms_variables():
 def test_srun_without_a_meeting_point_says_what_to_export():
     with pytest.raises(ConfigError, match="MASTER_ADDR"):
         rank_variables(SLURM)
+
+
+@pytest.mark.parametrize(
+    ("variable", "value"),
+    [("SLURM_LOCALID", "1"), ("OMPI_COMM_WORLD_LOCAL_RANK", "1"), ("MPI_LOCALRANKID", "1")],
+)
+def test_a_rank_without_local_rank_takes_its_number_on_the_node(variable, value):
+    found = rank_variables({"RANK": "3", "WORLD_SIZE": "4", **MEETING, variable: value})
+    assert found["LOCAL_RANK"] == "1"
+
+
+def test_ranks_that_would_all_take_the_first_gpu_are_refused():
+    with pytest.raises(ConfigError, match="export LOCAL_RANK"):
+        rank_variables({"RANK": "3", "WORLD_SIZE": "4", **MEETING})
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({"RANK": "3"}, "WORLD_SIZE is not set"),
+        ({"WORLD_SIZE": "4"}, "RANK is not set"),
+        ({"RANK": "4", "WORLD_SIZE": "4", "LOCAL_RANK": "0", **MEETING}, "ranks count from 0"),
+        ({"RANK": "one", "WORLD_SIZE": "4", **MEETING}, "whole number"),
+        ({"RANK": "1", "WORLD_SIZE": "4", "LOCAL_RANK": "1"}, "MASTER_ADDR and MASTER_PORT"),
+    ],
+)
+def test_half_a_launcher_is_refused(given, said):
+    with pytest.raises(ConfigError, match=said):
+        rank_variables(given)
+
+
+def test_one_rank_of_a_launcher_meets_nobody_and_needs_no_given_port():
+    given = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", **MEETING}
+    found = rank_variables(given)
+    assert found["MASTER_PORT"] != MEETING["MASTER_PORT"]
+    assert found["MASTER_ADDR"] == "127.0.0.1"
+
+
+@pytest.mark.parametrize(
+    "name", ["m3i_scale.engine.loop", "m3i_scale.data.stream", "m3i_kernels._backend"]
+)
+def test_every_module_of_both_packages_is_heard(name, capfd):
+    before = {package: vars(logging.getLogger(package)).copy() for package in launch.PACKAGES}
+    try:
+        launch.setup_logging(0)
+        logging.getLogger(name).info("a word of %s", name)
+    finally:
+        for package, state in before.items():
+            vars(logging.getLogger(package)).update(state)
+            logging.getLogger(package).manager._clear_cache()
+    assert f"[rank 0] a word of {name}" in capfd.readouterr().err
+
+
+def test_every_module_has_a_logger_of_its_name():
+    root = Path(launch.__file__).parents[2]
+    for folder in ("m3i_scale", "kernels/m3i_kernels"):
+        for path in (root / folder).rglob("*.py"):
+            for call in re.findall(r"^\w+ = logging\.getLogger\((.*)\)", path.read_text(), re.M):
+                assert call == "__name__", path
 
 
 def test_alone_without_any_launcher():

@@ -12,6 +12,7 @@ from test_checkpoint import write
 from m3i_scale.cluster.launch import World
 from m3i_scale.config import ConfigError
 from m3i_scale.engine import checkpoint
+from m3i_scale.engine.checkpoint import CheckpointError
 from m3i_scale.engine.saver import Saver, newest_good
 
 ALONE = World(0, 0, 1, torch.device("cpu"))
@@ -20,9 +21,9 @@ ALONE = World(0, 0, 1, torch.device("cpu"))
 @pytest.fixture(autouse=True)
 def heard(caplog: pytest.LogCaptureFixture) -> pytest.LogCaptureFixture:
     """Log records, whether or not a test before has made the logger speak elsewhere."""
-    logger = logging.getLogger("m3i")
+    logger = logging.getLogger("m3i_scale")
     logger.handlers[:], logger.propagate = [], True
-    caplog.set_level(logging.INFO, "m3i")
+    caplog.set_level(logging.INFO, "m3i_scale")
     return caplog
 
 
@@ -51,9 +52,13 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_is_taken(tmp_path, hea
     assert "passed over" in heard.text
 
 
-def test_none_is_better_than_a_damaged_one(tmp_path):
+def test_when_all_are_damaged_nothing_begins_anew_unasked(tmp_path):
+    """A file system that fails must not cost a run of weeks."""
     flip(write(tmp_path, 1, 2) / TENSORS)
-    assert newest_good(tmp_path, "auto", ALONE) is None
+    flip(write(tmp_path, 2, 2) / TENSORS)
+    with pytest.raises(CheckpointError, match="all 2 checkpoints in .* --resume never"):
+        newest_good(tmp_path, "auto", ALONE)
+    assert newest_good(tmp_path, "never", ALONE) is None
 
 
 def test_a_damaged_checkpoint_that_was_asked_for_is_refused(tmp_path):

@@ -12,6 +12,9 @@ from m3i_scale.config import Config
 from m3i_scale.engine.schedules import make_schedule, split_batch
 from m3i_scale.objective.m3i import M3I
 from m3i_scale.planner.dry_run import describe
+from m3i_scale.planner.estimate import Cluster, make_plan
+from m3i_scale.planner.gpus import gpu
+from m3i_scale.profiling.trace import survey
 
 
 def report(tree: dict, ranks: int) -> str:
@@ -40,6 +43,28 @@ def test_accumulation_takes_negatives_away_and_that_is_said(small_tree, micro, l
     said = report(small_tree, ranks=2)
     assert line in said
     assert ("negatives" in said) == (micro == 2)
+
+
+@pytest.mark.parametrize(
+    "engine",
+    [
+        {"precision": "bf16"},
+        {"precision": "bf16", "zero": {"offload_optimizer": True}},
+        {"precision": "bf16", "zero": {"extra": {
+            "bf16": {"enabled": True, "bf16_master_weights_and_grads": True,
+                     "bf16_optimizer_states": True}}}},
+    ],
+)  # fmt: skip
+def test_memory_is_that_of_the_plan(small_tree, engine):
+    small_tree["engine"] = engine
+    config = Config.model_validate(small_tree)
+    cluster = Cluster(gpu("h100"), 1, 2)
+    plan = make_plan(config, survey(config, kernels=False), cluster)
+    said = report(small_tree, ranks=2)
+    for where, kinds in (("", plan.state), (" (host)", plan.host)):
+        total = sum(kinds.values()) / 2**30
+        assert not kinds or f"{'in all' + where:24s} {total:12.3f} GiB" in said
+    assert ("(host)" in said) == bool(plan.host)
 
 
 def test_classes_are_no_samples(small_tree):

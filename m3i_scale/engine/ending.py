@@ -1,0 +1,56 @@
+"""How a training process ends: exit codes, the sentence for the user, and the note for the job.
+
+0 finished; 2 something that a restart would not mend; 85 saved and stopped because it was asked to;
+87 stalled; 88 taken for dead by another start; 130 interrupted while starting; 1 anything else.
+
+With NCCL a rank that ends leaves the others waiting in a collective until they are killed, and what
+the launcher then reports is that kill. The rank therefore leaves its sentence in the file that
+`M3I_FAILURE` names, where the batch script finds it (slurm/common.sh).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import sys
+from pathlib import Path
+
+MISTAKE, CRASH, INTERRUPTED = 2, 1, 130
+NOTE = "M3I_FAILURE"
+
+# What the operating system will refuse again: full, forbidden, not what the path says.
+PERMANENT = {
+    errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOENT, errno.ENOTDIR,
+    errno.EISDIR, errno.EEXIST, errno.ENAMETOOLONG, errno.ELOOP, errno.EFBIG,
+}  # fmt: skip
+
+
+def exit_code(error: BaseException) -> int | None:
+    """The exit code of an error that one sentence explains; None for a fault of the program."""
+    if getattr(error, "for_users", False):
+        return int(getattr(error, "exit_code", MISTAKE))
+    if isinstance(error, OSError) and error.errno is not None:
+        return MISTAKE if error.errno in PERMANENT else CRASH
+    return None
+
+
+def explain(error: BaseException, code: int) -> None:
+    """Print the sentence, once for all ranks or on the rank that alone knows it."""
+    from m3i_scale.cluster.launch import os_error_sentence
+
+    alone = isinstance(error, OSError) or getattr(error, "on_one_rank", False)
+    rank = os.environ.get("RANK") or os.environ.get("SLURM_PROCID") or "0"
+    if rank != "0" and not alone:
+        return
+    sentence = os_error_sentence(error) if isinstance(error, OSError) else str(error)
+    print(f"error: {sentence}", file=sys.stderr, flush=True)
+    if code == MISTAKE and os.environ.get(NOTE):
+        with contextlib.suppress(OSError), Path(os.environ[NOTE]).open("a") as file:
+            file.write(f"rank {rank}: {sentence}\n")
+
+
+def interrupted(*_: object) -> None:
+    """Signal handler until training has one: end at once, with one line."""
+    os.write(sys.stderr.fileno(), b"interrupted before training began\n")
+    os._exit(INTERRUPTED)
