@@ -152,7 +152,12 @@ def build(config: Config, world: World) -> tuple[Callable[[], None], Any]:
 
     stream = synthetic.SyntheticStream(config)
     ready = session.open_run(
-        config, world, stream, epoch_samples=stream.epoch_samples, resume="never"
+        config,
+        world,
+        stream,
+        epoch_samples=stream.epoch_samples,
+        resume="never",
+        write=False,  # the run of that name, if there is one, is not touched
     )
     batches = loop.open_batches(ready)
 

@@ -76,7 +76,7 @@ def test_another_index_under_the_same_name_is_refused(small_tree):
 def test_a_target_more_or_less_is_refused(small_tree):
     fewer = json.loads(json.dumps(small_tree))
     fewer["objective"]["targets"].pop()
-    with pytest.raises(ConfigError, match="category_j.* is 'absent'"):
+    with pytest.raises(ConfigError, match=r"category_j.* is 'absent'"):
         require_agreement(CHECKPOINT, stated(small_tree), stated(fewer), [])
 
 

@@ -56,7 +56,7 @@ def test_when_all_are_damaged_nothing_begins_anew_unasked(tmp_path):
     """A file system that fails must not cost a run of weeks."""
     flip(write(tmp_path, 1, 2) / TENSORS)
     flip(write(tmp_path, 2, 2) / TENSORS)
-    with pytest.raises(CheckpointError, match="all 2 checkpoints in .* --resume never"):
+    with pytest.raises(CheckpointError, match=r"all 2 checkpoints in .* --resume never"):
         newest_good(tmp_path, "auto", ALONE)
     assert newest_good(tmp_path, "never", ALONE) is None
 
