@@ -135,7 +135,7 @@ def no_tokens(texts: list[str]) -> tuple[Tensor, Tensor]:
     return ids, torch.zeros_like(ids, dtype=torch.bool)
 
 
-def run(options: argparse.Namespace, config: Config) -> int:
+def run(options: argparse.Namespace, config: Config, launchers: dict[int, int | None]) -> int:
     """Build, train, and say how it ended."""
     from m3i_kernels import set_backend
 
@@ -149,7 +149,7 @@ def run(options: argparse.Namespace, config: Config) -> int:
     from m3i_scale.engine import session, stop
     from m3i_scale.planner import dry_run
 
-    flag = stop.StopFlag()
+    flag = stop.StopFlag(launchers=launchers)
     set_backend(config.engine.kernels)
     stream = build_stream(config)
     open_run = functools.partial(
@@ -176,9 +176,10 @@ def run(options: argparse.Namespace, config: Config) -> int:
 
 def main() -> int:
     """Run, and turn what a user can mend into one sentence."""
-    from m3i_scale.engine import ending
+    from m3i_scale.engine import ending, processes
 
     signal.signal(signal.SIGINT, ending.interrupted)
+    launchers = processes.launchers()  # now: one that dies while libraries load is missed later
     options = parse(sys.argv[1:])
     try:
         from m3i_scale.config import load_config
@@ -187,7 +188,7 @@ def main() -> int:
         if options.asked:
             print(getattr(config, options.asked))
             return 0
-        return run(options, config)
+        return run(options, config, launchers)
     except Exception as error:
         code = ending.exit_code(error)
         if code is None:

@@ -38,8 +38,8 @@ quoted() { printf "'%s'" "${1//\'/\'\'}"; }
 name_run() {
     [[ -z ${M3I_RUN:-} ]] || return 0
     local code
-    M3I_RUN=$("${python[@]}" -m m3i_scale.train --config "$M3I_CONFIG" "$@" --print run)
-    code=$?
+    M3I_RUN=$("${python[@]}" -m m3i_scale.train --config "$M3I_CONFIG" "$@" --print run | tail -n 1)
+    code=$?  # of Python: pipefail
     (( code == 2 )) && exit 2  # it has said why
     if (( code != 0 )) || [[ -z $M3I_RUN ]]; then
         # The interpreter may exist in srun's container only.

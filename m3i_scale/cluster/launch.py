@@ -11,6 +11,7 @@ import socket
 import sys
 import warnings
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -222,8 +223,13 @@ def finish() -> None:
         dist.destroy_process_group()
 
 
-def from_rank_0(world: World, action: Callable[[], None]) -> None:
+def from_rank_0(world: World, action: Callable[[], None], folder: Path) -> None:
     """Run `action` on rank 0; what it raises for users is raised on all ranks (a collective).
+
+    Args:
+        world: this rank.
+        action: what is to be done once.
+        folder: where it writes; named where the system does not say of which file it speaks.
 
     Raises:
         ConfigError: the action failed for a reason that a user can mend.
@@ -233,7 +239,7 @@ def from_rank_0(world: World, action: Callable[[], None]) -> None:
         try:
             action()
         except OSError as error:
-            said = [os_error_sentence(error)]
+            said = [os_error_sentence(error, folder)]
         except Exception as error:
             if not getattr(error, "for_users", False):
                 raise
@@ -244,10 +250,10 @@ def from_rank_0(world: World, action: Callable[[], None]) -> None:
         raise ConfigError(said[0])
 
 
-def os_error_sentence(error: OSError) -> str:
-    """What the operating system refused, and of which file."""
+def os_error_sentence(error: OSError, folder: Path | None = None) -> str:
+    """What the operating system refused, and of which file; in `folder` if it does not say."""
     what = error.strerror or str(error) or type(error).__name__
-    name = error.filename2 or error.filename
+    name = error.filename2 or error.filename or folder
     remedy = {
         errno.ENOSPC: "; make room there or choose another folder",
         errno.EDQUOT: "; make room within your quota or choose another folder",
@@ -257,7 +263,7 @@ def os_error_sentence(error: OSError) -> str:
         errno.ENOTDIR: "; a file stands where a folder is needed",
         errno.EEXIST: "; a file stands where a folder is needed",
     }.get(error.errno or 0, "")
-    return f"{os.fspath(name) if name is not None else 'a file'}: {what}{remedy}"
+    return f"{name}: {what}{remedy}" if name is not None else f"{what}{remedy}"
 
 
 def setup_logging(world_rank: int, level: int = logging.INFO) -> None:

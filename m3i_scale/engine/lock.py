@@ -83,8 +83,12 @@ class RunLock:
             handle = os.open(self._path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o644)
         except FileExistsError:
             return False
-        with os.fdopen(handle, "w") as file:
-            json.dump(self._mine, file, indent=1)
+        try:
+            with os.fdopen(handle, "w") as file:
+                json.dump(self._mine, file, indent=1)
+        except OSError:  # an empty lock would look like a start that is about to write it
+            self._path.unlink(missing_ok=True)
+            raise
         return True
 
     def _take_over(self) -> bool:

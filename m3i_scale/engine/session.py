@@ -162,7 +162,7 @@ def begin(run: Run) -> None:
         saver.lineage = run_folder.begin(run.folder, saver.last_good, run.progress.step)
         write_provenance(run.folder, run.config, deepspeed_config(run.config, run.split))
 
-    from_rank_0(run.world, work)
+    from_rank_0(run.world, work, run.folder)
 
 
 @contextlib.contextmanager
@@ -173,7 +173,7 @@ def hold(folder: Path, world: World) -> Iterator[None]:
         ConfigError: another start owns it, or it cannot be written.
     """
     with contextlib.ExitStack() as stack:
-        from_rank_0(world, lambda: _enter(stack, folder))
+        from_rank_0(world, lambda: _enter(stack, folder), folder)
         yield
 
 

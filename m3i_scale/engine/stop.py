@@ -21,18 +21,21 @@ class StopFlag:
     `patience` seconds after the first; a later one ends the process at once.
 
     A launcher that is killed does not take its ranks along: `deepspeed` dies of SIGTERM and leaves
-    them training for nobody. Each rank therefore looks for its launchers every second.
+    them training for nobody. Each rank therefore looks for its launchers every second; `launchers`
+    are those that it found when it started (`processes.launchers`), which may have gone since.
     """
 
     SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 
-    def __init__(self, *, patience: float = PATIENCE) -> None:
+    def __init__(
+        self, *, patience: float = PATIENCE, launchers: dict[int, int | None] | None = None
+    ) -> None:
         self.raised_by: str | None = None
         self._patience = patience
         self._first = 0.0
         for number in self.SIGNALS:
             signal.signal(number, self._raise)
-        self._launchers = processes.launchers()
+        self._launchers = processes.launchers() if launchers is None else launchers
         if self._launchers:
             threading.Thread(target=self._watch, name="launcher-watch", daemon=True).start()
 
