@@ -115,7 +115,7 @@ def open_run(
     )
     stated = {
         "order": agreement.statement(config, sources),
-        "candidates": plan.micro * world.size,
+        "candidates": split.micro * world.size,
     }
     reader = newest_good(saver.folder, resume, world)
     if reader is not None:
