@@ -33,7 +33,13 @@ LOCAL_RANKS = (
 )
 
 
-class PortTakenError(ConfigError):
+class RankError(ConfigError):
+    """Something is wrong with this rank, and perhaps with no other."""
+
+    on_one_rank = True
+
+
+class PortTakenError(RankError):
     """Another program listens where the ranks are to meet."""
 
     def __init__(self, address: str, port: str) -> None:
@@ -107,15 +113,15 @@ def _launched(environment: Mapping[str, str]) -> dict[str, str]:
     found = {name: environment[name] for name in names if name in environment}
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
         if not environment.get(name, "0").isdigit():
-            raise ConfigError(f"{name} is {environment[name]!r}: it must be a whole number")
+            raise RankError(f"{name} is {environment[name]!r}: it must be a whole number")
     rank, size = int(found["RANK"]), int(found["WORLD_SIZE"])
     if rank >= size:
-        raise ConfigError(f"RANK is {rank} and WORLD_SIZE is {size}: ranks count from 0")
+        raise RankError(f"RANK is {rank} and WORLD_SIZE is {size}: ranks count from 0")
     if size == 1:  # nobody else has to know the port, and the usual one may be taken
         found |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port())}
     missing = [name for name in names if name not in found]
     if missing:
-        raise ConfigError(
+        raise RankError(
             f"RANK is {rank} of {size} but {' and '.join(missing)} is not set; export the address "
             "and a free port of rank 0's node on all ranks"
         )
@@ -123,7 +129,7 @@ def _launched(environment: Mapping[str, str]) -> dict[str, str]:
         (n for n in ("LOCAL_RANK", *LOCAL_RANKS) if environment.get(n, "").isdigit()), None
     )
     if local is None and size > 1:
-        raise ConfigError(
+        raise RankError(
             f"RANK is {rank} of {size} but LOCAL_RANK is not set, so that all ranks of a node "
             "would take the same GPU; export LOCAL_RANK, the number of the rank on its node"
         )
@@ -138,19 +144,19 @@ def choose_device(wanted: str, precision: str, local_rank: int) -> torch.device:
     """
     gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if wanted == "cuda" and not gpus:
-        raise ConfigError(
+        raise RankError(
             "engine.device is cuda but PyTorch sees no GPU; check the driver with nvidia-smi, or "
             "set engine.device=cpu"
         )
     if wanted != "cpu" and gpus:
         if local_rank >= gpus:
-            raise ConfigError(
+            raise RankError(
                 f"local rank {local_rank} has no GPU of its own, this node shows {gpus}; start one "
                 "task per GPU"
             )
         return torch.device("cuda", local_rank)
     if precision == "fp16":
-        raise ConfigError("engine.precision fp16 needs a GPU; set engine.precision=bf16 or fp32")
+        raise RankError("engine.precision fp16 needs a GPU; set engine.precision=bf16 or fp32")
     return torch.device("cpu")
 
 

@@ -36,12 +36,17 @@ def exit_code(error: BaseException) -> int | None:
 
 
 def explain(error: BaseException, code: int) -> None:
-    """Print the sentence, once for all ranks or on the rank that alone knows it."""
+    """Print the sentence: once a node, or on the rank that alone knows it.
+
+    Once a node, because a file may be missing on one of them only, and no rank can ask the others
+    any more.
+    """
     from m3i_scale.cluster.launch import os_error_sentence
 
     alone = isinstance(error, OSError) or getattr(error, "on_one_rank", False)
     rank = os.environ.get("RANK") or os.environ.get("SLURM_PROCID") or "0"
-    if rank != "0" and not alone:
+    local = os.environ.get("LOCAL_RANK") or os.environ.get("SLURM_LOCALID") or rank
+    if local != "0" and not alone:
         return
     sentence = os_error_sentence(error) if isinstance(error, OSError) else str(error)
     print(f"error: {sentence}", file=sys.stderr, flush=True)

@@ -34,7 +34,9 @@ from m3i_scale.engine import lineage, processes
 log = logging.getLogger(__name__)
 
 BEAT = 5.0  # seconds between two signs of life
-STALE = 45.0  # seconds without one, after which an owner on another machine counts as dead
+# Seconds without one, after which an owner on another machine counts as dead: longer than an NFS
+# client may believe what it has cached of a folder (acdirmax, 60 s).
+STALE = 75.0
 SETTLE = 1.0  # seconds in which two starts that take over the same lock become visible
 LOST = 88  # exit code of an owner that has been given up for dead
 

@@ -78,8 +78,8 @@ def set_aside(folder: Path, line: Lineage, step: int) -> None:
         _keep_steps_before(folder / "metrics.jsonl", step)
     steps = ", ".join(str(checkpoint.step_of(path)) for path in others)
     log.warning(
-        "training starts at step %d; the checkpoints of steps %s are of another lineage and are "
-        "set aside in %s; remove it when it is no longer needed",
+        "training starts at step %d and leaves the checkpoints of steps %s behind; they are set "
+        "aside in %s, which can be removed when it is no longer needed",
         step,
         steps,
         aside,

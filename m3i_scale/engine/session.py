@@ -145,7 +145,7 @@ def open_run(
         saver.last_good = reader.path
         reader.close()
         log.info("resumed from %s at step %d", reader.path, run.progress.step)
-    if write:
+    if write and run.progress.step < schedule.total:  # else there is nothing to do
         begin(run)
     return run
 

@@ -53,13 +53,14 @@ def test_a_taken_port_is_mended_by_a_job_that_restarts_and_not_by_hand(monkeypat
         (ConfigError("bad key"), "0", True),
         (ConfigError("bad key"), "3", False),
         (CategoryError("bad key"), "3", True),
+        (launch.RankError("bad key"), "3", True),
         (OSError(errno.ENOSPC, "bad key", "file"), "3", True),
     ],
 )
 def test_the_rank_that_knows_says_it_and_notes_it(
     monkeypatch, tmp_path, capsys, variable, error, rank, said
 ):
-    for name in ("RANK", "SLURM_PROCID"):
+    for name in ("RANK", "SLURM_PROCID", "LOCAL_RANK", "SLURM_LOCALID"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv(variable, rank)
     note = tmp_path / "failure"
@@ -69,6 +70,13 @@ def test_the_rank_that_knows_says_it_and_notes_it(
     assert note.exists() == said
     if said:
         assert note.read_text().startswith(f"rank {rank}: ")
+
+
+def test_every_node_says_what_may_be_wrong_there_only(monkeypatch, capsys):
+    monkeypatch.setenv("RANK", "8")
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    ending.explain(ConfigError("there is no index"), 2)
+    assert "there is no index" in capsys.readouterr().err
 
 
 def test_what_may_pass_leaves_no_note(monkeypatch, tmp_path):

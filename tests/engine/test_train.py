@@ -111,8 +111,10 @@ def test_a_dry_run_writes_nothing(begun, tmp_path, overrides):
 
 @pytest.mark.parametrize("length", [2, 4])
 def test_a_run_that_is_longer_already_is_finished(begun, tmp_path, length):
+    before = (tmp_path / "small" / "config.yaml").read_text()
     code, said = train(*begun, f"optimizer.duration={length} steps")
     assert code == 0
+    assert (tmp_path / "small" / "config.yaml").read_text() == before
     assert f"nothing to do: 4 steps are done and optimizer.duration asks for {length}" in said
     assert steps(tmp_path) == [3, 4]
 
