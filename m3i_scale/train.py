@@ -28,15 +28,16 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="train.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--config", required=True, metavar="FILE", help="YAML file; see configs/")
-    parser.add_argument(
+    add = parser.add_argument
+    add("--config", required=True, metavar="FILE", help="YAML file; see configs/")
+    add(
         "--resume",
         default="auto",
         metavar="WHICH",
         help="auto (default: the newest good checkpoint of this run, if any), never, or the path "
         "of a checkpoint or run; a restart of the same job goes on with auto",
     )
-    parser.add_argument(
+    add(
         "--accept-change",
         action="append",
         default=[],
@@ -44,20 +45,17 @@ def parse(arguments: list[str]) -> argparse.Namespace:
         help="keys in which the run may differ from its checkpoint, though order, samples or loss "
         "depend on them; for instance data.lanes,seed",
     )
-    parser.add_argument(
-        "--dry-run",
-        action="store_true",
-        help="build everything, print model size, memory, steps and data, and stop; writes nothing",
-    )
-    parser.add_argument(
+    says = "build everything, print model size, memory, steps and data, and stop; writes nothing"
+    add("--dry-run", action="store_true", help=says)
+    add(
         "--print",
         dest="asked",
         choices=("run", "folder", "run_folder"),
         help="print this of the configuration, and stop",
     )
-    parser.add_argument("--version", action="version", version=_version())
-    parser.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)
-    parser.add_argument("overrides", nargs="*", metavar="a.b=value", help="changes to the file")
+    add("--version", action="version", version=_version())
+    add("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)
+    add("overrides", nargs="*", metavar="a.b=value", help="changes to the file")
     return parser.parse_intermixed_args(arguments)
 
 
