@@ -34,7 +34,7 @@ CHANGES = [
     ("seed", 7, "seed was 0 and is 7"),
     ("optimizer.global_batch_size", 16, "optimizer.global_batch_size was 8 and is 16"),
     ("data.lanes", 4, "data.lanes was 8 and is 4"),
-    ("data.chunk_megabytes", 1.0, "data.chunk_megabytes was 4.0 and is 1.0"),
+    ("data.chunk_mebibytes", 1.0, "data.chunk_mebibytes was 4.0 and is 1.0"),
     ("data.image_size", 32, "data.image_size was 64 and is 32"),
     ("data.mean", [0.5, 0.5, 0.5], "data.mean was"),
     ("data.augmentation.scale", [0.5, 1.0], "data.augmentation.scale was"),

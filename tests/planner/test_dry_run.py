@@ -14,7 +14,7 @@ from m3i_scale.objective.m3i import M3I
 from m3i_scale.planner.dry_run import describe
 from m3i_scale.planner.estimate import Cluster, make_plan
 from m3i_scale.planner.gpus import gpu
-from m3i_scale.profiling.trace import survey
+from m3i_scale.profiling.trace import trace
 
 
 def report(tree: dict, ranks: int) -> str:
@@ -59,7 +59,7 @@ def test_memory_is_that_of_the_plan(small_tree, engine):
     small_tree["engine"] = engine
     config = Config.model_validate(small_tree)
     cluster = Cluster(gpu("h100"), 1, 2)
-    plan = make_plan(config, survey(config, kernels=False), cluster)
+    plan = make_plan(config, trace(config, kernels=False), cluster)
     said = report(small_tree, ranks=2)
     for where, kinds in (("", plan.state), (" (host)", plan.host)):
         total = sum(kinds.values()) / 2**30
