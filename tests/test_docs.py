@@ -81,8 +81,10 @@ def every_field(root: type[Node]) -> Iterator[str]:
             yield from every_field(node)
 
 
+# Programs whose messages pages quote as `name: message`.
+PROGRAMS = {"slurmstepd"}
 OPTIONS = {name for kind in (InternImage, ViT) for name in inspect.signature(kind).parameters}
-FIELDS = {*every_field(Config), *every_field(Sweep), *OPTIONS, "base"}
+FIELDS = {*every_field(Config), *every_field(Sweep), *OPTIONS, *PROGRAMS, "base"}
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))

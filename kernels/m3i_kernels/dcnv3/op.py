@@ -9,7 +9,8 @@ from torch import Tensor
 
 from m3i_kernels.dcnv3 import choice
 from m3i_kernels.dcnv3.geometry import Geometry
-from m3i_kernels.dcnv3.kernel import dcnv3_backward_kernel, dcnv3_forward_kernel
+from m3i_kernels.dcnv3.kernel import dcnv3_forward_kernel
+from m3i_kernels.dcnv3.kernel_backward import dcnv3_backward_kernel
 from m3i_kernels.dcnv3.matrix_op import launch_matrix_backward, launch_matrix_forward
 
 _THREADS = 128
