@@ -24,14 +24,21 @@ stack of modules grows in a micro-step, which must be 0. `--json` prints one obj
     module_stack_growth      entries per micro-step
     parts                    seconds by part, of the last step; networks_alone is the forward and
                              backward pass without ZeRO, measured apart
+    overrides, origin        changes to the configuration; processor, versions, commit
+
+`host_fit.py` makes the host's part of `m3i plan` of such objects.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
+import datetime
 import functools
 import json
 import os
+import platform
+import re
 import statistics
 import sys
 import tempfile
@@ -94,6 +101,8 @@ class Finding(NamedTuple):
     collectives_after_step: int
     module_stack_growth: float
     parts: dict[str, float]
+    overrides: list[str]
+    origin: dict[str, str]  # processor, versions, commit
 
 
 # ---------------------------------------------------------------------------------- process group
@@ -354,7 +363,7 @@ def measure(options: argparse.Namespace, folder: Path) -> Finding:
     parts["rest of train_step"] = round(steps[-1] - sum(clock.spent.values()), 4)
     names = dict(run.sharded.model.named_parameters())
     return Finding(
-        config=str(options.config),
+        config=os.path.relpath(options.config, ROOT),
         ranks=options.ranks,
         device=options.device,
         accumulation=options.accumulation,
@@ -370,7 +379,30 @@ def measure(options: argparse.Namespace, folder: Path) -> Finding:
         collectives_after_step=(counts - updated).total(),
         module_stack_growth=(stack_height() - before) / (options.steps * options.accumulation),
         parts=parts | {"networks_alone": round(alone, 4)},
+        overrides=options.overrides,
+        origin=origin(),
     )
+
+
+def origin() -> dict[str, str]:
+    """Where the figures come from."""
+    import deepspeed
+    import torch
+
+    from m3i_scale.engine.metrics import git_commit
+
+    processor = platform.processor() or platform.machine()
+    with contextlib.suppress(OSError):
+        known = re.findall(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())
+        processor = known[0] if known else processor
+    return {
+        "processor": processor,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "deepspeed": deepspeed.__version__,
+        "commit": git_commit() or "unknown",
+        "date": datetime.date.today().isoformat(),
+    }
 
 
 def settle(device: Any) -> None:
