@@ -286,6 +286,10 @@ def _add_eval(commands: Any) -> None:
     parser.add_argument("--batch", type=count, default=64, help="images at once (default 64)")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     parser.add_argument(
+        "--precision", choices=("auto", "bf16", "tf32", "fp32"), default="auto",
+        help="of the networks (default: bf16 on a GPU that has it, else fp32); stated in eval.json",
+    )  # fmt: skip
+    parser.add_argument(
         "--subject", default="caption subject", metavar="WORD",
         help="what captions name, in the table (character, species, ...)",
     )  # fmt: skip
@@ -302,10 +306,12 @@ def evaluate_run(options: argparse.Namespace) -> int:
 
     from m3i_scale.cluster.launch import choose_device
     from m3i_scale.transfer import evaluation, loading
+    from m3i_scale.transfer.precision import choose_precision, prepare
 
     config, reader = _open_run(options.folder, options.step)
     paths.require_writable(options.folder)
     device = choose_device(options.device, "fp32", 0)
+    precision = choose_precision(options.precision, device)
     set_backend(config.engine.kernels)
     networks = {
         evaluation.TRAINED: loading.build_trained(config, reader, options.which),
@@ -313,7 +319,7 @@ def evaluate_run(options: argparse.Namespace) -> int:
     }
     if device.type == "cpu":  # the networks run side by side
         torch.set_num_threads(max(1, torch.get_num_threads() // len(networks)))
-    evaluation.to_device(networks, device)
+    prepare(networks, device, precision)
     result = evaluation.evaluate(
         config,
         networks,
@@ -328,15 +334,18 @@ def evaluate_run(options: argparse.Namespace) -> int:
             category=options.category,
         ),
     )
-    _write_evaluation(options, reader, result)
+    _write_evaluation(options, reader, precision, result)
     if not options.no_pictures:
         _draw_evaluation(options.folder, config, result)
     print(evaluation.markdown(result.rows), end="")
-    print(f"\n{options.which} of {reader.path}; written to {options.folder / 'eval.json'}")
+    print(f"\n{options.which} of {reader.path}, computed in {precision} on {device.type}; "
+          f"written to {options.folder / 'eval.json'}")  # fmt: skip
     return 0
 
 
-def _write_evaluation(options: argparse.Namespace, reader: CheckpointReader, result: Any) -> None:
+def _write_evaluation(
+    options: argparse.Namespace, reader: CheckpointReader, precision: str, result: Any
+) -> None:
     """Write eval.json: the table and all that is needed to repeat it."""
     import json
 
@@ -344,6 +353,7 @@ def _write_evaluation(options: argparse.Namespace, reader: CheckpointReader, res
         "checkpoint": str(reader.path),
         "step": reader.state["step"],
         "which": options.which,
+        "precision": precision,
         "gallery": {"indexes": options.gallery, "images": len(result.gallery)},
         "queries": {"indexes": options.queries, "images": len(result.queries)},
         "neighbours": options.neighbours,

@@ -81,6 +81,8 @@ def test_eval(run, indexes, capsys):
     out = capsys.readouterr().out
     written = json.loads((run / "eval.json").read_text())
     assert written["step"] == 8
+    assert written["precision"] == "fp32"
+    assert "computed in fp32 on cpu" in out
     assert written["queries"]["images"] == 10
     tasks = [row["task"] for row in written["rows"]]
     assert "kNN thing" in tasks
@@ -88,6 +90,18 @@ def test_eval(run, indexes, capsys):
     assert all(f"| {task}" in out for task in tasks)
     for name in ("retrieval.png", "curves.png"):
         assert (run / name).read_bytes()[:4] == b"\x89PNG"
+
+
+def test_eval_in_bf16(run, indexes, capsys):
+    gallery, queries = indexes
+    code = main(["eval", "--run", str(run), "--gallery", gallery, "--queries", queries,
+                 "--precision", "bf16", "--no-pictures"])  # fmt: skip
+    assert code == 0
+    assert json.loads((run / "eval.json").read_text())["precision"] == "bf16"
+    assert "computed in bf16 on cpu" in capsys.readouterr().out
+    assert main(["eval", "--run", str(run), "--gallery", gallery, "--queries", queries,
+                 "--precision", "tf32"]) == 2  # fmt: skip
+    assert "--precision tf32: a CPU has no TF32" in capsys.readouterr().err
 
 
 def test_export(run, made, folder, capsys):

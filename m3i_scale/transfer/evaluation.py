@@ -10,7 +10,6 @@ import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
-import torch
 from torch import Tensor
 
 from m3i_scale.config import Config
@@ -253,9 +252,3 @@ def _gallery_rows(
 def _given(value: Tensor | None) -> Tensor:
     assert value is not None  # these networks were seen to have it
     return value
-
-
-def to_device(networks: Mapping[str, M3I], device: torch.device) -> None:
-    """Move all networks, in the memory layout that convolutions like."""
-    for model in networks.values():
-        model.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]

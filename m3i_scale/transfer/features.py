@@ -82,16 +82,19 @@ def pools_tokens(objective: Objective) -> bool:
 
 @torch.inference_mode()
 def encode_images(networks: M3I, images: Tensor) -> Encoded:
-    """Encode prepared images (B, 3, S, S), whole and clean: all tokens are pooled."""
+    """Encode prepared images (B, 3, S, S), whole and clean: all tokens are pooled.
+
+    Computed in the precision of the networks' weights.
+    """
     backbone = networks.student.backbone
-    tokens = backbone.features(images)  # (B, N, D)
+    tokens = backbone.features(images.to(next(networks.parameters()).dtype))  # (B, N, D)
     pooled = backbone.pool(tokens)  # (B, E)
     text = category = None
     if hasattr(networks, "text_tower"):
         text = normalise(networks.text_projection(pooled), "l2").float().cpu()
     if hasattr(networks, "category_head"):
         category = networks.category_head(pooled).float().cpu()
-    feature = pooled if pools_tokens(networks.objective) else tokens.mean(1)
+    feature = pooled if pools_tokens(networks.objective) else tokens.float().mean(1)
     return Encoded(feature.float().cpu(), text, category)
 
 
