@@ -24,6 +24,9 @@ unset RANK LOCAL_RANK WORLD_SIZE MASTER_ADDR MASTER_PORT
 # Since Slurm 22.05 srun does not take over the batch script's --cpus-per-task by itself.
 export SRUN_CPUS_PER_TASK=${SLURM_CPUS_PER_TASK:-1}
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} PYTHONUNBUFFERED=1
+# Compiled Triton kernels: in the home directory all ranks of all nodes would write and lock the same
+# files on a network file system. On the node's own disk they are found again after a requeue.
+export TRITON_CACHE_DIR=${TRITON_CACHE_DIR:-${TMPDIR:-/tmp}/triton-$UID-$SLURM_JOB_ID}
 
 # One task that ends must not kill the others at once, because ranks that were asked to stop all
 # leave with code 85 within seconds of each other; but none may wait for a dead peer for long.

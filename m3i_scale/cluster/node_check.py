@@ -2,11 +2,15 @@
 
     srun python -m m3i_scale.cluster.node_check --folder runs/h --nodes n1,n2,n3 --bad-nodes FILE
 
-1. Each rank looks at itself: GPU present, free and able to multiply; file written, synced, read.
+1. Each rank looks at itself: GPU present, free and able to multiply; file written, synced, read;
+   room in /dev/shm, through which data workers hand over their batches.
 2. Rank 0 releases all ranks at once, and each notes what its clock says.
 3. Neighbouring nodes all-reduce in pairs, (n1, n2), (n2, n3), (n3, n1), at most three rounds for
    any number of nodes; in the end all together. A node both of whose pairs fail, or are slow, is to
    blame; one failing pair is a link between two good nodes.
+
+An all-reduce has a limit that includes making its communicator, for which NCCL itself waits without
+end: where it is passed the check ends, and both nodes of the pair are named.
 
 Ranks report through a TCP store on rank 0, so that one that never came, or hangs, is told by its
 silence. When every node has a problem none is named: the cause is a shared one.
@@ -24,8 +28,9 @@ import math
 import os
 import statistics
 import sys
+import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from datetime import timedelta
 from pathlib import Path
@@ -34,10 +39,11 @@ import torch
 import torch.distributed as dist
 
 from m3i_scale.cluster.launch import rank_variables
+from m3i_scale.cluster.node_state import disk_problem, gpu_problem, shared_memory_problem
 
-BLOCK = 1 << 20  # bytes that each node writes
 ELEMENTS = {"cpu": 1 << 18, "cuda": 1 << 24}  # float32 that are all-reduced
 REPEATS = 5
+LEFT_BEHIND = "m3i: within a time"  # name of threads
 
 
 @dataclass
@@ -58,46 +64,6 @@ class Limits:
     clock_skew: float = 5.0  # seconds from the median of all ranks
     slow_factor: float = 5.0  # times the median all-reduce of all nodes
     free_memory: float = 0.9  # of the GPU's
-
-
-# ---------------------------------------------------------------------------------- of one rank
-
-
-def disk_problem(folder: Path, name: str) -> str | None:
-    """Write, sync and read back a small file; what went wrong."""
-    path, content = folder / f".preflight-{name}", os.urandom(BLOCK)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with path.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        if path.read_bytes() != content:
-            return f"{folder}: what was written reads differently"
-        path.unlink()
-    except OSError as error:
-        return f"{folder}: {error.strerror}"
-    return None
-
-
-def gpu_problem(local_rank: int, free_memory: float) -> str | None:
-    """Whether this rank's GPU is there, free and multiplies; what went wrong."""
-    count = torch.cuda.device_count()
-    if local_rank >= count:
-        return f"no GPU for local rank {local_rank}, PyTorch sees {count}"
-    try:
-        free, total = torch.cuda.mem_get_info(local_rank)
-        if free < free_memory * total:
-            return (
-                f"GPU {local_rank}: {free / 2**30:.1f} of {total / 2**30:.1f} GiB are free; "
-                "another process holds the rest"
-            )
-        ones = torch.ones(2048, 2048, device=f"cuda:{local_rank}", dtype=torch.bfloat16)
-        if not bool(((ones @ ones) == 2048).all()):
-            return f"GPU {local_rank} multiplies wrongly"
-    except RuntimeError as error:
-        return f"GPU {local_rank}: {error}"
-    return None
 
 
 def rounds(nodes: int) -> dict[str, list[tuple[int, ...]]]:
@@ -138,6 +104,36 @@ def all_reduce_seconds(
         return best
     finally:
         dist.destroy_process_group()
+
+
+class NotEndedError(RuntimeError):
+    """Something did not end within its time and was left behind in a thread."""
+
+
+def within(seconds: float, work: Callable[[], float]) -> float:
+    """The result of `work`, which runs in a thread, because a call that hangs cannot be ended.
+
+    Raises:
+        NotEndedError: it did not end in time; the thread goes on, and the process can only `_exit`.
+        RuntimeError: what `work` raised.
+    """
+    results: list[float] = []
+    errors: list[RuntimeError] = []
+
+    def run() -> None:
+        try:
+            results.append(work())
+        except RuntimeError as error:
+            errors.append(error)
+
+    thread = threading.Thread(target=run, name=LEFT_BEHIND, daemon=True)
+    thread.start()
+    thread.join(seconds)
+    if errors:
+        raise errors[0]
+    if not results:
+        raise NotEndedError(f"did not end within {seconds:.0f} s")
+    return results[0]
 
 
 # ------------------------------------------------------------------------------------- of all ranks
@@ -210,6 +206,7 @@ class Check:
     folder: Path
     timeout: float  # seconds for each stage
     limits: Limits
+    shared_memory: float = 0.0  # bytes of /dev/shm that each rank's data workers need
 
     @property
     def size(self) -> int:
@@ -235,6 +232,8 @@ class Check:
         found = []
         if self.local_rank == 0:
             found.append(disk_problem(self.folder, self.nodes[self.rank // self.ranks_per_node]))
+            if self.shared_memory:
+                found.append(shared_memory_problem(self.shared_memory * self.ranks_per_node))
         if self.device.type == "cuda":
             found.append(gpu_problem(self.local_rank, self.limits.free_memory))
         return [problem for problem in found if problem]
@@ -247,17 +246,30 @@ class Check:
                 own = dist.PrefixStore(f"{name} {group}", store)
                 rank = group.index(mine) * self.ranks_per_node + local
                 size = len(group) * self.ranks_per_node
-                limit = timedelta(seconds=self.timeout)
+                names = ", ".join(self.nodes[node] for node in group)
                 try:
-                    seconds = all_reduce_seconds(own, rank, size, self.device, limit)
+                    report.seconds[name] = self._all_reduce(own, rank, size)
                 except RuntimeError as error:
-                    seconds = math.inf
-                    names = ", ".join(self.nodes[node] for node in group)
+                    report.seconds[name] = math.inf
                     print(f"[rank {self.rank}] all-reduce of {names}: {error}", file=sys.stderr)
-                report.seconds[name] = seconds
+                    if isinstance(error, NotEndedError):
+                        # This process cannot join another group any more.
+                        report.problems.append(f"the all-reduce of {names} {error}")
+                        store.set("hangs", "")
             # Ranks whose group failed come late, and the next round must not begin without them.
-            if not self._all_come(store, f"after {name}"):
+            if not self._all_come(store, f"after {name}") or store.check(["hangs"]):
                 break
+
+    def _all_reduce(self, store: dist.Store, rank: int, size: int) -> float:
+        """Seconds of an all-reduce; the other ranks wait for twice the time of a stage."""
+        limit = timedelta(seconds=self.timeout)
+
+        def work() -> float:
+            if self.device.type == "cuda":
+                torch.cuda.set_device(self.device)  # each thread has its own
+            return all_reduce_seconds(store, rank, size, self.device, limit)
+
+        return within(1.5 * self.timeout, work)
 
     def _all_come(self, store: dist.Store, place: str) -> bool:
         """Wait until all ranks are here; False if one does not come."""
@@ -308,6 +320,7 @@ def make_check(options: argparse.Namespace, variables: dict[str, str]) -> Check:
         folder=options.folder,
         timeout=options.timeout,
         limits=Limits(options.max_clock_skew, options.slow_factor),
+        shared_memory=options.shared_memory * 1e6,
     )
 
 
@@ -327,11 +340,25 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--timeout", type=float, default=120, help="seconds for each stage")
     parser.add_argument("--max-clock-skew", type=float, default=Limits.clock_skew, help="seconds")
     parser.add_argument("--slow-factor", type=float, default=Limits.slow_factor)
+    parser.add_argument(
+        "--shared-memory", type=float, default=170, metavar="MB",
+        help="of /dev/shm that the data workers of each rank need; 0: not checked (%(default)s, "
+        "measured with configs/pretrain_internimage_h.yaml)",
+    )  # fmt: skip
     return parser.parse_args(arguments)
 
 
 def main() -> int:
     """Check; rank 0 tells the outcome."""
+    code = _main()
+    if any(thread.name == LEFT_BEHIND for thread in threading.enumerate()):
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)  # what hangs would keep the process from ending
+    return code
+
+
+def _main() -> int:
     options = parse()
     variables = rank_variables(os.environ)
     check = make_check(options, variables)

@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 import threading
+import time
 from collections import Counter
 from pathlib import Path
 
@@ -15,7 +16,7 @@ import torch
 import torch.distributed as dist
 from ranks import free_port
 
-from m3i_scale.cluster import node_check
+from m3i_scale.cluster import node_check, node_state
 from m3i_scale.cluster.node_check import Check, Limits, Report, judge, nodes_to_exclude, rounds
 
 NODES = ["a", "b", "c", "d"]
@@ -106,15 +107,33 @@ def test_rounds_pair_every_node_with_two_others(count):
 
 
 def test_disk_that_cannot_be_written_is_told(tmp_path):
-    assert node_check.disk_problem(tmp_path / "run", "a") is None
+    assert node_state.disk_problem(tmp_path / "run", "a") is None
     assert list((tmp_path / "run").iterdir()) == []
     (tmp_path / "file").touch()
-    assert "Not a directory" in (node_check.disk_problem(tmp_path / "file" / "run", "a") or "")
+    assert "Not a directory" in (node_state.disk_problem(tmp_path / "file" / "run", "a") or "")
 
 
 def test_missing_gpu_is_told(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    assert node_check.gpu_problem(2, 0.9) == "no GPU for local rank 2, PyTorch sees 2"
+    assert node_state.gpu_problem(2, 0.9) == "no GPU for local rank 2, PyTorch sees 2"
+
+
+def run_as_threads(folder: Path, timeout: float) -> dict[int, Report]:
+    """Four nodes of two ranks, as threads on one store; the reports that rank 0 has."""
+    store, results = dist.HashStore(), {}
+
+    def work(rank: int) -> None:
+        cpu, limits = torch.device("cpu"), Limits()
+        check = Check(rank, rank % 2, NODES, 2, cpu, folder, timeout, limits)
+        results[rank] = check.run(store)
+
+    threads = [threading.Thread(target=work, args=(rank,)) for rank in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    assert len(results) == 8, "a rank waits for one that hangs"
+    return results[0]
 
 
 def test_node_whose_network_fails_is_found(tmp_path, monkeypatch):
@@ -131,21 +150,59 @@ def test_node_whose_network_fails_is_found(tmp_path, monkeypatch):
 
     monkeypatch.setattr(node_check, "all_reduce_seconds", all_reduce_seconds)
     monkeypatch.setattr(dist, "PrefixStore", Prefix)
-    store, results = dist.HashStore(), {}
-
-    def work(rank):
-        cpu, limits = torch.device("cpu"), Limits()
-        check = Check(rank, rank % 2, NODES, 2, cpu, tmp_path, 20, limits)
-        results[rank] = check.run(store)
-
-    threads = [threading.Thread(target=work, args=(rank,)) for rank in range(8)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(60)
-    blame = verdict(results[0])
+    blame = verdict(run_as_threads(tmp_path, timeout=20))
     assert nodes_to_exclude(blame, NODES) == ["c"]
     assert blame["c"] == ["no all-reduce with either neighbour succeeds"]
+
+
+def test_a_pair_whose_communicator_is_never_made_is_named_in_time(tmp_path, monkeypatch):
+    never = threading.Event()
+
+    def all_reduce_seconds(store, rank, size, device, timeout):
+        if "(1, 2)" in store.prefix:
+            never.wait(60)  # as NCCL: whatever its own timeout says
+        return 0.01
+
+    class Prefix:
+        def __init__(self, prefix, store):
+            self.prefix = prefix
+
+    monkeypatch.setattr(node_check, "all_reduce_seconds", all_reduce_seconds)
+    monkeypatch.setattr(dist, "PrefixStore", Prefix)
+    began = time.monotonic()
+    blame = verdict(run_as_threads(tmp_path, timeout=1))
+    assert time.monotonic() - began < 15
+    assert any(thread.name == node_check.LEFT_BEHIND for thread in threading.enumerate())
+    never.set()
+    assert nodes_to_exclude(blame, NODES) == ["b", "c"]
+    assert "rank 2: the all-reduce of b, c did not end within 2 s" in blame["b"]
+
+
+def test_errors_within_a_time_are_raised():
+    def work() -> float:
+        raise RuntimeError("connection reset")
+
+    with pytest.raises(RuntimeError, match="connection reset"):
+        node_check.within(10, work)
+    assert node_check.within(10, lambda: 0.5) == 0.5
+
+
+def test_too_little_shared_memory_is_told_with_what_helps(tmp_path):
+    assert node_state.shared_memory_problem(1e3, tmp_path) is None
+    told = node_state.shared_memory_problem(1e18, tmp_path) or ""
+    assert "MiB free and data workers need" in told
+    assert "--shm-size" in told
+    assert "data workers" in (node_state.shared_memory_problem(1, tmp_path / "none") or "")
+
+
+def test_the_first_rank_of_a_node_looks_at_shared_memory_for_all(tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr(node_check, "shared_memory_problem", lambda size: asked.append(size))
+    for rank in (0, 1):
+        cpu = torch.device("cpu")
+        check = Check(rank, rank, ["a"], 2, cpu, tmp_path, 5, Limits(), shared_memory=1e8)
+        assert check._own_problems() == []
+    assert asked == [2e8]
 
 
 def start(folders: list[Path], bad: Path, present: int) -> list[subprocess.CompletedProcess[str]]:
@@ -160,6 +217,7 @@ def start(folders: list[Path], bad: Path, present: int) -> list[subprocess.Compl
             sys.executable, "-m", "m3i_scale.cluster.node_check", "--folder", str(folder),
             "--nodes", ",".join(NODES[: len(folders)]), "--bad-nodes", str(bad), "--device", "cpu",
             "--timeout", "60" if present == len(folders) else "15", "--slow-factor", "1000",
+            "--shared-memory", "1",
         ]  # fmt: skip
         environment = os.environ | variables | {"RANK": str(rank)}
         environment.pop("SLURMD_NODENAME", None)
