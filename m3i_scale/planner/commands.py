@@ -45,6 +45,11 @@ def register(commands: Any) -> None:
         help="of the peak, reached while computing (%(default)s)",
     )  # fmt: skip
     parser.add_argument(
+        "--host-factor", type=positive, default=default.host, metavar="X",
+        help="Python's seconds on your host over those of the core they were measured on "
+        "(%(default)s)",
+    )  # fmt: skip
+    parser.add_argument(
         "--network", type=positive, metavar="GBYTE_S", help="between nodes, per GPU (by GPU kind)"
     )
     parser.add_argument(
@@ -69,11 +74,16 @@ def run(options: argparse.Namespace) -> int:
     if options.network:
         unit = unit._replace(across=options.network * 1e9)
     length = run_length(config, options.samples)
-    assumed = Assumptions(utilisation=options.utilisation, sample_bytes=options.sample_bytes)
+    assumed = Assumptions(
+        utilisation=options.utilisation,
+        host=options.host_factor,
+        sample_bytes=options.sample_bytes,
+    )
     traced = trace(config, kernels=config.engine.kernels != "reference")
     cluster = Cluster(unit, options.nodes, options.gpus_per_node)
     plan = make_plan(config, traced, cluster, assumed)
-    text = describe(plan, traced, length, [] if plan.fits else list(remedies(config, traced, plan)))
+    advice = [] if plan.fits else list(remedies(config, traced, plan))
+    text = describe(plan, traced, length, advice, other_place(config, traced, plan))
     if counts:
         plans = [make_plan(config, traced, cluster._replace(nodes=n), assumed) for n in counts]
         text += "\n" + scaling_table(plans, length)
@@ -85,6 +95,16 @@ def run(options: argparse.Namespace) -> int:
     return 0
 
 
+def other_place(config: Config, traced: Any, plan: Any) -> Any | None:
+    """The same plan with the teacher in its other place; None without a teacher, or on one rank."""
+    from m3i_scale.planner.estimate import make_plan
+
+    has_teacher = any(weight.name.startswith("teacher.") for weight in traced.weights)
+    if not has_teacher or plan.cluster.ranks == 1:
+        return None
+    return make_plan(_teacher_elsewhere(config), traced, plan.cluster, plan.assumed)
+
+
 def remedies(config: Config, traced: Any, plan: Any) -> Iterator[str]:
     """Changes, smallest first, each of which alone or together makes the plan fit."""
     from m3i_scale.planner.estimate import make_plan
@@ -92,6 +112,9 @@ def remedies(config: Config, traced: Any, plan: Any) -> Iterator[str]:
     def fits(changed: Config, checkpointed: bool | None, cluster: Any = plan.cluster) -> bool:
         return make_plan(changed, traced, cluster, plan.assumed, checkpointed=checkpointed).fits
 
+    elsewhere = other_place(config, traced, plan)
+    if elsewhere is not None and elsewhere.fits:
+        yield f"engine.teacher={elsewhere.config.engine.teacher}"
     all_recomputed = all(block.recomputed for block in traced.blocks)
     options = [(None, "")] if all_recomputed else [(None, ""), (True, "checkpoint_blocks: true, ")]
     offloaded = _changed(config, zero={"offload_optimizer": True})
@@ -117,6 +140,12 @@ def _largest_micro_batch(plan: Any, fits: Any, config: Config) -> int | None:
     share = config.optimizer.global_batch_size // plan.cluster.ranks
     sizes = (m for m in range(plan.batch.micro, 0, -2) if m % 2 == 0 and share % m == 0)
     return next((m for m in sizes if fits(_changed(config, max_micro_batch=m))), None)
+
+
+def _teacher_elsewhere(config: Config) -> Config:
+    place = "sharded" if config.engine.teacher == "whole" else "whole"
+    engine = config.engine.model_copy(update={"teacher": place})
+    return config.model_copy(update={"engine": engine})
 
 
 def _changed(config: Config, *, zero: dict[str, Any] | None = None, **optimizer: Any) -> Config:

@@ -18,6 +18,7 @@ from m3i_scale.config import Boltzmann, Config, Target
 from m3i_scale.engine import memory
 from m3i_scale.engine.schedules import BatchSplit, split_batch
 from m3i_scale.engine.zero import deepspeed_config
+from m3i_scale.planner import host
 from m3i_scale.planner.gpus import Gpu
 from m3i_scale.planner.zero3_replay import Replay, Settings, uses
 from m3i_scale.profiling.flops import Flops, flops_of
@@ -43,10 +44,13 @@ class Cluster(NamedTuple):
 class Assumptions(NamedTuple):
     """What is not derived; printed with every plan."""
 
-    utilisation: float = 0.30  # of the peak, by what is really computed, while computing
+    # Of the peak, by what is really computed, while computing: 0.181 of an H100 by InternImage-H at
+    # micro-batch 128 (docs/plan.md).
+    utilisation: float = 0.18
     links: float = 0.75  # of a link's bandwidth, by large collectives
     overlap: float = 0.70  # of the computing time that can hide communication
     latency: float = 20e-6  # seconds per collective, times 1 + log2(nodes)
+    host: float = 1.0  # times the CPU seconds of the core that `host.SECONDS` are of
     workspace: float = 2.5e9  # bytes: device context, NCCL, cuBLAS, cuDNN
     sample_bytes: float = 30e3  # of one stored image with its caption
 
@@ -86,12 +90,13 @@ class Plan:
     batch: BatchSplit
     checkpointed: bool | None
     state: dict[str, float]  # bytes per GPU, as `memory.held_memory` measures them
-    host: dict[str, float]  # bytes per GPU in the host's memory (offload)
+    offloaded: dict[str, float]  # bytes per GPU in the host's memory
     passing: dict[str, float]  # bytes per GPU that live during a step
     update: float  # bytes per GPU of temporaries in the optimiser's update
     waiting_parameters: float  # bytes per GPU, gathered, between forward and backward
     flow: Flow
     flops: Flops
+    work: host.Work  # of the host
     checkpoint: float  # bytes on disk
 
     @property
@@ -120,10 +125,25 @@ class Plan:
         return self.flow.collectives * latency + moving
 
     @property
-    def step(self) -> float:
-        """Seconds of a step."""
+    def on_device(self) -> float:
+        """Seconds of a step in which GPUs compute, or wait for their links."""
         hidden = self.assumed.overlap * self.computing
         return self.computing + max(0.0, self.communicating - hidden)
+
+    @property
+    def on_host(self) -> float:
+        """Seconds of a step that Python needs to launch it."""
+        return self.assumed.host * host.seconds(self.work)
+
+    @property
+    def step(self) -> float:
+        """Seconds of a step: the host runs ahead of the device, or the device waits for it."""
+        return max(self.on_device, self.on_host)
+
+    @property
+    def limited_by_host(self) -> bool:
+        """Whether GPUs wait for Python."""
+        return self.on_host > self.on_device
 
     @property
     def utilisation(self) -> float:
@@ -157,7 +177,7 @@ def make_plan(
     )
     deepspeed = deepspeed_config(config, batch)
     widths = Widths.of(config, deepspeed)
-    state, host = lasting_memory(config, traced.weights, cluster.ranks, batch)
+    state, offloaded = lasting_memory(config, traced.weights, cluster.ranks, batch)
     flow = step_flow(config, traced, cluster.ranks, batch, deepspeed, checkpointed=checkpointed)
     acts = activations(traced, checkpointed)
     trained = sum(w.elements for w in traced.weights if w.trained)
@@ -178,15 +198,23 @@ def make_plan(
         batch=batch,
         checkpointed=checkpointed,
         state=state,
-        host=host,
+        offloaded=offloaded,
         passing=passing,
         update=max(
-            0 if host else min(group, owned) * widths.master,
+            0 if offloaded else min(group, owned) * widths.master,
             refresh_size(config, traced.weights, cluster.ranks) * widths.compute,
         ),
         flow=flow,
         waiting_parameters=flow.waiting * widths.compute,
         flops=flops_of(traced),
+        work=host.step_work(
+            traced,
+            ranks=cluster.ranks,
+            accumulation=batch.accumulation,
+            collectives=flow.collectives,
+            whole_teacher=config.engine.teacher == "whole",
+            checkpointed=checkpointed,
+        ),
         checkpoint=3 * trained * widths.master + 4 * averaged,
     )
 
@@ -275,9 +303,9 @@ def lasting_memory(
     deepspeed = deepspeed_config(config, batch)
     whole = config.engine.teacher == "whole"
     state = state_memory(weights, ranks, Widths.of(config, deepspeed), deepspeed, whole=whole)
-    offloaded = (memory.MASTER, memory.MOMENTS, memory.GRADIENTS)
-    host = {k: state.pop(k) for k in offloaded if config.engine.zero.offload_optimizer}
-    return state, host
+    movable = (memory.MASTER, memory.MOMENTS, memory.GRADIENTS)
+    offloaded = {k: state.pop(k) for k in movable if config.engine.zero.offload_optimizer}
+    return state, offloaded
 
 
 def activations(traced: Trace, checkpointed: bool | None = None) -> Activations:

@@ -35,13 +35,20 @@ def run_length(config: Config, epoch_samples: int | None) -> Length:
     return Length(span.steps(batch=batch, epoch_samples=epoch_samples or 0), batch)
 
 
-def describe(plan: Plan, traced: Trace, length: Length, remedies: Sequence[str]) -> str:
-    """The whole plan."""
+def describe(
+    plan: Plan,
+    traced: Trace,
+    length: Length,
+    remedies: Sequence[str],
+    other_place: Plan | None = None,
+) -> str:
+    """The whole plan; `other_place` is the same with the teacher in its other place."""
     parts = (
-        _head(plan, traced), _memory(plan, traced), _verdict(plan, remedies), _compute(plan),
-        _traffic(plan), _time(plan, length), _assumptions(plan),
+        _head(plan, traced), _memory(plan, traced), _verdict(plan, remedies),
+        _places(plan, other_place), _compute(plan), _traffic(plan), _time(plan, length),
+        _assumptions(plan),
     )  # fmt: skip
-    return "\n".join("\n".join(part) + "\n" for part in parts)
+    return "\n".join("\n".join(part) + "\n" for part in map(list, parts) if part)
 
 
 def _head(plan: Plan, traced: Trace) -> Iterator[str]:
@@ -66,7 +73,7 @@ def _memory(plan: Plan, traced: Trace) -> Iterator[str]:
         yield _row(f"{kind} (in a step)", size / GIB)
     yield _row("device context, libraries", plan.assumed.workspace / GIB)
     yield _row("at most", plan.peak_memory / GIB)
-    for kind, size in plan.host.items():
+    for kind, size in plan.offloaded.items():
         yield _row(f"on the host: {kind}", size / GIB)
     for name, checkpointed in (("with", True), ("without", False)):
         acts = activations(traced, checkpointed)
@@ -88,6 +95,20 @@ def _verdict(plan: Plan, remedies: Sequence[str]) -> Iterator[str]:
         yield "No setting of this program would make it fit; take more GPUs, or larger ones."
 
 
+def _places(plan: Plan, other: Plan | None) -> Iterator[str]:
+    """The teacher where it is, and where it could be."""
+    if other is None:
+        return
+    yield "engine.teacher    GiB/GPU  fits  sent, GB  collectives  host, s  s/step"
+    for one, word in ((plan, "as configured"), (other, "")):
+        sent = sum(traffic.sent for traffic in one.flow.traffic) / 1e9
+        yield (
+            f"  {one.config.engine.teacher:14s}{one.peak_memory / GIB:9.1f}"
+            f"{'yes' if one.fits else 'NO':>6s}{sent:10.2f}{one.flow.collectives:13,d}"
+            f"{one.on_host:9.2f}{one.step:8.2f}  {word}".rstrip()
+        )
+
+
 def _compute(plan: Plan) -> Iterator[str]:
     yield "FLOPs per sample            forward    backward  recomputed   (1e9)"
     for name, part in plan.flops.parts.items():
@@ -107,8 +128,14 @@ def _time(plan: Plan, length: Length) -> Iterator[str]:
     rate = plan.batch.batch / plan.step
     yield (
         f"step {plan.step:.2f} s: {plan.computing:.2f} s computing, {plan.communicating:.2f} s "
-        f"communicating in the background; model FLOPs utilisation {100 * plan.utilisation:.0f} %"
+        f"communicating in the background, {plan.on_host:.2f} s of Python on the host; "
+        f"model FLOPs utilisation {100 * plan.utilisation:.0f} %"
     )
+    if plan.limited_by_host:
+        yield (
+            f"Python is the limit: GPUs wait {plan.on_host - plan.on_device:.2f} s of every step. "
+            "Larger micro-batches (optimizer.max_micro_batch) on fewer GPUs cost Python no more."
+        )
     yield (
         f"stream {rate:,.0f} samples/s, {rate * plan.assumed.sample_bytes / 1e6:,.0f} MB/s in all, "
         f"{rate / plan.cluster.nodes:,.0f} samples/s and node"
@@ -133,6 +160,11 @@ def _assumptions(plan: Plan) -> Iterator[str]:
         f"  communication hides behind {100 * assumed.overlap:.0f} % of computing; "
         "the rest is added"
     )
+    yield (
+        f"  Python visits {plan.work.modules:,} modules, {plan.work.tensors:,} tensors and "
+        f"{plan.work.slices:,} slices of collectives a step, at {assumed.host:g} x the seconds of "
+        "a Xeon core (a lower bound: launching kernels is not in it)"
+    )
     yield f"  {assumed.sample_bytes / 1e3:.0f} kB per sample; no waiting for data, no restarts"
 
 
@@ -147,13 +179,16 @@ def days(plan: Plan, length: Length) -> float:
 
 def scaling_table(plans: Sequence[Plan], length: Length) -> str:
     """One line per number of GPUs."""
-    lines = ["  GPUs   micro x accumulated   GiB/GPU  fits   s/step   samples/s   MFU %    days"]
+    lines = [
+        "  GPUs   micro x accumulated   GiB/GPU  fits   s/step  host, s   samples/s   MFU %    days"
+    ]
     for plan in plans:
         rate = plan.batch.batch / plan.step
         lines.append(
             f"{plan.cluster.ranks:6d}{plan.batch.micro:8d} x {plan.batch.accumulation:<11d}"
-            f"{plan.peak_memory / GIB:9.1f}{'yes' if plan.fits else 'NO':>6s}{plan.step:9.2f}"
-            f"{rate:12,.0f}{100 * plan.utilisation:8.1f}{days(plan, length):8.1f}"
+            f"{plan.peak_memory / GIB:9.1f}{'yes' if plan.fits else 'NO':>6s}"
+            f"{plan.step:9.2f}{plan.on_host:9.2f}{rate:12,.0f}"
+            f"{100 * plan.utilisation:8.1f}{days(plan, length):8.1f}"
         )
     return "\n".join(lines) + "\n"
 
@@ -168,6 +203,8 @@ def scaling_plot(plans: Sequence[Plan], length: Length, path: Path) -> None:
     time.plot(gpus, [days(plan, length) for plan in plans], "o-", label="planned")
     ideal = days(plans[0], length) * gpus[0]
     time.plot(gpus, [ideal / n for n in gpus], ":", color="grey", label="in proportion to GPUs")
+    python = [length.steps * plan.on_host / 86400 for plan in plans]
+    time.plot(gpus, python, "--", label="Python alone, at least")
     time.set(xscale="log", yscale="log", ylabel="days to the end")
     kinds = {
         "state": [sum(plan.state.values()) for plan in plans],

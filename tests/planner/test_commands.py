@@ -15,7 +15,7 @@ from m3i_scale import cli
 def config(tmp_path: Path) -> str:
     tree = yaml.safe_load(SMALL)
     tree["model"]["backbone"]["options"]["depths"] = [1, 1, 2, 1]
-    tree["optimizer"] |= {"batch": 4096, "max_micro_batch": 256}
+    tree["optimizer"] |= {"global_batch_size": 4096, "max_micro_batch": 256}
     path = tmp_path / "small.yaml"
     path.write_text(yaml.safe_dump(tree))
     return str(path)
