@@ -46,8 +46,8 @@ def register(commands: Any) -> None:
     )  # fmt: skip
     parser.add_argument(
         "--host-factor", type=positive, default=default.host, metavar="X",
-        help="Python's seconds on your host over those of the core they were measured on "
-        "(%(default)s)",
+        help="Python's seconds, launching of kernels included, over those that were measured on a "
+        "CPU core (%(default)s)",
     )  # fmt: skip
     parser.add_argument(
         "--network", type=positive, metavar="GBYTE_S", help="between nodes, per GPU (by GPU kind)"

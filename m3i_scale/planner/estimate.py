@@ -44,13 +44,14 @@ class Cluster(NamedTuple):
 class Assumptions(NamedTuple):
     """What is not derived; printed with every plan."""
 
-    # Of the peak, by what is really computed, while computing: 0.181 of an H100 by InternImage-H at
+    # Of the peak, by what is really computed, while computing: 0.213 of an H100 by InternImage-H at
     # micro-batch 128 (docs/plan.md).
-    utilisation: float = 0.18
+    utilisation: float = 0.21
     links: float = 0.75  # of a link's bandwidth, by large collectives
     overlap: float = 0.70  # of the computing time that can hide communication
     latency: float = 20e-6  # seconds per collective, times 1 + log2(nodes)
-    host: float = 1.0  # times the CPU seconds of the core that `host.SECONDS` are of
+    # Times `host.SECONDS`: 1.4 to 1.7 on the host of an H100, launching included (docs/plan.md).
+    host: float = 1.5
     workspace: float = 2.5e9  # bytes: device context, NCCL, cuBLAS, cuDNN
     sample_bytes: float = 30e3  # of one stored image with its caption
 

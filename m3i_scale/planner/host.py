@@ -10,8 +10,8 @@ Python visits modules, parameter tensors and collectives, and takes about the sa
 - A collective copies one slice of each rank.
 
 `SECONDS` are fitted to measurements of `benchmarks/host_time.py` by `benchmarks/host_fit.py`. They
-are CPU seconds of one core and a lower bound for a GPU's host, since launching a kernel costs more
-than calling the CPU's.
+are CPU seconds of one core; a GPU's host takes longer, since launching a kernel costs more than
+calling the CPU's: `Assumptions.host` is that factor.
 """
 
 from __future__ import annotations

@@ -162,8 +162,8 @@ def _assumptions(plan: Plan) -> Iterator[str]:
     )
     yield (
         f"  Python visits {plan.work.modules:,} modules, {plan.work.tensors:,} tensors and "
-        f"{plan.work.slices:,} slices of collectives a step, at {assumed.host:g} x the seconds of "
-        "a Xeon core (a lower bound: launching kernels is not in it)"
+        f"{plan.work.slices:,} slices of collectives a step, at {assumed.host:g} x the seconds "
+        "of a CPU run"
     )
     yield f"  {assumed.sample_bytes / 1e3:.0f} kB per sample; no waiting for data, no restarts"
 
