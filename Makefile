@@ -1,6 +1,7 @@
 # make demo     set everything up, pre-train a small InternImage on two ranks, show what it learned
 # make test     set everything up and run the tests
-.PHONY: setup lock demo test test-gpu gpu-session-rehearsal bench lint clean
+# make docs     build the documentation as a site in build/site; a broken link fails
+.PHONY: setup lock demo h-on-cpu test test-gpu gpu-session-rehearsal bench lint docs clean
 
 PYTHON ?= python3
 VENV := .venv
@@ -66,5 +67,13 @@ lint: setup
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+# mkdocs is not in the lock file: nothing but this target needs it. (--quiet would hide from --strict
+# the warnings that it counts.)
+docs: setup
+	$(BIN)/python -m pip install --quiet --constraint requirements/lock.txt --editable '.[docs]'
+	$(BIN)/python docs/reference.py --check
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+	@echo "build/site/index.html"
+
 clean:
-	rm -rf $(VENV) data_demo $(DEMO_RUN)
+	rm -rf $(VENV) build data_demo $(DEMO_RUN)
