@@ -18,7 +18,9 @@ class Gaussian(Node):
 
     form: Literal["gaussian"] = "gaussian"
     sigma: Positive = 0.5**0.5
+    """Standard deviation; the default makes it the squared error."""
     over_dimensions: Literal["mean", "sum"] = "mean"
+    """How feature dimensions are reduced."""
 
 
 class Boltzmann(Node):
@@ -30,11 +32,17 @@ class Boltzmann(Node):
 
     form: Literal["boltzmann"] = "boltzmann"
     temperature: Positive = 0.07
+    """tau; its start value if it is learnable."""
     learnable: bool = False
+    """Whether the temperature is trained."""
     symmetric: bool = False
+    """Also tell predictions apart by targets; the loss is the mean of both."""
     label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Probability spread over all candidates."""
     candidates: Literal["global", "local", "own"] = "global"
+    """Targets of the micro-batch on all ranks, of this rank, or the sample's own only."""
     queue: Annotated[int, Field(ge=0)] = 0
+    """Number of earlier targets that are negatives, too."""
 
 
 Normalisation = Literal["none", "layer_norm", "instance_norm", "l2", "norm_pix"]
@@ -49,18 +57,31 @@ class Target(Node):
     """
 
     name: Annotated[str, Field(pattern=r"^[\w-]+$")]
+    """Name of the group in metrics."""
     image: Literal["i", "j"] = "i"
+    """Whose target: image i or, in a mix, image j."""
     view: Literal["same", "other"] = "same"
+    """The view that the input shows, or the other one."""
     representation: Literal["pixels", "features", "global", "text", "category"]
+    """What is predicted."""
     regularisation: Literal["none", "stop_gradient", "negatives", "decorrelation"] = "none"
+    """What keeps learned targets from becoming all alike."""
     encoder: Literal["teacher", "student"] = "teacher"
+    """Who encodes `features` and `global` targets."""
     decoder: Literal["transformer", "linear", "projector"] = "transformer"
+    """How dense targets are predicted: by mask tokens, or from each token by a linear layer or an
+    MLP.
+    """
     match: Literal["position", "similarity"] = "position"
+    """How tokens are paired with patches of the other view."""
     likelihood: Annotated[Gaussian | Boltzmann, Field(discriminator="form")]
+    """The form of P(target given prediction)."""
     positions: Literal["auto", "masked", "all"] = "auto"
+    """Patches that a dense loss covers; `auto`: hidden ones in the input's view, all in another."""
     normalise: Normalisation = "none"
     normalise_prediction: Normalisation | None = None  # None: l2 where the target is, else none
     weight: Positive = 1.0
+    """Factor of the group's loss."""
     decorrelation: Literal["barlow_twins", "unigrad"] = "barlow_twins"
     decorrelation_weight: Positive = 0.005
 
@@ -214,17 +235,24 @@ class Input(Node):
     """
 
     corruption: Literal["none", "mask", "mix"] = "mix"
+    """The clean view, a masked one, or a mix of two images."""
     mask: Literal["block", "random"] = "block"
+    """Rectangles, or single patches."""
     patch: Count = 16
+    """Side of a mask patch in pixels: a multiple of the backbone's stride."""
     ratio: Annotated[float, Field(gt=0, lt=1)] = 0.5
+    """Share of hidden patches, exactly."""
     pairing: Literal["neighbours", "shuffled", "self"] = "neighbours"
+    """Which image a mix takes for image j."""
     both_views: bool = False
+    """Each view is once the input and once the target; twice the computation."""
 
 
 class Balance(Node):
     """`lambda = gamma g_ssp / g_sp`, `g` moving averages of gradient norms at the features."""
 
     gamma: Positive = 1.0
+    """Factor of lambda (Table 13)."""
     decay: BelowOne = 0.99
 
 
@@ -236,9 +264,15 @@ class Objective(Node):
     """
 
     input: Input = Input()
+    """What the student sees."""
     targets: list[Target] = Field(min_length=1)
+    """The target groups."""
     without_source: Literal["refuse", "drop"] = "refuse"
+    """What becomes of text and category targets that no source supplies: refuse the run, or drop
+    them.
+    """
     balance: Balance | None = Balance()
+    """How L_SP is weighted; null: by 1."""
 
     @property
     def representations(self) -> set[str]:

@@ -50,45 +50,70 @@ class Variant(Node):
     """
 
     name: Word
+    """Name of the row."""
     config: Files = Field(default=[])
+    """Files laid over the configuration."""
     set: list[str] = Field(default=[])
+    """`a.b=value` changes."""
     paper: dict[str, float] = Field(default={})
+    """Published figures."""
 
 
 class Evaluation(Node):
     """The arguments of `m3i eval`."""
 
     queries: Annotated[Files, Field(min_length=1)]
-    gallery: Files = Field(default=[])  # empty: the indexes that the run learned from
+    """Indexes of held-out images."""
+    gallery: Files = Field(default=[])
+    """Indexes of known images; empty: those that the run learned from."""
     which: Literal["student", "teacher"] = "student"
+    """Student or teacher."""
     probe: bool = True
+    """Fit linear probes, too."""
     neighbours: Count = 20
+    """Of kNN."""
     limit: Count | None = None
+    """First images of each index; null: all."""
     batch: Count = 64
+    """Images at once."""
     subject: str = "caption subject"
+    """What captions name, in the table."""
     category: str = "category"
+    """What categories are, in the table."""
 
 
 class Report(Node):
     """What the table shows; nothing here has an influence on the runs."""
 
-    tasks: list[str] = Field(default=[])  # rows of the evaluation, in this order; empty: all
+    tasks: list[str] = Field(default=[])
+    """Rows of the evaluation that the table shows, in this order; empty: all."""
 
 
 class Sweep(Node):
     """A grid of configurations and seeds."""
 
     name: str
+    """Name of the sweep: its folder below `folder`."""
     title: str = ""
+    """Heading of the table."""
     folder: PathText = "runs/sweeps"
+    """Folder of all sweeps."""
     config: Annotated[Files, Field(min_length=1)]
+    """Configuration files, each laid over the ones before it; relative to the sweep file."""
     set: list[str] = Field(default=[])
+    """`a.b=value` changes of every run."""
     samples: Count
+    """Samples that every run sees."""
     seeds: list[int] = Field(min_length=1)
+    """One run of each variant for each seed."""
     ranks: Count = 1
+    """Processes of a run."""
     axes: dict[str, list[Variant]] = Field(min_length=1)
+    """Named variants; the grid is their product."""
     evaluation: Evaluation
+    """How runs are evaluated."""
     report: Report = Report()
+    """What the table shows."""
 
     @property
     def own_folder(self) -> Path:
