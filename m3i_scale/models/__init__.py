@@ -1,1 +1,1 @@
-"""The networks: plain single-device modules that know nothing of parallelism."""
+"""The networks: plain PyTorch modules on one device, independent of how they are parallelised."""

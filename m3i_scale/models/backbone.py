@@ -1,4 +1,4 @@
-"""What the objective needs of an image backbone, and the backbones by name."""
+"""The interface of image backbones, and the backbones by name."""
 
 import difflib
 import inspect

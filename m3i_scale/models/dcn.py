@@ -87,7 +87,7 @@ class DCNv3(nn.Module):
         return self.output_proj(y)
 
     def _offset_branch(self, x: Tensor) -> Tensor:
-        """Map x (N, H, W, C) to what offsets, weights and blend are predicted from."""
+        """Map x (N, H, W, C) to the features that predict offsets, weights and blend."""
         if not self.fused_offset_branch:
             return self.dw_conv(x.permute(0, 3, 1, 2))
         get = self.dw_conv.get_parameter

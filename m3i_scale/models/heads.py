@@ -1,4 +1,4 @@
-"""Small heads of the objective: projector and predictor of global features, softmax temperature."""
+"""The objective's small heads: projector and predictor of global features, softmax temperature."""
 
 from __future__ import annotations
 

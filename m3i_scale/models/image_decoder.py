@@ -1,4 +1,4 @@
-"""The image decoder of M3I: predicts target patches from the visible tokens of the input view."""
+"""The image decoder of M3I predicts target patches from the visible tokens of the input view."""
 
 import torch
 from timm.models.vision_transformer import Block

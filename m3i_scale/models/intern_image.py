@@ -1,8 +1,8 @@
 """InternImage (arXiv 2211.05778), sizes T to G, with the head of their M3I pre-training.
 
-State-dict names and shapes are those of the published checkpoints. The class owns no parameter
-itself: every one belongs to a layer that is called, so the methods below may be used directly
-under parameter sharding.
+State-dict names and shapes equal those of the published checkpoints. Every parameter belongs to a
+layer that the forward pass calls and none to the class itself, so callers may use the methods below
+directly under parameter sharding.
 """
 
 from collections.abc import Mapping, Sequence
@@ -185,7 +185,7 @@ class Block(nn.Module):
 class Stage(nn.Module):
     """Blocks at one resolution, optional norms after some of them, then downsampling.
 
-    `post_norm_ids` are the blocks followed by a LayerNorm of their own (third stage of H and G).
+    An extra LayerNorm follows each block in `post_norm_ids` (third stage of H and G).
     """
 
     def __init__(

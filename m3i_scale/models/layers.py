@@ -1,9 +1,9 @@
 """Layers and initialisations shared by the networks of this package.
 
-Initial weights are drawn inside constructors, never afterwards from outside: a context such as
-`deepspeed.zero.Init` may split a module's parameters as soon as its constructor returns. Where a
-third-party layer brings its own initialisation, the owner re-draws with `Module.apply` in its own
-constructor, the one traversal that such contexts support.
+Constructors draw the initial weights; code outside never changes them afterwards: a context such as
+`deepspeed.zero.Init` may split a module's parameters as soon as its constructor returns. To
+replace the initialisation of a third-party layer, the owner calls `Module.apply` in its constructor,
+the one traversal that such contexts support.
 """
 
 from collections.abc import Iterator

@@ -1,4 +1,4 @@
-"""Attention pooling: many tokens of an image to one vector.
+"""Attention pooling maps the tokens of an image to one vector.
 
 InternImage's published H and G models pool with one cross-attention whose query is the mean token
 (arXiv 2211.05778; the names below are those of their checkpoints). M3I adds one thing: in a mix of

@@ -1,4 +1,4 @@
-"""Where the patches of a target view lie in the grid of the input view (after arXiv 2206.01204).
+"""Positions of the patches of a target view in the grid of the input view (after arXiv 2206.01204).
 
 Positions are float32 (..., 4): y, x in patches of the input view (0, 0 is the centre of its first
 patch), 10 log dh, 10 log dw with dh, dw the size of a target patch in patches of the input view.

@@ -74,7 +74,7 @@ class TextTower(nn.Module):
                 f"texts of {tokens.shape[1]} tokens: this tower takes at most {self.max_length}; "
                 "shorten them or raise max_length"
             )
-        # Ready for the attention: of a 2-D mask BERT looks at the values, which waits for a GPU.
+        # Expand the mask here: BERT reads the values of a 2-D mask, and that waits for the GPU.
         mask = token_mask[:, None, None, :].expand(-1, 1, tokens.shape[1], -1)
         states = self.bert(input_ids=tokens, attention_mask=mask).last_hidden_state
         return self.projection(states[:, 0])

@@ -1,4 +1,4 @@
-"""Tokenizers: loaded from a file or the Hub, or trained on captions. Data only, no code is run."""
+"""Tokenizers from a file or the Hub, or trained on captions. Reading one runs no code."""
 
 import os
 from collections.abc import Iterable, Sequence

@@ -1,4 +1,4 @@
-"""Loading published weights by name, never executing what a file contains."""
+"""Reading published weights by name. Reading never executes a file's content."""
 
 import os
 from collections.abc import Mapping, Sequence

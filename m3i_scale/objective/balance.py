@@ -1,7 +1,7 @@
 """Dynamic balance of the two losses: L = L_SSP + lambda L_SP, lambda = gamma g_ssp / g_sp.
 
-`g` are moving averages of the norm of the gradient that each loss, unweighted, sends to the input
-features z_x. They are measured by hooks inside the one backward pass.
+`g` is a moving average of the norm of the gradient that an unweighted loss sends to the input
+features z_x. Hooks measure both norms inside the one backward pass.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from torch import Tensor
 
 
 class GradientProbe:
-    """Measures, in one backward pass, what each loss sends back to the features.
+    """Measures the gradient of each loss at the features, in one backward pass.
 
     `split` gives two views of the features, one for each loss; hooks on them record squared norms.
     `watch_total` records the factor by which the trainer has multiplied the loss (loss scale,

@@ -1,7 +1,7 @@
-"""Figures that show a collapse while it happens, of targets and of predictions.
+"""Figures of targets and predictions that show a collapse while it happens.
 
-They cost one pass over their input or less, and never wait for the device: the effective rank is
-that of at most 256 vectors and comes from their products, without a decomposition.
+Each figure costs at most one pass over its input and never waits for the device: the effective rank
+uses the products of at most 256 vectors, without a decomposition.
 """
 
 from __future__ import annotations

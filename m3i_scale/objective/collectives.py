@@ -1,4 +1,4 @@
-"""The collectives of losses over the global batch; identities without a process group."""
+"""The collectives of losses over the global batch. Without a process group they are identities."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _ALONE = ContextVar("alone", default=False)
 
 @contextlib.contextmanager
 def alone() -> Iterator[None]:
-    """Inside, this rank counts as the only one: what runs here communicates with nobody."""
+    """Inside, this rank counts as the only one, and collectives do not communicate."""
     token = _ALONE.set(True)
     try:
         yield

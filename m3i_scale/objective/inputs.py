@@ -1,13 +1,13 @@
-"""From a batch of uint8 views to what the encoders see: the input of the method's equations.
+"""From a batch of uint8 views to the encoders' images: the input x of the method's equations.
 
     x   = m * x_i + (1 - m) * x_j      (arXiv 2211.09807, Section 3; m constant in p x p patches)
     x_i = view a of image n,  x_j = view a of its partner
     target views: view a ("same") or view b ("other"), clean
 
 The partner of batch row n is n XOR 1: neighbours in the stream mix with each other, so that a mix
-depends on stream positions alone and not on how a batch is spread over ranks. Other pairings
-(`config.Input`) are functions of the micro-batch. With both views as inputs, everything is there
-once more with a and b in each other's place.
+depends on stream positions only, and not on how ranks share a batch. Other pairings
+(`config.Input`) are functions of the micro-batch. With `both_views` a second half of the batch
+exchanges views a and b.
 """
 
 from __future__ import annotations

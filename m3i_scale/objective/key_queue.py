@@ -1,4 +1,4 @@
-"""Targets of earlier batches as further negatives: the queue of MoCo (arXiv 1911.05722)."""
+"""The queue of MoCo (arXiv 1911.05722): targets of earlier batches are further negatives."""
 
 from __future__ import annotations
 
@@ -38,6 +38,6 @@ class KeyQueue(nn.Module):
         size = len(self.keys)
         new = gather(keys.detach().to(self.keys.dtype))
         sound = torch.isfinite(new).all()
-        # New tensors, not writes in place: the backward pass still needs what the scores were of.
+        # New tensors, no writes in place: the backward pass still needs the keys of the scores.
         self.keys = torch.where(sound, torch.cat([new, self.keys])[:size], self.keys)
         self.filled = torch.where(sound, (self.filled + len(new)).clamp(max=size), self.filled)

@@ -1,7 +1,7 @@
 """The two forms of P(z_y | z_hat_y) (arXiv 2211.09807, Section 3), and decorrelation of targets.
 
-All are computed in float32 whatever the inputs' dtype, and return one loss per row, without
-reduction, unless stated otherwise.
+Each function computes in float32 whatever the inputs' dtype and, unless its docstring says
+otherwise, returns one loss per row without reduction.
 """
 
 from __future__ import annotations
@@ -80,7 +80,7 @@ def normalise(rows: Tensor, kind: str) -> Tensor:
 
     "none"; "l2", unit length; "layer_norm", without affine part; "norm_pix", MAE's standardised
     patch, which differs from it by the unbiased variance; "instance_norm", each channel over the
-    patches of one image (..., N, D), so that what is the same in all of it, its colour, vanishes.
+    patches of one image (..., N, D), which removes everything that all patches share, their colour.
     """
     rows = rows.float()
     if kind == "norm_pix":

@@ -1,8 +1,8 @@
 """M3I: one input, a list of target groups, `L = sum_k -log P_k(z_y^k | z_hat_y^k)`.
 
-Three things, in the order of the forward pass: outputs of the target encoders (teacher, student,
-text tower), outputs of the student, named losses. Which groups there are is configuration
-(`config.Objective`): the M3I of the paper is image i (same view), image j (other view), text and
+The forward pass computes the outputs of the target encoders (teacher, student, text tower), the
+outputs of the student, and the named losses, in this order. The configuration lists the groups
+(`config.Objective`): the paper's M3I has image i (same view), image j (other view), and text and
 category of both; each row of the paper's Table 1 is another list. docs/methods.md maps every term
 to its place.
 """
@@ -180,9 +180,9 @@ class M3I(nn.Module):
         return self
 
     def separate_teacher(self) -> nn.Module:
-        """Take the teacher out of the module tree; the forward pass goes on using it.
+        """Take the teacher out of the module tree; the forward pass still uses it.
 
-        For an engine that shards what is in the tree and keeps the teacher's weights by itself.
+        An engine that shards the modules of the tree can then keep the teacher whole.
         """
         teacher = self._modules.pop("teacher")
         object.__setattr__(self, "teacher", teacher)

@@ -1,4 +1,4 @@
-"""Random masks over patches: which image of a mix (or which part of an image) is seen where."""
+"""Random masks over patches: where an input shows image i, and where image j or nothing."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which tokens of the input show which image, and which patches of its target they predict."""
+"""Roles of the input's tokens: the image that a token shows, the target patch that it predicts."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """The loss of one target group from its predictions and targets: `-log P(z_y | z_hat_y)`.
 
-Guard and likelihood meet here: what gets a gradient, what is told apart from what, and the figures
-that show how it goes.
+A group's regularisation and likelihood decide here which side gets a gradient and which targets are
+negatives. Each term also returns the figures that show its progress.
 """
 
 from __future__ import annotations

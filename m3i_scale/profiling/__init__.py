@@ -1,1 +1,1 @@
-"""What a training step computes and keeps, traced without data or a device."""
+"""FLOPs and memory of a training step, traced without data or a device."""

@@ -1,9 +1,9 @@
 """Floating-point operations of training, counted by running the networks without data.
 
-Convention: one multiply-add is 2 FLOPs; a backward pass is twice its forward pass. Counted are
-matrix products, attention, convolutions and DCNv3; element-wise work, norms, softmax and optimiser
-are left out, and so is the product of predictions with the targets of other ranks. Texts count at
-their full length. DCNv3 counts as its authors count it: 5 multiply-adds per position, sampling
+Convention: one multiply-add is 2 FLOPs; a backward pass is twice its forward pass. The count
+includes matrix products, attention, convolutions and DCNv3. It leaves out element-wise work, norms,
+softmax, the optimiser, and the product of predictions with the targets of other ranks. Texts count
+at their full length. DCNv3 counts as its authors count it: 5 multiply-adds per position, sampling
 point and channel (four for the bilinear reading, one for the weight).
 """
 
@@ -42,7 +42,7 @@ class Flops:
 
     @property
     def model(self) -> float:
-        """What the method needs, without recomputation; what model FLOPs utilisation counts."""
+        """The FLOPs of model FLOPs utilisation: those of the method, without recomputation."""
         return self.forward + sum(part.backward for part in self.parts.values())
 
     @property

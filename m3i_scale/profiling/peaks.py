@@ -1,4 +1,4 @@
-"""What a GPU can do at most: the figure a model's FLOP utilisation (MFU) is a share of."""
+"""Peak FLOP/s of GPUs, of which model FLOPs utilisation (MFU) is a share."""
 
 from __future__ import annotations
 

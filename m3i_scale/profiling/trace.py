@@ -1,8 +1,9 @@
-"""One forward pass of a configuration's networks without data or memory: what `plan` starts from.
+"""The trace of one forward pass of a configuration's networks, from which `m3i plan` computes.
 
-The networks are built and run on fake tensors, which have shapes and no contents. Recorded are the
-parameters, the order in which modules are called, the FLOPs of each part, and what autograd keeps
-for the backward pass; a second or two per hundred modules, no process group, any machine.
+The networks run on fake tensors, which have shapes and no contents. The trace records the
+parameters, the order of module calls, the FLOPs of each part, and the bytes that autograd keeps for
+the backward pass. It takes a second or two per hundred modules, on any machine, without a process
+group.
 """
 
 from __future__ import annotations
@@ -99,7 +100,7 @@ def trace(config: Config, *, kernels: bool) -> Trace:
 
 
 class _Record:
-    """Hooks on all modules of a model, and what they write down."""
+    """Hooks on all modules of a model, and their records."""
 
     def __init__(self, model: M3I, recomputed: tuple[str, ...]) -> None:
         rows, columns = model.grid

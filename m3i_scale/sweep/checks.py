@@ -1,4 +1,4 @@
-"""What would end every run, or its evaluation hours later, found before the first one starts."""
+"""Checks before the first run: mistakes that would end every run, or its evaluation hours later."""
 
 from __future__ import annotations
 

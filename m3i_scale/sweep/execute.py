@@ -1,4 +1,4 @@
-"""Runs cells: training and evaluation, each as a process of its own that writes to a log file."""
+"""Runs cells: a process for training and one for evaluation, each with a log file."""
 
 from __future__ import annotations
 
@@ -110,7 +110,7 @@ def _call(command: Sequence[str], log: IO[bytes], stopper: Stopper) -> int:
     log.flush()
     if stopper.stopped:
         return STOPPED
-    # A session of its own: a Ctrl-C reaches it once, through the stopper.
+    # A new session: Ctrl-C reaches the process once, through the stopper.
     stopper.process = subprocess.Popen(
         command,
         stdin=subprocess.DEVNULL,

@@ -1,4 +1,4 @@
-"""From a sweep to its cells: every combination of variants and seeds, each with a configuration."""
+"""The cells of a sweep: every combination of variants and seeds, each with a configuration."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A sweep's results as a picture: a panel for each task, a point with error bars for each row."""
+"""The plot of a sweep: a panel for each task, a point with error bars for each row."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How far a cell has come, from what lies in its folder; nothing here starts anything."""
+"""The progress of a cell, read from its folder. Nothing here starts a process."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def state(cell: Cell, evaluation: Evaluation) -> str:
 
 
 def require_unchanged(cell: Cell) -> None:
-    """Refuse to go on with a run that was begun with another configuration.
+    """Refuse to resume a run that began with another configuration.
 
     Raises:
         ConfigError: naming the first setting that differs.
@@ -72,7 +72,7 @@ def require_unchanged(cell: Cell) -> None:
 
 
 def _settings(config: Config) -> dict[str, Any]:
-    """All that has an influence on what is learned: not where it is written, nor what is logged."""
+    """The settings that influence training: neither folders nor logging."""
     return config.model_dump(mode="json", exclude={"run", "folder", "checkpoint", "logging"})
 
 

@@ -1,4 +1,4 @@
-"""What the finished cells of a sweep gave: mean, standard deviation and number of seeds."""
+"""The results of a sweep's finished cells: mean, standard deviation and number of seeds."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A sweep file: what is compared, at which compute, and how it is judged.
+"""A sweep file: the variants to compare, their compute, and their evaluation.
 
     name: gamma
     config: base.yaml                 # one file or several, each laid over the ones before it

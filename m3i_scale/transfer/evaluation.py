@@ -1,7 +1,7 @@
-"""What pre-training has taught: every task for the trained networks, the untrained, and chance.
+"""Every evaluation task for the trained networks, the untrained ones, and chance.
 
-No image of the gallery may be a query: the gallery is what nearest neighbours and the linear probe
-learn from, the queries are what all figures are about.
+Nearest neighbours and the linear probe learn from the gallery; all figures are accuracies on the
+queries. No image of the gallery may be a query.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ class TaskScore(NamedTuple):
 
 
 class Evaluation(NamedTuple):
-    """The table, and what the pictures need."""
+    """The table, and the features that the pictures need."""
 
     rows: list[TaskScore]
     gallery: Known

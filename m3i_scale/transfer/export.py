@@ -141,7 +141,7 @@ def read_metadata(path: str | os.PathLike[str]) -> dict[str, str]:
 
 
 def _entries(weights: Weights, config: Config, which: Which, part: Part) -> dict[str, Entry]:
-    """What goes into the file, by its name there."""
+    """The tensors of the file by their names in it."""
     prefix = BACKBONE if part == "backbone" else ""
     shapes = {name: shape for name, shape in weights.shapes.items() if name.startswith(prefix)}
     if not shapes:

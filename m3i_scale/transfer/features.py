@@ -1,7 +1,7 @@
 """Samples to features, in one pass over the data for any number of networks.
 
-Images are read, decoded and forgotten batch by batch: only features stay in memory, so that the
-size of an evaluation set is bounded by its features.
+Each batch of images is read, decoded and dropped; only features stay in memory, and only they limit
+the size of an evaluation set.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
-"""What counts as the right answer, and what an answer is worth that never saw the image.
+"""Labels of images, and the accuracy of the best answer that ignores the image.
 
-A labelling gives every image a string or None; images without a label take no part in that task.
+A labelling gives every image a string or None; a task leaves out images without a label.
 """
 
 from __future__ import annotations

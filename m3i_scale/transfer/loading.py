@@ -1,4 +1,4 @@
-"""Plain networks, whole and on one device, from a run's configuration and checkpoint."""
+"""Building whole networks on one device from a run's configuration and checkpoint."""
 
 from __future__ import annotations
 

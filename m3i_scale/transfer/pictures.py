@@ -1,4 +1,4 @@
-"""What a run learned and how, as pictures: retrieval.png and curves.png."""
+"""Pictures of a run: retrieval.png (nearest captions and images) and curves.png (metrics)."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
-"""Classification by what pre-training has learned, without any further fitting.
+"""Classification by the pre-trained networks, without any further fitting.
 
-Captions (Table 5 of arXiv 2211.09807, "without fine-tuning", image-text data): an image is what the
-caption nearest to it says. Categories (the same column, image-category data): the classifier's
-weights are the category embeddings, and the largest product wins.
+Captions (Table 5 of arXiv 2211.09807, "without fine-tuning", image-text data): the
+nearest caption classifies an image. Categories (the same column, image-category data): the
+classifier's weights are the category embeddings, and the largest product wins.
 """
 
 from __future__ import annotations
