@@ -1,9 +1,9 @@
 """Layers and initialisations shared by the networks of this package.
 
-Constructors draw the initial weights; code outside never changes them afterwards: a context such as
+Constructors draw the initial weights; no code outside changes them afterwards: a context such as
 `deepspeed.zero.Init` may split a module's parameters as soon as its constructor returns. To
-replace the initialisation of a third-party layer, the owner calls `Module.apply` in its constructor,
-the one traversal that such contexts support.
+replace the initialisation of a third-party layer, the owner calls `Module.apply` in its
+constructor, the one traversal that such contexts support.
 """
 
 from collections.abc import Iterator

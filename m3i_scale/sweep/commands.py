@@ -17,9 +17,9 @@ from m3i_scale.sweep.spec import Sweep, load_sweep
 DESCRIPTION = """Run a grid of configurations and seeds at equal compute, and compare them.
 
 The same command again skips finished runs, resumes an interrupted one and starts the rest. A run
-that fails does not stop the others; the command names it at the end. Each run has a log in the sweep's
-folder. When all runs are finished, and with --report at any time, the command writes results.md,
-results.csv and results.png there.
+that fails does not stop the others; the command names it at the end. Each run has a log in the
+sweep's folder. When all runs are finished, and with --report at any time, the command writes
+results.md, results.csv and results.png there.
 
 Exit codes: 0 all chosen runs are finished; 1 some failed; 2 something is wrong with the file, and
 the last line says what; 85 stopped by a signal, after saving."""
