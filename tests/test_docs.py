@@ -129,11 +129,13 @@ def test_the_configuration_reference_is_fresh():
     assert reference.PAGE.read_text("utf-8") == reference.render(), "run python docs/reference.py"
 
 
-def test_the_configuration_reference_has_every_key():
+def test_the_configuration_reference_has_and_describes_every_key():
     text = program("reference").render()
     for root in (Config, Sweep):
         for name in every_field(root):
             assert re.search(rf"^\| `{name}` \| ", text, re.MULTILINE), name
+    undescribed = re.findall(r"^\| (`\w+`) .*\|  \|$", text, re.MULTILINE)
+    assert not undescribed, "write a docstring below the field"
 
 
 def slugs(text: str) -> set[str]:

@@ -17,6 +17,7 @@ class Gaussian(Node):
     """`||z - z_hat||^2 / (2 sigma^2)`, averaged or summed over the feature dimensions."""
 
     form: Literal["gaussian"] = "gaussian"
+    """Names this likelihood."""
     sigma: Positive = 0.5**0.5
     """Standard deviation; the default makes it the squared error."""
     over_dimensions: Literal["mean", "sum"] = "mean"
@@ -31,6 +32,7 @@ class Boltzmann(Node):
     """
 
     form: Literal["boltzmann"] = "boltzmann"
+    """Names this likelihood."""
     temperature: Positive = 0.07
     """tau; its start value if it is learnable."""
     learnable: bool = False
@@ -79,11 +81,15 @@ class Target(Node):
     positions: Literal["auto", "masked", "all"] = "auto"
     """Patches that a dense loss covers; `auto`: hidden ones in the input's view, all in another."""
     normalise: Normalisation = "none"
-    normalise_prediction: Normalisation | None = None  # None: l2 where the target is, else none
+    """Of the target."""
+    normalise_prediction: Normalisation | None = None
+    """Of the prediction; null: l2 where the target has it, else none."""
     weight: Positive = 1.0
     """Factor of the group's loss."""
     decorrelation: Literal["barlow_twins", "unigrad"] = "barlow_twins"
+    """Its kind, where `regularisation` is `decorrelation`."""
     decorrelation_weight: Positive = 0.005
+    """Factor of the off-diagonal, or of the added term."""
 
     @property
     def dense(self) -> bool:
@@ -254,6 +260,7 @@ class Balance(Node):
     gamma: Positive = 1.0
     """Factor of lambda (Table 13)."""
     decay: BelowOne = 0.99
+    """Of the moving averages."""
 
 
 class Objective(Node):

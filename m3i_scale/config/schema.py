@@ -50,6 +50,7 @@ class Decoder(Node):
     heads: Count = 16
     """Attention heads."""
     ffn: Count = 3072
+    """Hidden features of each MLP."""
     checkpoint_blocks: bool = False
     """Recompute blocks in the backward pass to save memory."""
 
@@ -244,7 +245,9 @@ class Optimizer(Node):
     weight_decay: Annotated[float, Field(ge=0)] = 0.1
     """Of weight matrices; biases, norms and temperatures have none."""
     clip_norm: Positive | None = 1.0
+    """Largest global norm of the gradient; null: no clipping."""
     teacher_momentum: Fraction = 0.995
+    """Share of the old average in the teacher's update, at the beginning."""
     teacher_momentum_final: Fraction = 1.0
     """The same at the end; a cosine in between."""
 
