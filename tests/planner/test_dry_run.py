@@ -23,7 +23,9 @@ def report(tree: dict, ranks: int) -> str:
     run = SimpleNamespace(
         config=config,
         world=World(0, 0, ranks, torch.device("cpu")),
-        sharded=SimpleNamespace(model=M3I(config.model, config.objective, config.data.image_size)),
+        sharded=SimpleNamespace(
+            model=M3I(config.model, config.objective, config.data.image_size), teacher=None
+        ),
         split=split_batch(spec.global_batch_size, spec.max_micro_batch, ranks),
         schedule=make_schedule(spec, epoch_samples=64),
         save_every=3,
@@ -61,10 +63,10 @@ def test_memory_is_that_of_the_plan(small_tree, engine):
     cluster = Cluster(gpu("h100"), 1, 2)
     plan = make_plan(config, trace(config, kernels=False), cluster)
     said = report(small_tree, ranks=2)
-    for where, kinds in (("", plan.state), (" (host)", plan.host)):
+    for where, kinds in (("", plan.state), (" (host)", plan.offloaded)):
         total = sum(kinds.values()) / 2**30
         assert not kinds or f"{'in all' + where:24s} {total:12.3f} GiB" in said
-    assert ("(host)" in said) == bool(plan.host)
+    assert ("(host)" in said) == bool(plan.offloaded)
 
 
 def test_classes_are_no_samples(small_tree):
