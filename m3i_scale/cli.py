@@ -216,7 +216,7 @@ def make_tokenizer(options: argparse.Namespace) -> int:
     from m3i_scale.models.tokenizer import train_wordpiece
     from m3i_scale.transfer.features import open_source
 
-    _require_folder_of(options.out)
+    paths.require_folder_of(options.out)
     sources = [open_source(path) for path in options.index]
     for source in sources:
         if source.kind == "category":
@@ -400,7 +400,7 @@ def export_run(options: argparse.Namespace) -> int:
 
     if options.out.suffix != ".safetensors":
         raise ValueError(f"--out {options.out}: the file is safetensors; name it *.safetensors")
-    _require_folder_of(options.out)
+    paths.require_folder_of(options.out)
     config, reader = _open_run(options.folder, options.step)
     total = export.size(reader, config, part=options.part, dtype=options.dtype)
     with tqdm(total=total, desc="export", unit="B", unit_scale=True) as bar:
@@ -444,14 +444,6 @@ def _open_run(folder: Path, step: int | None) -> tuple[Config, CheckpointReader]
             f"damaged checkpoint: {problem}; choose another one with --step, there are {others}"
         )
     return config, checkpoint.CheckpointReader(path)
-
-
-def _require_folder_of(path: str | os.PathLike[str]) -> None:
-    if not Path(path).parent.is_dir():
-        raise ValueError(f"{path}: there is no folder {Path(path).parent}; make it first")
-    if Path(path).is_dir():
-        raise ValueError(f"{path} is a folder; name a file")
-    paths.require_writable(Path(path).parent)
 
 
 if __name__ == "__main__":

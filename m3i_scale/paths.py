@@ -69,3 +69,12 @@ def require_writable(folder: str | os.PathLike[str]) -> None:
             f"{folder}: nothing can be written there ({error.strerror}); make room, change its "
             "permissions or name another folder"
         ) from None
+
+
+def require_folder_of(path: str | os.PathLike[str]) -> None:
+    """Raise ValueError unless a file can be written to `path`."""
+    if not Path(path).parent.is_dir():
+        raise ValueError(f"{path}: there is no folder {Path(path).parent}; make it first")
+    if Path(path).is_dir():
+        raise ValueError(f"{path} is a folder; name a file")
+    require_writable(Path(path).parent)

@@ -204,7 +204,7 @@ def scaling_plot(plans: Sequence[Plan], length: Length, path: Path) -> None:
     ideal = days(plans[0], length) * gpus[0]
     time.plot(gpus, [ideal / n for n in gpus], ":", color="grey", label="in proportion to GPUs")
     python = [length.steps * plan.on_host / 86400 for plan in plans]
-    time.plot(gpus, python, "--", label="Python alone, at least")
+    time.plot(gpus, python, "--", label="Python alone")
     time.set(xscale="log", yscale="log", ylabel="days to the end")
     kinds = {
         "state": [sum(plan.state.values()) for plan in plans],
