@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -53,13 +53,22 @@ def small_config(folder: Path, overrides: dict[str, Any]) -> Config:
 
 
 def open_small(
-    world: World, folder: Path, overrides: dict[str, Any], resume: str = "auto"
+    world: World,
+    folder: Path,
+    overrides: dict[str, Any],
+    resume: str = "auto",
+    accept: Sequence[str] = (),
 ) -> loop.Run:
-    """A run on random samples, ready to start or to go on."""
+    """A run on random samples, ready to start or to go on, with changed keys if accepted."""
     config = small_config(folder, overrides)
     stream = RandomStream()
     return session.open_run(
-        config, world, stream, epoch_samples=stream.epoch_samples, resume=resume
+        config,
+        world,
+        stream,
+        epoch_samples=stream.epoch_samples,
+        resume=resume,
+        accept=accept,
     )
 
 

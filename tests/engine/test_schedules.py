@@ -9,7 +9,12 @@ from m3i_scale.engine.schedules import make_schedule, split_batch
 
 
 def spec(**changes: object) -> Optimizer:
-    values = {"batch": 4096, "max_micro_batch": 64, "length": "30 epochs", "warmup": "1 epoch"}
+    values = {
+        "global_batch_size": 4096,
+        "max_micro_batch": 64,
+        "duration": "30 epochs",
+        "warmup": "1 epoch",
+    }
     return Optimizer.model_validate(values | changes)
 
 
