@@ -361,3 +361,16 @@ def test_the_tree_cannot_be_changed(small: Config):
 
 def test_the_small_configuration_of_the_tests_is_valid():
     assert Config.model_validate(yaml.safe_load(SMALL)).run == "small"
+
+
+@pytest.mark.parametrize("value", [0, 0.5, 1, "by_length"])
+def test_a_momentum_is_a_number_or_by_length(small_tree: dict[str, Any], value: object):
+    small_tree["optimizer"]["teacher_momentum"] = value
+    assert Config.model_validate(small_tree).optimizer.teacher_momentum == value
+
+
+@pytest.mark.parametrize("value", ["by_lenght", -0.1, 1.5, True, None, "nan"])
+def test_what_is_no_momentum_is_refused_with_what_is(small_tree: dict[str, Any], value: object):
+    small_tree["optimizer"]["teacher_momentum"] = value
+    with pytest.raises(ValueError, match="a number from 0 to 1, or by_length"):
+        Config.model_validate(small_tree)

@@ -12,6 +12,8 @@ from pydantic import Field, model_validator
 
 from m3i_scale.config.types import BelowOne, Count, Node, Positive
 
+LEAST_TEMPERATURE = 0.01  # of those that are learned, as in CLIP
+
 
 class Gaussian(Node):
     """`||z - z_hat||^2 / (2 sigma^2)`, averaged or summed over the feature dimensions."""
@@ -45,6 +47,15 @@ class Boltzmann(Node):
     """Targets of the micro-batch on all ranks, of this rank, or the sample's own only."""
     queue: Annotated[int, Field(ge=0)] = 0
     """Number of earlier targets that are negatives, too."""
+
+    @model_validator(mode="after")
+    def _possible(self) -> Boltzmann:
+        if self.learnable and self.temperature < LEAST_TEMPERATURE:
+            raise ValueError(
+                f"a learned temperature stays above {LEAST_TEMPERATURE} and cannot start at "
+                f"{self.temperature}; set a larger temperature or learnable: false"
+            )
+        return self
 
 
 Normalisation = Literal["none", "layer_norm", "instance_norm", "l2", "norm_pix"]
@@ -82,14 +93,18 @@ class Target(Node):
     """Patches that a dense loss covers; `auto`: hidden ones in the input's view, all in another."""
     normalise: Normalisation = "none"
     """Of the target."""
+    centre: Literal["none", "batch", "running"] = "none"
+    """What of `layer_norm` targets is taken out: the mean of the batch, or a running one."""
+    centre_decay: BelowOne = 0.9
+    """Of the averages of `centre: running`, per micro-step."""
     normalise_prediction: Normalisation | None = None
     """Of the prediction; null: l2 where the target has it, else none."""
     weight: Positive = 1.0
     """Factor of the group's loss."""
     decorrelation: Literal["barlow_twins", "unigrad"] = "barlow_twins"
     """Its kind, where `regularisation` is `decorrelation`."""
-    decorrelation_weight: Positive = 0.005
-    """Factor of the off-diagonal, or of the added term."""
+    decorrelation_weight: Positive | None = None
+    """Factor of the off-diagonal, or of the added term; null: 0.005 and 0.02."""
 
     @property
     def dense(self) -> bool:
@@ -110,6 +125,13 @@ class Target(Node):
     def tokenwise(self) -> bool:
         """Whether each token of the input predicts one target patch, without mask tokens."""
         return self.dense and self.decoder != "transformer"
+
+    @property
+    def redundancy_weight(self) -> float:
+        """`decorrelation_weight`, or what Barlow Twins, and SiameseIM with UniGrad, published."""
+        if self.decorrelation_weight is not None:
+            return self.decorrelation_weight
+        return 0.02 if self.decorrelation == "unigrad" else 0.005
 
     @property
     def prediction_normalisation(self) -> Normalisation:
@@ -185,6 +207,12 @@ class Target(Node):
             "normalise_prediction out",
         )
 
+        yield (
+            self.centre != "none" and self.normalise != "layer_norm",
+            "centre takes the mean out of standardised targets; set normalise: layer_norm, or "
+            "centre: none",
+        )
+
     def _decoders(self) -> Iterable[tuple[bool, str]]:
         yield (
             not self.dense and self.decoder != "transformer",
@@ -226,6 +254,10 @@ class Target(Node):
             "set normalise: l2 or queue: 0",
         )
         yield (
+            likelihood.queue > 0 and self.centre != "none",
+            "the queue holds targets of batches with other centres; set centre: none or queue: 0",
+        )
+        yield (
             likelihood.queue > 0 and likelihood.symmetric,
             "the queue holds targets and no predictions, so that the other direction has no "
             "negatives; set likelihood.symmetric: false or queue: 0",
@@ -255,12 +287,17 @@ class Input(Node):
 
 
 class Balance(Node):
-    """`lambda = gamma g_ssp / g_sp`, `g` moving averages of gradient norms at the features."""
+    """`lambda = gamma g_ssp / g_sp`, `g` moving averages of gradient norms at the features.
+
+    `maximum` bounds lambda, which grows without end where the supervised gradient vanishes.
+    """
 
     gamma: Positive = 1.0
     """Factor of lambda (Table 13)."""
     decay: BelowOne = 0.99
     """Of the moving averages."""
+    maximum: Positive | None = None
+    """Bound of lambda; null: none."""
 
 
 class Objective(Node):

@@ -20,6 +20,7 @@ from m3i_scale.config.types import (
     Count,
     Duration,
     Fraction,
+    Momentum,
     Node,
     PathText,
     Positive,
@@ -41,7 +42,7 @@ class Backbone(Node):
 
 
 class Decoder(Node):
-    """Image decoder (Table 7)."""
+    """Image decoder (Table 7). `head`: how its last layer starts (docs/paper.md: why at zero)."""
 
     depth: Count = 4
     """Transformer blocks."""
@@ -51,6 +52,8 @@ class Decoder(Node):
     """Attention heads."""
     ffn: Count = 3072
     """Hidden features of each MLP."""
+    head: Literal["zero", "xavier"] = "zero"
+    """How the last layer starts."""
     checkpoint_blocks: bool = False
     """Recompute blocks in the backward pass to save memory."""
 
@@ -152,7 +155,10 @@ class Photometric(Node):
 
 
 class Augmentation(Node):
-    """How two views are made of an image (Table 7 names the operations; strengths are BYOL's)."""
+    """How two views are made of an image (Table 7 names the operations).
+
+    Photometric strengths are BYOL's; the crop scale is MoCo v2's (BYOL's begins at 0.08).
+    """
 
     scale: tuple[Positive, Fraction] = (0.2, 1.0)
     """Smallest and largest share of the image's area that a crop covers."""
@@ -224,6 +230,8 @@ class Optimizer(Node):
     `global_batch_size` stays what it is on any number of ranks: what `max_micro_batch` does not
     take at once is accumulated. A softmax over other samples (`regularisation: negatives`) sees
     those of one micro-step on all ranks, so its negatives become fewer with accumulation.
+    `teacher_momentum` is a number or `by_length`: so that the teacher forgets its start seven times
+    in the run, however short it is (docs/paper.md).
     """
 
     global_batch_size: Count
@@ -246,8 +254,8 @@ class Optimizer(Node):
     """Of weight matrices; biases, norms and temperatures have none."""
     clip_norm: Positive | None = 1.0
     """Largest global norm of the gradient; null: no clipping."""
-    teacher_momentum: Fraction = 0.995
-    """Share of the old average in the teacher's update, at the beginning."""
+    teacher_momentum: Momentum = 0.995
+    """Share of the old average in the teacher's update, at the beginning; or `by_length`."""
     teacher_momentum_final: Fraction = 1.0
     """The same at the end; a cosine in between."""
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 import typing
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import (
     AfterValidator,
@@ -81,6 +81,18 @@ def _run_name(value: str) -> str:
     return value
 
 
+def _momentum(value: object) -> float | str:
+    if value == "by_length":
+        return "by_length"
+    try:
+        number = math.nan if isinstance(value, bool) else float(str(value))
+    except ValueError:
+        number = math.nan
+    if not 0 <= number <= 1:
+        raise ValueError(f"{value!r} is no momentum; write a number from 0 to 1, or by_length")
+    return number
+
+
 LONGEST = 1e15  # of a duration, in any unit: beyond it floats skip whole numbers
 _Durations = Annotated[
     Duration, BeforeValidator(_parse_duration), PlainSerializer(Duration.__str__)
@@ -92,6 +104,7 @@ PathText = Annotated[
     str, AfterValidator(paths.expand), PlainSerializer(paths.literal, when_used="json")
 ]
 RunName = Annotated[str, AfterValidator(_run_name)]
+Momentum = Annotated[float | Literal["by_length"], BeforeValidator(_momentum)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 BelowOne = Annotated[float, Field(ge=0, lt=1)]
 Positive = Annotated[float, Field(gt=0)]

@@ -71,7 +71,10 @@ NO_PHOTOMETRIC = Photometric(
 
 @dataclass(frozen=True)
 class Augmentation:
-    """How the two views of an image are made; the defaults are Table 7 at BYOL's strengths."""
+    """How the two views of an image are made: Table 7's operations, BYOL's strengths.
+
+    The crop scale is MoCo v2's; BYOL's begins at 0.08.
+    """
 
     scale: tuple[float, float] = (0.2, 1.0)  # share of the image's area
     ratio: tuple[float, float] = (3 / 4, 4 / 3)  # width / height

@@ -15,11 +15,13 @@ from torch import Tensor
 
 from m3i_scale.cluster.launch import World
 from m3i_scale.config import Config
+from m3i_scale.engine import shards
 from m3i_scale.engine.checkpoint import CheckpointError
+from m3i_scale.engine.health import Health, RunningMean
 from m3i_scale.engine.metrics import Figures, MetricLog, Speed, machine_values, memory
 from m3i_scale.engine.pictures import save_mixes
 from m3i_scale.engine.saver import Saver
-from m3i_scale.engine.schedules import BatchSplit, Schedule
+from m3i_scale.engine.schedules import BatchSplit, Schedule, momentum_ends
 from m3i_scale.engine.state import Progress, snapshot
 from m3i_scale.engine.stop import StopFlag
 from m3i_scale.engine.watchdog import Watchdog
@@ -64,6 +66,7 @@ class Run:
     stated: dict[str, Any] = field(default_factory=dict)  # about itself, in every checkpoint
     speed: Speed | None = None  # on rank 0, which writes the metrics
     stop: StopFlag | None = None  # of this rank
+    health: Health = field(default_factory=Health)
     stopping: bool = False  # whether any rank was asked to stop, when the last step ended
     progress: Progress = field(default_factory=Progress)
 
@@ -118,6 +121,9 @@ def _train(run: Run, stop: StopFlag, metrics: MetricLog, watchdog: Watchdog) -> 
         skipped_in_a_row = 0 if updated else skipped_in_a_row + 1
         progress.skipped += not updated
         values["skipped_steps"] = progress.skipped
+        for warning in run.health.warnings(values, progress):
+            if run.world.is_main:
+                log.warning("step %d: %s", progress.step, warning)
         metrics.write(progress.step, values, show=progress.step % config.logging.every == 0)
         watchdog.beat()
         _require_stable(run, skipped_in_a_row, average_loss.ratio(values["loss/total"]))
@@ -178,6 +184,8 @@ def train_step(run: Run, batches: Timed) -> tuple[dict[str, float], bool]:
     values |= machine_values(own[:, :-2], device) | _step_values(run, values, rate, weight)
 
     if updated:
+        for parameter, maximum in run.sharded.model.upper_bounds():
+            shards.clamp_weight(engine.optimizer, parameter, maximum)
         coefficient = _teacher_momentum(run)
         if run.sharded.teacher is not None:
             run.sharded.teacher.update(coefficient)
@@ -284,10 +292,8 @@ def _speed(run: Run, started: float) -> dict[str, float]:
 
 
 def _teacher_momentum(run: Run) -> float:
-    spec = run.config.optimizer
-    return ema_coefficient(
-        run.progress.step, run.schedule.total, spec.teacher_momentum, spec.teacher_momentum_final
-    )
+    ends = momentum_ends(run.config.optimizer, run.schedule.total)
+    return ema_coefficient(run.progress.step, run.schedule.total, *ends)
 
 
 def _require_stable(run: Run, skipped_in_a_row: int, loss_ratio: float) -> None:
@@ -303,22 +309,6 @@ def _require_stable(run: Run, skipped_in_a_row: int, loss_ratio: float) -> None:
         f"{run.saver.last_good or 'none'}; lower optimizer.learning_rate, check the data at stream "
         f"position {run.progress.position}, or allow engine.rollbacks"
     )
-
-
-class RunningMean:
-    """An average over about a hundred steps, and how far a value lies above it."""
-
-    def __init__(self, decay: float = 0.99) -> None:
-        self._decay, self._sum, self._weight = decay, 0.0, 0.0
-
-    def ratio(self, value: float) -> float:
-        """Value over the average of the finite values before it (1 before the tenth), taken in."""
-        average = self._sum / self._weight if self._weight else value
-        early = self._weight < 1 - self._decay**10
-        if math.isfinite(value):
-            self._sum = self._decay * self._sum + (1 - self._decay) * value
-            self._weight = self._decay * self._weight + (1 - self._decay)
-        return 1.0 if early or not math.isfinite(value) else value / average
 
 
 class Timed(Iterator[Any]):

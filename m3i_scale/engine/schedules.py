@@ -6,6 +6,7 @@ import math
 from typing import NamedTuple
 
 from m3i_scale.config import ConfigError, Optimizer
+from m3i_scale.objective.momentum import momentum_by_length
 
 
 class BatchSplit(NamedTuple):
@@ -73,3 +74,11 @@ def make_schedule(spec: Optimizer, epoch_samples: int) -> Schedule:
             f"optimizer.duration ({spec.duration} = {total} steps)"
         )
     return Schedule(total, warmup, spec.learning_rate, spec.final_learning_rate)
+
+
+def momentum_ends(spec: Optimizer, total_steps: int) -> tuple[float, float]:
+    """The teacher's momentum at the first step and at the last."""
+    start, final = spec.teacher_momentum, spec.teacher_momentum_final
+    if start == "by_length":
+        return momentum_by_length(total_steps, final), final
+    return start, final

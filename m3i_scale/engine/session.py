@@ -124,7 +124,7 @@ def open_run(
     balance = config.objective.balance
     weighing = LossBalance(active=False)
     if balance is not None:
-        weighing = LossBalance(balance.gamma, balance.decay)
+        weighing = LossBalance(balance.gamma, balance.decay, maximum=balance.maximum)
     run = Run(
         config=config,
         world=world,

@@ -119,13 +119,21 @@ def publish_weights(zero_optimizer: Any) -> None:
     zero_optimizer.invalidate_secondary_tensor()
 
 
+@torch.no_grad()
+def clamp_weight(zero_optimizer: Any, parameter: nn.Parameter, maximum: float) -> None:
+    """Bound a trained parameter from above, in this rank's master and compute-precision shards."""
+    local_weight(zero_optimizer, parameter).clamp_(max=maximum)
+    forget_gathered(parameter)
+    shard(parameter).clamp_(max=maximum)
+
+
 def copy_shard(source: nn.Parameter, target: nn.Parameter) -> None:
     """Copy the compute-precision shard of one partitioned parameter to another's."""
     shard(target).copy_(shard(source))
 
 
 def forget_gathered(parameter: nn.Parameter) -> None:
-    """Drop gathered copies of a frozen parameter whose shard is about to change."""
+    """Drop gathered copies of a parameter whose shard is about to change."""
     if parameter.ds_status.name == "AVAILABLE":  # type: ignore[attr-defined]
         # A small parameter that ZeRO keeps gathered would go on serving the old value.
         parameter.partition()  # type: ignore[attr-defined]

@@ -23,6 +23,7 @@ class Progress:
     step: int = 0  # optimiser steps behind us
     position: int = 0  # stream position of the next step's first sample
     skipped: int = 0  # steps without an update because a gradient was not finite
+    start_rank: float | None = None  # effective rank of the student's features at the start
 
 
 def snapshot(
@@ -53,6 +54,7 @@ def snapshot(
         "step": progress.step,
         "position": progress.position,
         "skipped": progress.skipped,
+        "start_rank": progress.start_rank,
         "ranks": world.size,
         "adam_step": shards.get_adam_step(sharded.engine.optimizer),
         "balance": balance.state_dict(),
@@ -89,6 +91,7 @@ def restore(
         sharded.teacher.publish()
     balance.load_state_dict(reader.state["balance"])
     progress = Progress(*(reader.state[k] for k in ("step", "position", "skipped")))
+    progress.start_rank = reader.state.get("start_rank")  # older checkpoints have none
     if reader.ranks == world.size:
         _set_generator_states(reader.generator_states(world.rank), world)
     else:

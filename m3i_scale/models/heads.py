@@ -27,7 +27,13 @@ class MLP(nn.Sequential):
 
 
 class Temperature(nn.Module):
-    """Multiplies scores by 1 / tau; a learnable tau is kept above 0.01, as CLIP does."""
+    """Multiplies scores by 1 / tau; a learnable tau is kept above 0.01, as CLIP does.
+
+    Not in the forward pass, where the bound would take the gradient away that leads back from it:
+    who trains clamps `log_scale` to `max_log_scale` after each step (`M3I.upper_bounds`).
+    """
+
+    max_log_scale = math.log(100)
 
     def __init__(self, temperature: float, learnable: bool) -> None:
         super().__init__()
@@ -41,5 +47,5 @@ class Temperature(nn.Module):
             # Filled on the device: a tensor made of a number would be copied, and waited for.
             scale = scores.new_full((), self.fixed, dtype=torch.float32)
         else:
-            scale = self.log_scale.float().clamp(max=math.log(100)).exp()[0]
+            scale = self.log_scale.float().exp()[0]
         return scores.float() * scale, 1 / scale.detach()

@@ -5,6 +5,7 @@ from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
 from m3i_scale.models.layers import (
+    HEADS,
     init_transformer,
     layer_norm,
     require_divisible,
@@ -20,7 +21,8 @@ class ImageDecoder(nn.Module):
     Every token carries the embedding of its position in the grid of the input view (see
     `positions`), mapped to the decoder's width by one learned layer: mask tokens that of the
     target patch they stand for, visible tokens their own. Defaults are those of InternImage-H
-    (arXiv 2211.09807, Table 7).
+    (arXiv 2211.09807, Table 7). The head starts from Glorot's distribution (`xavier`), or at
+    `zero`, as the first predictions then are.
     """
 
     def __init__(
@@ -32,6 +34,7 @@ class ImageDecoder(nn.Module):
         depth: int = 4,
         heads: int = 16,
         ffn: int = 4096,
+        head: str = "xavier",
         checkpoint_blocks: bool = False,
     ) -> None:
         super().__init__()
@@ -49,8 +52,8 @@ class ImageDecoder(nn.Module):
             for _ in range(depth)
         )
         self.norm = layer_norm(width)
-        self.head = nn.Linear(width, out_width)
         self.apply(init_transformer)
+        self.head = HEADS[head](width, out_width)
         trunc_normal_(self.mask_token)
 
     def forward(

@@ -63,6 +63,10 @@ class ZeroLinear(nn.Linear):
             nn.init.zeros_(self.bias)
 
 
+# How the last layer of a decoder may start, by the name of the setting.
+HEADS: dict[str, type[nn.Linear]] = {"zero": ZeroLinear, "xavier": XavierLinear}
+
+
 def init_transformer(module: nn.Module) -> None:
     """Initialise one Transformer layer: `owner.apply(init_transformer)` in the owner's constructor.
 

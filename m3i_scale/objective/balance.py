@@ -63,17 +63,23 @@ class GradientProbe:
         return record
 
 
+# Ten times the largest gamma of the paper's Table 13: where lambda is above it, the gradient of the
+# supervised loss has all but vanished beside that of the self-supervised one.
+UNUSUAL = 50.0
+
+
 @dataclass
 class LossBalance:
     """lambda and the two moving averages it comes from.
 
     lambda is 1 until both were measured, and always where there is nothing to balance (`active`
-    False: the weights of the groups are used as they are).
+    False: the weights of the groups are used as they are), and never above `maximum`.
     """
 
     gamma: float = 1.0
     decay: float = 0.99
     active: bool = True
+    maximum: float | None = None
     g_ssp: float | None = None
     g_sp: float | None = None
 
@@ -82,7 +88,8 @@ class LossBalance:
         """lambda = gamma g_ssp / g_sp."""
         if not (self.active and self.g_ssp and self.g_sp):
             return 1.0
-        return self.gamma * self.g_ssp / self.g_sp
+        weight = self.gamma * self.g_ssp / self.g_sp
+        return weight if self.maximum is None else min(weight, self.maximum)
 
     def update(self, g_ssp: float, g_sp: float) -> None:
         """Take in the norms of one step; a side that is zero or not finite leaves its average."""

@@ -57,6 +57,14 @@ def position_share(predictions: Tensor) -> Tensor:
     return torch.where(varies, within / total, torch.zeros_like(total))
 
 
+@torch.no_grad()
+def constant_share(vectors: Tensor) -> Tensor:
+    """Share of the mean square of vectors (B, ..., D) that is one constant vector's: 0 to 1."""
+    rows = vectors.float().flatten(0, -2)
+    square = rows.square().sum(-1).mean()
+    return rows.mean(0).square().sum() / square.clamp(min=torch.finfo(torch.float32).tiny)
+
+
 def _centre(vectors: Tensor, present: Tensor | None) -> tuple[Tensor, Tensor]:
     """Deviations from the mean over the present samples, 0 elsewhere; and the number of samples."""
     if present is None:

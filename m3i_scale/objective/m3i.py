@@ -9,7 +9,7 @@ to its place.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -19,21 +19,20 @@ from m3i_scale.models.backbone import build_backbone
 from m3i_scale.models.category_head import CategoryHead
 from m3i_scale.models.heads import MLP, Temperature
 from m3i_scale.models.image_decoder import ImageDecoder
-from m3i_scale.models.layers import XavierLinear, residual_blocks
+from m3i_scale.models.layers import HEADS, XavierLinear, residual_blocks
 from m3i_scale.models.positions import relative_positions
 from m3i_scale.models.text_tower import TextTower
 from m3i_scale.objective.balance import GradientProbe
+from m3i_scale.objective.centre import RunningCentre
 from m3i_scale.objective.inputs import MixedBatch
 from m3i_scale.objective.key_queue import KeyQueue
-from m3i_scale.objective.likelihoods import boltzmann, normalise
+from m3i_scale.objective.likelihoods import normalise
 from m3i_scale.objective.roles import (
     Role,
     View,
     count_hidden_tokens,
     count_tokens_per_patch,
     find_roles,
-    most_similar,
-    nearest_patches,
     patchify,
     take,
     target_view,
@@ -43,12 +42,13 @@ from m3i_scale.objective.terms import (
     Candidates,
     Pair,
     Term,
-    classification_term,
-    collapse_figures,
+    category_term,
+    choose_patches,
     gather_candidates,
     image_term,
     mean_term,
-    softmax_term,
+    student_figures,
+    text_term,
 )
 
 
@@ -145,7 +145,7 @@ class M3I(nn.Module):
         )
         self.linear_decoders = nn.ModuleDict(
             {
-                what: XavierLinear(backbone.width, width)
+                what: HEADS[model.decoder.head](backbone.width, width)
                 for what, width in widths.items()
                 if (what, "linear") in used
             }
@@ -156,11 +156,13 @@ class M3I(nn.Module):
             self.dense_predictor = MLP(head.width, head.hidden, head.width)
 
     def _add_softmax_state(self, model: Model) -> None:
-        """Temperatures, one for each representation, and queues, one for each group."""
-        backbone, projected = self.student.backbone, model.global_head.width
+        """Temperatures, one for each representation; queues and centres, one for each group."""
         self.temperatures, self.queues = nn.ModuleDict(), nn.ModuleDict()
+        self.running_centres = nn.ModuleDict()
         for target in self.objective.targets:
-            likelihood = target.likelihood
+            width, likelihood = self._target_width(target, model), target.likelihood
+            if target.centre == "running":
+                self.running_centres[target.name] = RunningCentre(width, target.centre_decay)
             if not isinstance(likelihood, Boltzmann):
                 continue
             if target.representation not in self.temperatures:
@@ -168,9 +170,25 @@ class M3I(nn.Module):
                     likelihood.temperature, likelihood.learnable
                 )
             if likelihood.queue:
-                plain = target.dense and target.decoder != "projector"
-                width = backbone.width if plain else projected
                 self.queues[target.name] = KeyQueue(likelihood.queue, width)
+
+    def _target_width(self, target: Target, model: Model) -> int:
+        """D of an image target."""
+        if target.representation == "pixels":
+            return 3 * self.stride**2
+        plain = target.dense and target.decoder != "projector"
+        return self.student.backbone.width if plain else model.global_head.width
+
+    def upper_bounds(self) -> list[tuple[nn.Parameter, float]]:
+        """Parameters that must not stay above a bound after a step of the optimiser.
+
+        Whoever trains clamps them; the forward pass does not.
+        """
+        return [
+            (part.log_scale, part.max_log_scale)
+            for part in self.temperatures.values()
+            if isinstance(part, Temperature) and part.log_scale is not None
+        ]
 
     def train(self, mode: bool = True) -> M3I:
         """Set the mode; the teacher has no drop-path in either."""
@@ -206,49 +224,33 @@ class M3I(nn.Module):
         `supervised_weight` is lambda of `L = L_SSP + lambda L_SP`. Averaged over ranks, gradients
         are those of the loss of the global batch. In training mode queues take in the new keys.
         """
-        targets = self.target_outputs(mixed)
+        outputs = self.target_outputs(mixed)  # z_y
         features = self.student.backbone.features(mixed.image)  # z_x (B, N, D), of each shown view
         for_ssp, for_sp = (z.chunk(len(self.shown)) for z in self.probe.split(features))
+
         roles = [self.roles(mixed, view) for view in self.shown]
-        terms = {
-            target.name: mean_term(
-                [
-                    self._term(target, z_x, role[target.image], mixed, targets)
-                    for z_x, role in zip(
-                        for_sp if target.supervised else for_ssp, roles, strict=True
-                    )
-                ]
-            )
-            for target in self.objective.targets
-        }
-        if self.training:
-            self._fill_queues(terms)
+        terms: dict[str, list[Term]] = {target.name: [] for target in self.objective.targets}
+        for number, role in enumerate(roles):
+            for target in self.objective.targets:
+                z_x = (for_sp if target.supervised else for_ssp)[number]
+                term = self._term(target, z_x, role[target.image], mixed, outputs)
+                terms[target.name].append(term)
+
         zero = features.new_zeros((), dtype=torch.float32)
-        l_ssp, l_sp = (
-            sum(
-                (
-                    t.weight * terms[t.name].loss
-                    for t in self.objective.targets
-                    if t.supervised == supervised
-                ),
-                zero,
-            )
-            for supervised in (False, True)
-        )
+        l_ssp, l_sp = zero, zero
+        figures = student_figures(for_ssp[0], roles[0]["i"].seen)
+        for target in self.objective.targets:
+            term = mean_term(terms[target.name])
+            if target.supervised:
+                l_sp = l_sp + target.weight * term.loss
+            else:
+                l_ssp = l_ssp + target.weight * term.loss
+            if self.training and term.keys is not None:
+                self.queues[target.name].push(term.keys)  # type: ignore[operator]
+            figures |= {f"{key}/{target.name}": value for key, value in term.figures.items()}
         loss = l_ssp + supervised_weight * l_sp
         self.probe.watch_total(loss)
-        figures = {
-            f"{key}/{name}": value
-            for name, term in terms.items()
-            for key, value in term.figures.items()
-        }
         return {"loss": loss, **figures}
-
-    def _fill_queues(self, terms: dict[str, Term]) -> None:
-        for name, queue in self.queues.items():
-            keys = terms[name].keys
-            assert keys is not None  # image_term gives them wherever there is a queue
-            queue.push(keys)  # type: ignore[operator]
 
     def target_outputs(self, mixed: MixedBatch) -> Targets:
         """z_y: encodings of the clean views and the texts, for the groups that need them."""
@@ -338,72 +340,52 @@ class M3I(nn.Module):
         return normalise(self.text_projection(pooled), "l2")
 
     def _term(
-        self, target: Target, features: Tensor, role: Role, mixed: MixedBatch, targets: Targets
+        self, target: Target, z_x: Tensor, role: Role, mixed: MixedBatch, outputs: Targets
     ) -> Term:
-        if target.representation == "category":
-            return self._category_term(target, features, role, mixed)
-        if target.representation == "text":
-            return self._text_term(target, features, role, mixed, targets)
-        pair = self._pair(target, features, role, mixed, targets)
-        likelihood, queue = target.likelihood, None
-        temperature = None
-        if isinstance(likelihood, Boltzmann):
-            temperature = self.temperatures[target.representation]
-            queue = self.queues[target.name] if likelihood.queue else None
-        return image_term(target, pair, temperature, queue)  # type: ignore[arg-type]
-
-    def _pair(
-        self, target: Target, features: Tensor, role: Role, mixed: MixedBatch, targets: Targets
-    ) -> Pair:
-        """Predictions and targets of an image group."""
+        """The loss of one group about one image of the input, from z_x (B, N, D)."""
+        what = target.representation
+        temperature = _part(self.temperatures, what)
+        if what == "text":
+            assert outputs.texts is not None  # the text tower is there where a target wants it
+            z_hat, sample = self.predict_text(z_x, role), role.sample
+            return text_term(
+                target,
+                z_hat,
+                outputs.texts,
+                mixed.has_text,
+                sample,
+                temperature,
+                outputs.candidates,
+            )
+        if what == "category":
+            pooled = self.student.backbone.pool(z_x, role.seen)  # (B, E)
+            category = mixed.category[role.sample]
+            return category_term(target, pooled, self.category_head(pooled), category, temperature)
         view = target_view(target.view, role.view)
-        if target.representation == "pixels":
-            whole = patchify(mixed.clean(view), self.stride)[role.sample]
-            encoding = None
+        encoding = outputs.images[target.encoder, view] if target.encoded else None
+        z_y = _target_of(target, encoding) if encoding else patchify(mixed.clean(view), self.stride)
+        z_y, chosen, present = z_y[role.sample], None, None
+        if target.dense:
+            z_hat = self.predict_dense(target, z_x, role, mixed)
+            others = encoding.features[role.sample] if encoding else None
+            masked = self.objective.masked_positions(target)
+            chosen, present = choose_patches(
+                target, role, view, mixed, self.grid, z_x, others, masked=masked
+            )
         else:
-            encoding = targets.images[target.encoder, view]
-            whole = _target_of(target, encoding)[role.sample]
-        if not target.dense:
-            return Pair(self.predict_global(features, role), whole)
-        z_hat = self.predict_dense(target, features, role, mixed)
-        if self.objective.masked_positions(target):
-            return Pair(z_hat, whole, role.hidden)
-        if not (target.tokenwise and target.view == "other"):
-            return Pair(z_hat, whole)
-        if target.match == "position":
-            return Pair(z_hat, whole, *nearest_patches(role, view, mixed, self.grid))
-        assert encoding is not None  # Target refuses similarity of pixels
-        visible = take(features, role.visible)
-        return Pair(z_hat, whole, most_similar(visible, encoding.features[role.sample]))
-
-    def _text_term(
-        self, target: Target, features: Tensor, role: Role, mixed: MixedBatch, targets: Targets
-    ) -> Term:
-        """Softmax over the texts of the batch."""
-        likelihood, texts = target.likelihood, targets.texts
-        assert isinstance(likelihood, Boltzmann)
-        assert texts is not None
-        z_hat = self.predict_text(features, role)
-        z, present = texts[role.sample], mixed.has_text[role.sample]
-        gathered = targets.candidates and (targets.candidates, role.sample)
-        term = softmax_term(
-            likelihood, z_hat, z, present, self.temperatures["text"], gathered=gathered
+            z_hat = self.predict_global(z_x, role)
+        return image_term(
+            target,
+            Pair(z_hat, z_y, chosen, present),
+            temperature,
+            _part(self.queues, target.name),
+            _part(self.running_centres, target.name),
         )
-        return term._replace(figures=term.figures | collapse_figures(z_hat, z, present))
 
-    def _category_term(
-        self, target: Target, features: Tensor, role: Role, mixed: MixedBatch
-    ) -> Term:
-        """Softmax over the classifier's weights, the category embeddings."""
-        likelihood = target.likelihood
-        assert isinstance(likelihood, Boltzmann)
-        pooled = self.student.backbone.pool(features, role.seen)  # (B, E)
-        scores, tau = self.temperatures["category"](self.category_head(pooled))  # (B, C)
-        positive = mixed.category[role.sample]
-        losses = boltzmann(scores, positive, label_smoothing=likelihood.label_smoothing)
-        term = classification_term(losses, scores, positive, tau)
-        figures = collapse_figures(pooled, present=positive >= 0)
-        return term._replace(figures=term.figures | figures)
+
+def _part(parts: nn.ModuleDict, name: str) -> Any:
+    """The module of that name, or None."""
+    return parts._modules.get(name)
 
 
 def _encodings(objective: Objective, shown: list[View]) -> list[tuple[str, View]]:

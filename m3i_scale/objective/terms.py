@@ -1,7 +1,8 @@
 """The loss of one target group from its predictions and targets: `-log P(z_y | z_hat_y)`.
 
-A group's regularisation and likelihood decide here which side gets a gradient and which targets are
-negatives. Each term also returns the figures that show its progress.
+A group's regularisation and likelihood decide here which prediction belongs to which target, which
+side gets a gradient and which targets are negatives. Each term also returns the figures that show
+its progress.
 """
 
 from __future__ import annotations
@@ -13,8 +14,16 @@ import torch
 from torch import Tensor, nn
 
 from m3i_scale.config import Boltzmann, Gaussian, Target
-from m3i_scale.objective.collapse import effective_rank, position_share, spread
+from m3i_scale.models.positions import Grid
+from m3i_scale.objective.centre import RunningCentre, centre, moments
+from m3i_scale.objective.collapse import (
+    constant_share,
+    effective_rank,
+    position_share,
+    spread,
+)
 from m3i_scale.objective.collectives import average, gather, own_columns
+from m3i_scale.objective.inputs import MixedBatch
 from m3i_scale.objective.key_queue import KeyQueue
 from m3i_scale.objective.likelihoods import (
     boltzmann,
@@ -23,7 +32,7 @@ from m3i_scale.objective.likelihoods import (
     normalise,
     unigrad,
 )
-from m3i_scale.objective.roles import take
+from m3i_scale.objective.roles import Role, View, most_similar, nearest_patches, take
 
 
 class Pair(NamedTuple):
@@ -51,12 +60,50 @@ def mean_term(terms: Sequence[Term]) -> Term:
     return Term(loss, figures, torch.cat(keys) if keys else None)  # type: ignore[arg-type]
 
 
+def choose_patches(
+    target: Target,
+    role: Role,
+    view: View,
+    mixed: MixedBatch,
+    grid: Grid,
+    features: Tensor,
+    others: Tensor | None,
+    *,
+    masked: bool,
+) -> tuple[Tensor | None, Tensor | None]:
+    """Which patches of its view a dense group predicts, `chosen` and `present` of `Pair`.
+
+    Args:
+        target: the group.
+        role: its image in the input.
+        view: of the target.
+        mixed: has the crops.
+        grid: rows and columns of the patches.
+        features: of the input, (B, N, D).
+        others: the target encoder's features (B, N, D), of targets that are not pixels.
+        masked: whether the loss covers hidden patches only.
+    """
+    if masked:
+        return role.hidden, None
+    if not (target.tokenwise and target.view == "other"):
+        return None, None
+    if target.match == "position":
+        return nearest_patches(role, view, mixed, grid)
+    assert others is not None  # Target refuses similarity of pixels
+    return most_similar(take(features, role.visible), others), None
+
+
 def image_term(
-    target: Target, pair: Pair, temperature: nn.Module | None, queue: KeyQueue | None
+    target: Target,
+    pair: Pair,
+    temperature: nn.Module | None = None,
+    queue: KeyQueue | None = None,
+    running: RunningCentre | None = None,
 ) -> Term:
     """The loss of pixels, features or global features.
 
-    `temperature` belongs to the Boltzmann form, `queue` to its negatives.
+    `temperature` belongs to the Boltzmann form, `queue` to its negatives, `running` to
+    `centre: running`.
     """
     whole = pair.targets.detach() if target.regularisation == "stop_gradient" else pair.targets
     keys = None
@@ -64,6 +111,11 @@ def image_term(
         mean = whole if whole.dim() == 2 else whole.float().mean(1)
         keys = normalise(mean, target.normalise)
     whole = normalise(whole, target.normalise)
+    constant = figure(constant_share(whole))
+    if target.centre == "batch":
+        whole = centre(whole, moments(whole))
+    elif running is not None:
+        whole = running(whole)
     z_hat = normalise(pair.z_hat, target.prediction_normalisation)
     z = whole if pair.chosen is None else take(whole, pair.chosen)
     if isinstance(target.likelihood, Gaussian):
@@ -81,7 +133,7 @@ def image_term(
             temperature,
             queue,
         )
-    figures = collapse_figures(z_hat, whole)
+    figures = {**collapse_figures(z_hat, whole), "constant": constant}
     if target.dense and not target.tokenwise:
         figures["mask_token_use"] = figure(position_share(z_hat))
     return Term(term.loss, {**term.figures, **figures}, keys)
@@ -91,18 +143,61 @@ def _gaussian_term(
     target: Target, likelihood: Gaussian, z_hat: Tensor, z: Tensor, present: Tensor | None
 ) -> Term:
     if target.regularisation == "decorrelation" and target.decorrelation == "barlow_twins":
-        loss = decorrelation(gather(z_hat), gather(z), weight=target.decorrelation_weight)
+        loss = decorrelation(gather(z_hat), gather(z), weight=target.redundancy_weight)
         return Term(loss, {"loss": figure(loss)})
     losses = gaussian(z_hat, z, sigma=likelihood.sigma, over_dimensions=likelihood.over_dimensions)
     if target.regularisation == "decorrelation":
         rows = z.detach().flatten(0, -2)
         correlation = average(rows.T @ rows / len(rows))
         energy = unigrad(z_hat, correlation, over_dimensions=likelihood.over_dimensions)
-        losses = losses + target.decorrelation_weight * energy / (2 * likelihood.sigma**2)
+        losses = losses + target.redundancy_weight * energy / (2 * likelihood.sigma**2)
     if present is not None:  # the others have loss 0 and count in the mean
         losses = torch.where(present, losses, torch.zeros_like(losses))
     loss = losses.mean()
     return Term(loss, {"loss": figure(loss)})
+
+
+def text_term(
+    target: Target,
+    z_hat: Tensor,
+    texts: Tensor,
+    has_text: Tensor,
+    sample: Tensor,
+    temperature: nn.Module,
+    candidates: Candidates | None,
+) -> Term:
+    """Softmax over the texts of the batch.
+
+    Args:
+        target: the group.
+        z_hat: predictions (B, E), unit length.
+        texts: embeddings (B, E) of this rank's texts, in batch order.
+        has_text: which of them exist, bool (B,).
+        sample: int64 (B,), the row of the batch that each prediction is about.
+        temperature: divides the scores.
+        candidates: the texts of all ranks, where they compete.
+    """
+    assert isinstance(target.likelihood, Boltzmann)  # Target refuses the other
+    z, present = texts[sample], has_text[sample]
+    gathered = candidates and (candidates, sample)
+    term = softmax_term(target.likelihood, z_hat, z, present, temperature, gathered=gathered)
+    return term._replace(figures=term.figures | collapse_figures(z_hat, z, present))
+
+
+def category_term(
+    target: Target, pooled: Tensor, logits: Tensor, category: Tensor, temperature: nn.Module
+) -> Term:
+    """Softmax over the classifier's weights, the category embeddings.
+
+    pooled (B, E) gave logits (B, C); category int64 (B,) is -1 where there is none.
+    """
+    assert isinstance(target.likelihood, Boltzmann)  # Target refuses the other
+    scores, tau = temperature(logits)
+    likelihood = target.likelihood
+    losses = boltzmann(scores, category, label_smoothing=likelihood.label_smoothing)
+    term = classification_term(losses, scores, category, tau)
+    figures = collapse_figures(pooled, present=category >= 0)
+    return term._replace(figures=term.figures | figures)
 
 
 class Candidates(NamedTuple):
@@ -209,6 +304,16 @@ def collapse_figures(
         f"{name}{side}": figure(function(vectors.detach(), present) * enough, enough)
         for side, vectors in sides.items()
         for name, function in (("spread", spread), ("rank", effective_rank))
+    }
+
+
+def student_figures(features: Tensor, seen: Tensor) -> dict[str, Tensor]:
+    """Rank and spread of z_x (B, N, D), pooled: the mean of the tokens of image i, seen (B, N)."""
+    weight = seen.to(features.dtype)
+    pooled = (weight[:, None] @ features.detach())[:, 0] / weight.sum(1, keepdim=True)  # (B, D)
+    return {
+        "student/rank": figure(effective_rank(pooled)),
+        "student/spread": figure(spread(pooled)),
     }
 
 

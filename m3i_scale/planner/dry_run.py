@@ -8,6 +8,8 @@ from torch import nn
 
 from m3i_scale.engine import agreement
 from m3i_scale.engine.loop import Run
+from m3i_scale.engine.schedules import momentum_ends
+from m3i_scale.objective.momentum import turnovers
 from m3i_scale.planner.estimate import lasting_memory
 from m3i_scale.profiling.trace import Weight
 
@@ -64,6 +66,20 @@ def _length(run: Run) -> Iterator[str]:
         yield f"  negatives come from the {plan.micro * run.world.size} samples of a micro-step"
     yield f"  {schedule.total} steps ({run.config.optimizer.duration}), warm-up {schedule.warmup}"
     yield f"  {schedule.total * plan.batch:,} samples; a checkpoint every {run.save_every} steps"
+    yield from _teacher(run)
+
+
+def _teacher(run: Run) -> Iterator[str]:
+    """How far the teacher gets away from the weights it starts with."""
+    if not hasattr(run.sharded.model, "teacher"):
+        return
+    total = run.schedule.total
+    start, final = momentum_ends(run.config.optimizer, total)
+    times, remaining = turnovers(total, start, final)
+    yield (
+        f"  the teacher forgets its start {times:.3g} times (momentum {start:.6g} to {final:.6g}); "
+        f"{100 * remaining:.3g} % of the initial weights remain in it"
+    )
 
 
 def _data(sources: dict[str, dict[str, int | float | str]]) -> Iterator[str]:

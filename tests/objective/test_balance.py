@@ -71,3 +71,11 @@ def test_probe_of_one_loss_only():
 def test_probe_before_any_backward_pass_says_so():
     with pytest.raises(RuntimeError, match="no backward pass"):
         GradientProbe().squares(1.0)
+
+
+def test_lambda_stays_below_its_bound():
+    balance = LossBalance(gamma=1.0, maximum=20.0)
+    balance.update(4.0, 1e-3)
+    assert balance.supervised_weight == 20.0
+    balance.g_sp = 1.0
+    assert balance.supervised_weight == 4.0

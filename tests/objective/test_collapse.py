@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from m3i_scale.objective.collapse import SAMPLE, effective_rank, position_share, spread
+from m3i_scale.objective.terms import student_figures
 
 
 @pytest.fixture(autouse=True)
@@ -63,3 +64,13 @@ def test_position_share_at_both_ends_and_between():
     within = both.var(1, unbiased=False).mean()
     between = both.mean(1).var(0, unbiased=False).mean()
     assert position_share(both).item() == pytest.approx((within / (within + between)).item())
+
+
+def test_the_student_is_judged_by_the_mean_of_the_tokens_of_its_own_image():
+    features, seen = torch.randn(20, 9, 4, requires_grad=True), torch.rand(20, 9) < 0.5
+    seen[:, 0] = True
+    pooled = torch.stack([x[keep].mean(0) for x, keep in zip(features, seen, strict=True)])
+    found = student_figures(features, seen)
+    wanted = {"student/rank": effective_rank(pooled), "student/spread": spread(pooled)}
+    for name, value in wanted.items():
+        torch.testing.assert_close(found[name], torch.stack([value, torch.ones(())]))

@@ -163,7 +163,7 @@ TEXT = SOFTMAX | {"representation": "text"}
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"regularisation": "none"}, "without a regularisation collapses"),
+        ({"regularisation": "none"}, "without regularisation collapses"),
         ({"regularisation": "negatives"}, "negatives enter through a softmax"),
         ({"representation": "pixels"}, "pixels cannot collapse"),
         ({"representation": "text"}, "told from the other text targets"),
@@ -196,6 +196,18 @@ TEXT = SOFTMAX | {"representation": "text"}
             SOFTMAX | {"likelihood": {"form": "boltzmann", "queue": 8, "symmetric": True}},
             "no predictions",
         ),
+        ({"centre": "batch"}, "centre takes the mean out of standardised targets"),
+        ({"centre": "running", "normalise": "l2"}, "set normalise: layer_norm"),
+        (
+            SOFTMAX | {"normalise": "layer_norm", "centre": "batch",
+                       "likelihood": {"form": "boltzmann", "queue": 8}},
+            "with other centres",
+        ),
+        (
+            SOFTMAX | {"likelihood": {"form": "boltzmann", "learnable": True,
+                                      "temperature": 0.005}},
+            "cannot start at 0.005",
+        ),
         ({"name": "a.b"}, "should match pattern"),
     ],
 )  # fmt: skip
@@ -212,3 +224,28 @@ def test_automatic_positions_are_masked_where_something_is():
 
     found = {(c, v): masked(c, v) for c in ("none", "mask", "mix") for v in ("same", "other")}
     assert [key for key, value in found.items() if value] == [("mask", "same"), ("mix", "same")]
+
+
+@pytest.mark.parametrize(
+    ("changes", "weight"),
+    [({}, 0.005), ({"decorrelation": "unigrad"}, 0.02), ({"decorrelation_weight": 0.3}, 0.3)],
+)
+def test_each_decorrelation_has_its_published_weight(changes: dict[str, Any], weight: float):
+    target = {"regularisation": "decorrelation", "representation": "global"}
+    assert Target.model_validate(FEATURES | target | changes).redundancy_weight == weight
+
+
+@pytest.mark.parametrize("decoder", ["transformer", "linear"])
+@pytest.mark.parametrize("head", ["zero", "xavier"])
+def test_the_head_of_dense_decoders_starts_as_the_setting_says(
+    small_tree: dict[str, Any], head: str, decoder: str
+):
+    small_tree["model"]["decoder"]["head"] = head
+    small_tree["objective"]["targets"][0]["decoder"] = decoder
+    config = Config.model_validate(small_tree)
+    model = M3I(config.model, config.objective, config.data.image_size)
+    used = model.decoders["features"].head if decoder == "transformer" else None
+    weight = (used or model.linear_decoders["features"]).weight
+    assert (weight == 0).all() == (head == "zero")
+    outputs = model(one_batch(config, 4))
+    assert (outputs["spread_prediction/image_i"][0] == 0) == (head == "zero")

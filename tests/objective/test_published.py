@@ -99,12 +99,28 @@ def mae(model: M3I, batches: Sequence[Batch], *, norm_pix: bool) -> Tensor:
     return (loss * removed).sum() / removed.sum()
 
 
-def data2vec(model: M3I, batches: Sequence[Batch]) -> Tensor:
-    """arXiv 2202.03555, section 3.3, with the squared error: normalised teacher at the mask."""
+def centred(targets: Sequence[Tensor], decay: float) -> Tensor:
+    """The last targets (B, N, D) without their average over all until then, unit mean square."""
+    mean, square, total = torch.zeros(()), torch.zeros(()), 0.0
+    for target in targets:
+        rows = target.reshape(-1, target.shape[-1])
+        mean = decay * mean + (1 - decay) * rows.sum(0) / len(rows)
+        square = decay * square + (1 - decay) * (rows**2).sum() / rows.numel()
+        total = decay * total + 1 - decay
+    mean, square = mean / total, square / total
+    return (targets[-1] - mean) / (square - (mean**2).mean() + 1e-6) ** 0.5
+
+
+def data2vec(model: M3I, batches: Sequence[Batch], *, decay: float | None = None) -> Tensor:
+    """arXiv 2202.03555, section 3.3, with the squared error: normalised teacher at the mask.
+
+    With `decay` the targets are centred, by the last batch alone (0) or by averages.
+    """
     batch = batches[-1]
+    features = [model.teacher.backbone.features(views(part)[0]) for part in batches]
+    targets = [F.layer_norm(part, part.shape[-1:], eps=1e-6) for part in features]
+    teacher = targets[-1] if decay is None else centred(targets, decay)
     image, _ = views(batch)
-    teacher = model.teacher.backbone.features(image)
-    teacher = F.layer_norm(teacher, teacher.shape[-1:], eps=1e-6)
     x = masked(image, batch)
     pairs = []
     for n in range(len(image)):
@@ -249,7 +265,11 @@ class Case(NamedTuple):
 ROWS = {
     "MAE": Case("mim_pixel", mae, {"norm_pix": True}),
     "MAE, raw pixels": Case("mim_pixel", mae, {"norm_pix": False}, {"normalise": "none"}),
-    "data2vec": Case("mim_feature", data2vec),
+    "data2vec": Case("mim_feature", data2vec, target={"centre": "none"}),
+    "data2vec, centred": Case("mim_feature", data2vec, {"decay": 0.0}),
+    "data2vec, centred by averages": Case(
+        "mim_feature", data2vec, {"decay": 0.7}, {"centre": "running", "centre_decay": 0.7}
+    ),
     "BYOL": Case("instance_discrimination_predictor", byol, {"symmetric": False}),
     "BYOL, both directions": Case(
         "instance_discrimination_predictor", byol, {"symmetric": True}, input={"both_views": True}
@@ -279,7 +299,9 @@ ROWS = {
         more="instance_discrimination_negatives",
     ),
     "CLIP": Case("language_image_contrastive", clip),
-    "SiameseIM, regression": Case("siamim_feature", siamese_im, {"negative_weight": 0.0}),
+    "SiameseIM, regression": Case(
+        "siamim_feature", siamese_im, {"negative_weight": 0.0}, {"centre": "none"}
+    ),
     "SiameseIM": Case(
         "siamim_feature",
         siamese_im,
@@ -287,7 +309,7 @@ ROWS = {
         {
             "regularisation": "decorrelation",
             "decorrelation": "unigrad",
-            "decorrelation_weight": 0.02,
+            "centre": "none",
             "normalise_prediction": "layer_norm",
         },
     ),

@@ -74,3 +74,15 @@ def test_classes_are_no_samples(small_tree):
     targets = small_tree["objective"]["targets"]
     small_tree["objective"]["targets"] = [t for t in targets if t["representation"] != "text"]
     assert "negatives" not in report(small_tree, ranks=2)
+
+
+def test_how_far_the_teacher_gets_is_said(small_tree):
+    small_tree["optimizer"] |= {"duration": "650 steps", "teacher_momentum": 0.9995}
+    line = "the teacher forgets its start 0.163 times (momentum 0.9995 to 1); 85 % of the initial"
+    assert line in report(small_tree, ranks=1)
+    small_tree["optimizer"]["teacher_momentum"] = "by_length"
+    assert "forgets its start 7.01 times (momentum 0.978462 to 1)" in report(small_tree, ranks=1)
+    targets = small_tree["objective"]["targets"]
+    small_tree["objective"]["targets"] = [t for t in targets if t["representation"] == "text"]
+    small_tree["objective"]["balance"] = None
+    assert "teacher" not in report(small_tree, ranks=1)

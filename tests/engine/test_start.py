@@ -1,0 +1,158 @@
+"""The start of a run: centres in checkpoints, the bound of the temperature, what is warned of."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from cases import full_weights, open_small, small_config
+from ranks import run_ranks
+
+from m3i_scale.cluster.launch import World
+from m3i_scale.config import Config
+from m3i_scale.engine import loop, metrics, shards
+from m3i_scale.engine.health import Health
+from m3i_scale.engine.state import Progress
+from m3i_scale.engine.stop import StopFlag
+from m3i_scale.models.heads import Temperature
+from m3i_scale.objective.m3i import M3I
+
+OVERRIDES = {"optimizer.duration": "4 steps", "optimizer.max_micro_batch": 2,
+             "checkpoint.every": "2 steps"}  # fmt: skip
+
+
+def running_centres() -> list[dict[str, Any]]:
+    """The small configuration's targets, images centred by averages."""
+    dumped = small_config(Path(), {}).objective.model_dump()["targets"]
+    return [
+        t | ({"centre": "running"} if t["representation"] == "features" else {}) for t in dumped
+    ]
+
+
+def train_and_resume(world: World, folder: Path, overrides: dict[str, Any]) -> dict[str, Any]:
+    """Four steps; then the last two once more, from the checkpoint after the second."""
+    found = {}
+    kept = folder / "small" / "checkpoints" / "step-00000002"
+    for name, resume in (("whole", "never"), ("resumed", str(kept))):
+        run = open_small(world, folder, overrides, resume)
+        record = metrics.MetricLog(
+            run.folder, is_main=world.is_main, total=4, first=run.progress.step, tensorboard=False
+        )
+        loop.pretrain(run, StopFlag(), record)
+        record.close()
+        centres = {
+            n: part.averages.clone() for n, part in run.sharded.model.running_centres.items()
+        }
+        found[name] = {
+            "weights": full_weights(run),
+            "centres": centres,
+            "start_rank": run.progress.start_rank,
+        }
+    return found
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_running_centres_are_equal_on_all_ranks_and_continue_exactly(
+    tmp_path: Path, precision: str
+):
+    overrides = OVERRIDES | {
+        "objective.targets": running_centres(),
+        "engine.precision": precision,
+    }
+    first, second = run_ranks(2, train_and_resume, tmp_path, overrides=overrides)
+    for name in ("image_i", "image_j"):
+        averages = first["whole"]["centres"][name]
+        assert averages.dtype == torch.float32
+        assert averages[-1].item() == pytest.approx(1 - 0.9**8)  # two micro-steps a step
+        assert torch.equal(averages, second["whole"]["centres"][name])
+        assert torch.equal(averages, first["resumed"]["centres"][name])
+    weights, again = (first[k]["weights"] for k in ("whole", "resumed"))
+    assert all(torch.equal(weights[name], again[name]) for name in weights)
+    assert first["whole"]["start_rank"] == first["resumed"]["start_rank"]
+
+
+def step_from_above(world: World, folder: Path, overrides: dict[str, Any]) -> list[float]:
+    """Of a step that starts above the bound: tau in it, weight and master after it, tau after."""
+    run = open_small(world, folder, overrides, "never")
+    ((parameter, maximum),) = run.sharded.model.upper_bounds()
+    optimizer = run.sharded.engine.optimizer
+    with torch.no_grad():
+        shards.local_weight(optimizer, parameter).fill_(maximum + 0.5)
+    shards.publish_weights(optimizer)
+    batches = loop.open_batches(run)
+    first, _ = loop.train_step(run, batches)
+    name = "temperatures.text.log_scale"
+    whole = full_weights(run)[name].item()
+    master = shards.local_weight(optimizer, parameter)[:1].item()
+    second, _ = loop.train_step(run, batches)
+    return [first["temperature/text_i"], whole, master, second["temperature/text_i"]]
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_a_temperature_beyond_its_bound_is_there_after_the_step(tmp_path: Path, precision: str):
+    bound = math.log(100)
+    overrides = {"engine.precision": precision, "engine.zero.persistence_threshold": 500}
+    results = run_ranks(2, step_from_above, tmp_path, overrides=overrides)
+    for before, whole, master, after in results:
+        assert before < 0.0075  # the bound is no part of the forward pass
+        assert whole == pytest.approx(bound, abs=1e-6 if precision == "fp32" else 0.02)
+        assert after == pytest.approx(0.01, rel=1e-4 if precision == "fp32" else 0.02)
+        assert master <= bound + 1e-6
+
+
+def test_a_temperature_at_its_bound_returns(small: Config):
+    model = M3I(small.model, small.objective, small.data.image_size)
+    ((parameter, maximum),) = model.upper_bounds()
+    part = model.temperatures["text"]
+    assert isinstance(part, Temperature)
+    optimizer = torch.optim.AdamW([parameter], lr=0.1, betas=(0.9, 0.95), weight_decay=0)
+
+    def step(sign: float) -> float:
+        optimizer.zero_grad()
+        (sign * part(torch.ones(1))[0]).sum().backward()
+        optimizer.step()
+        with torch.no_grad():
+            parameter.clamp_(max=maximum)
+        return parameter.item()
+
+    up = [step(-1.0) for _ in range(60)]
+    assert up[-1] == pytest.approx(math.log(100))
+    assert part(torch.ones(1))[1].item() == pytest.approx(0.01)
+    down = [step(1.0) for _ in range(60)]
+    assert down[-1] < math.log(100) - 1
+
+
+def test_a_collapsing_encoder_is_named_once_and_only_where_it_collapses():
+    def said(ranks: list[float], health: Health, progress: Progress) -> list[str]:
+        found = []
+        for rank in ranks:
+            values = {"student/rank": rank, "balance/lambda": 1.0}
+            found += health.warnings(values, progress)
+            progress.step += 1
+        return found
+
+    assert not said([3.0, 1.0, 3.0, 1.0, 2.0, *[1.1] * 40], Health(), Progress())
+    progress = Progress()
+    (sentence,) = said([2.5] * 5 + [1.14] * 40, Health(), progress)
+    assert "1.2" in sentence
+    assert "2.50" in sentence
+    assert progress.start_rank == pytest.approx(2.5)
+    # A resumed run remembers its start.
+    again = Progress(step=30, start_rank=2.5)
+    assert len(said([1.1] * 20, Health(), again)) == 1
+    assert not said([float("nan")] * 20, Health(), Progress())
+
+
+def test_a_lambda_out_of_proportion_is_named_once():
+    health, progress = Health(), Progress()
+    found = []
+    for weight in (1.0, 49.0, 51.0, 300.0):
+        found += health.warnings({"balance/lambda": weight}, progress)
+    (sentence,) = found
+    assert "51" in sentence
+    assert "balance.maximum" in sentence
