@@ -41,7 +41,7 @@ class Health:
             return None
         return (
             f"the effective rank of the student's pooled features is {now:.2f}, less than half of "
-            f"the {start:.2f} it started with: the encoder collapses; see student/rank in the "
+            f"the {start:.2f} it started with: the encoder may collapse; see student/rank in the "
             "metrics, and objective.targets.N.centre, model.decoder.head, optimizer.learning_rate "
             "and optimizer.teacher_momentum"
         )

@@ -26,6 +26,8 @@ _PANELS = {
     "spread of the targets": ("spread/",),
     "effective rank of the targets": ("rank/",),
     "effective rank of the predictions": ("rank_prediction/",),
+    "effective rank and spread of the student's pooled features": ("student/",),
+    "constant share of the targets": ("constant/",),
     "mask-token use": ("mask_token_use/",),
     "temperature": ("temperature/",),
     "learning rate": ("learning_rate",),
