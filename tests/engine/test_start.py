@@ -72,7 +72,7 @@ def test_running_centres_are_equal_on_all_ranks_and_continue_exactly(
         assert torch.equal(averages, first["resumed"]["centres"][name])
     weights, again = (first[k]["weights"] for k in ("whole", "resumed"))
     assert all(torch.equal(weights[name], again[name]) for name in weights)
-    assert 1 <= first["whole"]["start_rank"] == first["resumed"]["start_rank"]
+    assert 0.9 < first["whole"]["start_rank"] == first["resumed"]["start_rank"]
 
 
 def step_from_above(world: World, folder: Path, overrides: dict[str, Any]) -> list[float]:
