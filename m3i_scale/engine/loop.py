@@ -249,9 +249,10 @@ def _require_categories(batch: Any, config: Config) -> None:
     categories = config.model.categories
     if "category" not in config.objective.representations or not len(batch):
         return
-    largest = int(batch.category.max())
+    labels = batch.category.numpy()
+    largest = int(labels.max())
     if largest >= categories:
-        key = batch.key[int(batch.category.argmax())]
+        key = batch.key[int(labels.argmax())]
         raise CategoryError(
             f"sample {key} has category {largest}, but model.categories is {categories}, for "
             f"categories 0 to {categories - 1}; set model.categories={largest + 1} or more before "
