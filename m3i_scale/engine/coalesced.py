@@ -21,7 +21,7 @@ from torch import Tensor
 
 from m3i_scale.engine import shards
 
-log = logging.getLogger("m3i")
+log = logging.getLogger(__name__)
 
 _Handle: Any = partition_parameters.AllGatherCoalescedHandle
 _Lone: Any = partition_parameters.NoGatherHandle

@@ -271,3 +271,22 @@ def test_a_spike_is_measured_against_the_average():
     assert [mean.ratio(2.0) for _ in range(20)] == pytest.approx([1.0] * 20)
     assert mean.ratio(6.0) == pytest.approx(3.0)
     assert mean.ratio(float("nan")) == 1.0
+
+
+def meet_a_label_beyond_the_classifier(world: World, folder: Path) -> str:
+    run = open_small(world, folder, {"model.categories": 2})
+    batches = loop.open_batches(run)
+
+    def train() -> None:
+        for _ in range(6):
+            loop.train_step(run, batches)
+
+    with pytest.raises(loop.CategoryError) as caught:
+        train()
+    return str(caught.value)
+
+
+def test_a_label_that_no_index_announced_is_refused_with_its_sample(tmp_path: Path):
+    said = run_ranks(1, meet_a_label_beyond_the_classifier, tmp_path)[0]
+    assert said.startswith("sample ")
+    assert "but model.categories is 2, for categories 0 to 1; set model.categories=" in said
