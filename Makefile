@@ -1,7 +1,7 @@
 # make demo     set everything up, pre-train a small InternImage on two ranks, show what it learned
 # make test     set everything up and run the tests
 # make docs     build the documentation as a site in build/site; a broken link fails
-.PHONY: setup lock demo h-on-cpu test test-gpu gpu-session-rehearsal bench lint docs clean
+.PHONY: setup lock demo h-on-cpu test test-fast test-gpu gpu-session-rehearsal bench lint docs clean
 
 PYTHON ?= python3
 VENV := .venv
@@ -47,6 +47,10 @@ h-on-cpu: setup
 
 test: setup
 	$(ONE_THREAD) $(BIN)/python -m pytest
+
+# For the loop of work: no Slurm, no groups of processes.
+test-fast: setup
+	$(ONE_THREAD) $(BIN)/python -m pytest -n 2 --dist loadfile -m "not distributed and not slurm"
 
 test-gpu: setup
 	$(BIN)/python -m pytest tests/kernels -n 4 -m "not cpu_only"
