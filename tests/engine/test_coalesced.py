@@ -65,8 +65,16 @@ def train(
 
 
 def differing(one: dict[str, torch.Tensor], two: dict[str, torch.Tensor]) -> set[str]:
+    """Names whose weights differ by more than the last digit of DeepSpeed's own gradient norm.
+
+    That norm was seen to differ between two equal runs (6.83325004, 6.83325008), and clips.
+    """
     assert one.keys() == two.keys()
-    return {name for name, weight in one.items() if not torch.equal(weight, two[name])}
+    return {
+        name
+        for name, weight in one.items()
+        if not torch.allclose(weight, two[name], rtol=1e-6, atol=1e-7)
+    }
 
 
 CASES: dict[str, dict[str, Any]] = {
@@ -81,7 +89,7 @@ CASES: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_weights_are_those_of_deepspeeds_own_way_bit_for_bit(tmp_path: Path, case: str):
+def test_weights_are_those_of_deepspeeds_own_way(tmp_path: Path, case: str):
     base = CASES[case] | {"optimizer.teacher_momentum": 0.9}
     runs = {}
     for name, teacher, old, leaves in (
