@@ -125,5 +125,4 @@ def test_measures_the_real_step(tmp_path: pathlib.Path, timeline: ModuleType) ->
     assert known["known_after"]["kernels"] > known["known_after"]["steps"] > 0
     table = timeline.tabulate(timeline.read_trace(tmp_path / "step_small.trace.json.gz"))
     assert all(table.per_step(phase=phase) > 0 for phase in timeline.PHASES)
-    resolved = json.loads((tmp_path / "runs" / "small" / "deepspeed.json").read_text())
-    assert resolved["gradient_accumulation_steps"] == 2
+    assert not (tmp_path / "runs").exists()  # a run of that name is not touched
