@@ -13,7 +13,7 @@ from workload import STEPS, curve
 pytestmark = [pytest.mark.slurm, pytest.mark.distributed, pytest.mark.timeout(1200)]
 
 # Figures of collapse, measured within a rank's part of the batch.
-WITHIN_A_RANK = ("spread", "rank", "mask_token_use")
+WITHIN_A_RANK = ("spread", "rank", "mask_token_use", "student", "constant")
 
 # An interpreter that finds a place where nobody can write, on one node, instead of the run folder.
 BAD_NODE = """#!/bin/bash
