@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -174,20 +175,14 @@ def test_states_on_nvme_are_refused(small_tree: dict[str, Any]):
         deepspeed_config(Config.model_validate(small_tree), split_batch(8, 8, 1))
 
 
-def test_determinism_is_switched_on_and_off():
-    import os
-
-    before = os.environ.pop("CUBLAS_WORKSPACE_CONFIG", None)
-    try:
-        set_numerics(deterministic=True)
-        assert torch.are_deterministic_algorithms_enabled()  # the kernels ask for it, too
-        assert torch.backends.cudnn.deterministic
-        assert not torch.backends.cudnn.benchmark
-        assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
-    finally:
-        set_numerics(deterministic=False)
-        os.environ.pop("CUBLAS_WORKSPACE_CONFIG", None)
-        if before is not None:
-            os.environ["CUBLAS_WORKSPACE_CONFIG"] = before
+def test_determinism_is_switched_on_and_off(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", "what the tests began with")
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG")
+    set_numerics(deterministic=True)
+    assert torch.are_deterministic_algorithms_enabled()  # the kernels ask for it, too
+    assert torch.backends.cudnn.deterministic
+    assert not torch.backends.cudnn.benchmark
+    assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
+    set_numerics(deterministic=False)
     assert not torch.are_deterministic_algorithms_enabled()
     assert torch.backends.cudnn.benchmark
