@@ -43,7 +43,7 @@ import statistics
 import sys
 import tempfile
 import time
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -119,7 +119,10 @@ def join_silent_group(ranks: int) -> Counter[str]:  # noqa: C901  one method per
 
     counts: Counter[str] = Counter()
 
-    class Silent(dist.ProcessGroup):
+    # Its methods take any arguments: torch's versions differ in them.
+    base: Any = dist.ProcessGroup
+
+    class Silent(base):
         def getBackendName(self) -> str:  # noqa: N802  torch's name
             return "silent"
 
@@ -235,7 +238,7 @@ class Clock:
 
     def __init__(self, now: Callable[[], float]) -> None:
         self.now = now
-        self.spent: Counter[str] = Counter()
+        self.spent: defaultdict[str, float] = defaultdict(float)
         self._inside: list[float] = []  # seconds of called parts, for each part that is running
 
     def watch(self, owner: Any, name: str, part: str) -> None:
@@ -344,7 +347,12 @@ def measure(options: argparse.Namespace, folder: Path) -> Finding:
     # Counted from the last update on, that of the last group of parameters.
     inner = run.sharded.engine.optimizer.optimizer
     updated: Counter[str] = Counter()
-    inner.register_step_post_hook(lambda *_: (updated.clear(), updated.update(counts)))
+
+    def note(*_: Any) -> None:
+        updated.clear()
+        updated.update(counts)
+
+    inner.register_step_post_hook(note)
     steps, before = [], stack_height()
     batches = loop.open_batches(run)
     for _ in range(options.steps):
@@ -359,7 +367,9 @@ def measure(options: argparse.Namespace, folder: Path) -> Finding:
             raise RuntimeError("a gradient was not finite: nothing was updated")
         run.progress.step += 1
         run.progress.position += run.split.batch
-    parts = {name: round(s, 4) for name, s in clock.spent.most_common()}
+    parts = {
+        name: round(s, 4) for name, s in sorted(clock.spent.items(), key=lambda item: -item[1])
+    }
     parts["rest of train_step"] = round(steps[-1] - sum(clock.spent.values()), 4)
     names = dict(run.sharded.model.named_parameters())
     return Finding(

@@ -106,7 +106,7 @@ def measure(backbone: str, updates: int, out: Path) -> int:
     from m3i_scale.models.backbone import build_backbone
 
     with deepspeed.zero.Init(config_dict_or_path=SETTINGS):
-        pair = torch.nn.ModuleList([build_backbone(backbone), build_backbone(backbone)])
+        pair = torch.nn.ModuleList(build_backbone(backbone) for _ in range(2))  # type: ignore[misc]
     student, momentum = pair
     momentum.requires_grad_(False)
     start_equal(student, momentum)
@@ -117,7 +117,9 @@ def measure(backbone: str, updates: int, out: Path) -> int:
         "gather": lambda: GatheredMomentum(student, world.is_main),
     }
     require_equal(engine, momentum, makers)
-    ways, found = {}, {"parameters": sum(p.ds_numel for p in student.parameters())}
+    ways: dict[str, Any] = {}
+    numbers = [getattr(p, "ds_numel") for p in student.parameters()]  # DeepSpeed's  # noqa: B009
+    found: dict[str, float] = {"parameters": sum(numbers)}
     for name, make in makers.items():
         give_back_memory()
         before = memory("VmRSS")

@@ -29,6 +29,10 @@ from typing import Any
 
 import numpy as np
 
+# Set by `_adopt` in each worker.
+STREAM: Any
+ARGS: argparse.Namespace
+
 SOURCES = {"text": (427_000_000, 43_500), "category": (15_000_000, 1_500)}
 START = 9_000_000_000
 

@@ -289,8 +289,8 @@ def main() -> int:
             running[name].result()
             for one in checks:
                 made(one)
-        for one in others:
-            one.result()
+        for waited in others:
+            waited.result()
     return 1 if any(not row["ok"] for row in _own_rows()) else 0
 
 

@@ -69,7 +69,7 @@ def main(arguments: list[str]) -> int:
     folder = Path(arguments[0])
     config = load_config(str(folder / "data" / "small.yaml"), [])
     stream = build_stream(config)
-    limits = {"start": 0, "micro_batch": MICRO_BATCH, "end": BATCHES * MICRO_BATCH}
+    limits: dict[str, Any] = {"start": 0, "micro_batch": MICRO_BATCH, "end": BATCHES * MICRO_BATCH}
     cuda = rows.DEVICE == "cuda"
     load = torch.randn(4096 if cuda else 64, 4096 if cuda else 64, device=rows.DEVICE)
     arrived = []

@@ -61,7 +61,8 @@ def train(world: World, folder: Path, task: dict[str, Any]) -> dict[str, Any]:
     run = session.open_run(config, world, stream, epoch_samples=64, resume=resume)
     opened = state(run)
     batches = loop.open_batches(run)
-    steps, waits = [], Counter()
+    steps = []
+    waits: Counter[str] = Counter()
     while True:
         if run.progress.step in task.get("save_at", []):
             loop.save(run)
@@ -113,15 +114,17 @@ def synchronisations(sites: Counter[str]) -> Iterator[None]:
         yield
         return
 
-    def note(message: Any, category: Any, filename: str, lineno: int, *_: Any) -> None:
+    def note(
+        message: Any, category: Any, filename: str, lineno: int, file: Any = None, line: Any = None
+    ) -> None:
         if "called a synchronizing CUDA operation" in str(message):
             sites[_site(f"{filename}:{lineno}")] += 1
 
     whole = torch.cuda.synchronize
 
-    def synchronize(*arguments: Any) -> None:  # PyTorch does not warn of the explicit one
+    def synchronize(device: Any = None) -> None:  # PyTorch does not warn of the explicit one
         sites[_site("torch.cuda.synchronize")] += 1
-        whole(*arguments)
+        whole(device)
 
     with warnings.catch_warnings():
         warnings.simplefilter("always")

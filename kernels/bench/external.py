@@ -7,6 +7,7 @@ softmax nor the blend with the centre feature, which torch does around them, as 
 import importlib.util
 import math
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -49,13 +50,13 @@ def _dcnv3(groups: int) -> Core:
 
     class Function(torch.autograd.Function):
         @staticmethod
-        def forward(ctx, x, offset, mask):
+        def forward(ctx: Any, x: Tensor, offset: Tensor, mask: Tensor) -> Tensor:
             ctx.save_for_backward(x, offset, mask)
             ctx.geometry = (*_GEOMETRY, groups, x.shape[-1] // groups, 1.0)
             return DCNv3.dcnv3_forward(x, offset, mask, *ctx.geometry, _step(x), False)
 
         @staticmethod
-        def backward(ctx, grad):
+        def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, ...]:
             saved = ctx.saved_tensors
             last = (grad.contiguous(), _step(grad), False)
             return tuple(DCNv3.dcnv3_backward(*saved, *ctx.geometry, *last))

@@ -79,7 +79,8 @@ def launch(
         y = torch.full_like(grad, torch.nan)
         matrix_op.launch_matrix_forward(inputs, y, geometry_of(groups), tiles)
         return (y,)
-    gradients = tuple(torch.full_like(t, torch.nan) for t in inputs)
+    x, offset, mask, gate = (torch.full_like(t, torch.nan) for t in inputs)
+    gradients = x, offset, mask, gate
     matrix_op.launch_matrix_backward(grad, inputs, gradients, geometry_of(groups), tiles)
     return gradients
 
@@ -87,7 +88,8 @@ def launch(
 def exact(inputs: Inputs, grad: Tensor, groups: int) -> dict[str, tuple[Tensor, ...]]:
     """Output and gradients of the reference in float64."""
     leaves = [t.double().requires_grad_() for t in inputs]
-    y = dcnv3_reference(*leaves[:3], geometry_of(groups), True, leaves[3])
+    x, offset, mask, gate = leaves
+    y = dcnv3_reference(x, offset, mask, geometry_of(groups), True, gate)
     return {
         "forward": (y.detach(),),
         "backward": torch.autograd.grad(y, leaves, grad.double()),
@@ -126,24 +128,24 @@ def check_limits(device: str) -> Iterator[dict[str, Any]]:
     inputs, grad = make_inputs(2, size, groups, 1.0, device)
     x, offset, mask, gate = inputs
 
-    def run(*changed: Tensor) -> tuple[Tensor, ...]:
+    def run(changed: Inputs) -> tuple[Tensor, ...]:
         runs = (launch(d, changed, grad, groups, None) for d in NAMES)
         return tuple(t for outputs in runs for t in outputs)
 
-    y, dx, *_ = run(*inputs)
+    y, dx, *_ = run(inputs)
     for name, tensor, value in (
         ("logit", mask, torch.nan), ("logit", mask, torch.inf), ("gate", gate, 1.5)
     ):  # fmt: skip
         before = tensor[1, 2, 3, 0].item()
         tensor[1, 2, 3, 0] = value
-        y2, dx2, doffset2, *_ = run(*inputs)
+        y2, dx2, doffset2, *_ = run(inputs)
         tensor[1, 2, 3, 0] = before
         loud = (y2[1, 2, 3, :D], doffset2[1, 2, 3, : 2 * K], dx2[1, ..., :D])
         right = all(bool(t.isnan().all()) for t in loud)
         y2[1, 2, 3, :D], dx2[1, ..., :D] = y[1, 2, 3, :D], dx[1, ..., :D]
         yield {"limit": f"{name} {value}", "right": right and y2.equal(y) and dx2.equal(dx)}
     for value in (torch.nan, torch.inf, -torch.inf, 1e30):
-        found = run(x, torch.full_like(offset, value), mask, torch.zeros_like(gate))
+        found = run((x, torch.full_like(offset, value), mask, torch.zeros_like(gate)))
         yield {"limit": f"offset {value}", "right": not any(bool(t.any()) for t in found[:4])}
 
 
@@ -242,7 +244,8 @@ def timed(
     if direction == "forward":
         y = torch.empty_like(grad)
         return lambda: matrix_op.launch_matrix_forward(inputs, y, geometry, tiles)
-    gradients = tuple(torch.empty_like(t) for t in inputs)
+    dx, doffset, dmask, dgate = (torch.empty_like(t) for t in inputs)
+    gradients = dx, doffset, dmask, dgate
     return lambda: matrix_op.launch_matrix_backward(grad, inputs, gradients, geometry, tiles)
 
 

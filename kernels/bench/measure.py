@@ -215,7 +215,8 @@ def measure(
     timer = Timer(operator, problem, batch, name, device)
     rows = []
     for direction in operator.directions:
-        times, base_times = list(timer.milliseconds(direction)), []
+        times = list(timer.milliseconds(direction))
+        base_times: list[float] = []
         if base is not None:
             base_times += base(direction)
             times += timer.milliseconds(direction)

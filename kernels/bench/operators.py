@@ -59,7 +59,7 @@ class Dcnv3:
     """DCNv3 as InternImage calls it: logits and, in H and G, the centre-feature-scale fused."""
 
     name = "dcnv3"
-    directions = ("forward", "backward", "both")
+    directions: tuple[str, ...] = ("forward", "backward", "both")
     plain = False
 
     def problems(self, batch: int, dtype: torch.dtype) -> Iterator[Problem]:
@@ -97,7 +97,7 @@ class Dcnv3:
         return {k: v.requires_grad_() for k, v in inputs.items()}
 
     def _call(self, problem: Problem, backend: str, deterministic: bool = False) -> Implementation:
-        def call(**inputs: Tensor) -> Tensor:
+        def call(**inputs: Any) -> Tensor:
             return dcnv3(
                 **inputs,
                 kernel_size=3,
@@ -152,7 +152,7 @@ class Depthwise:
     """Depthwise 5 x 5, LayerNorm and GELU, channels last: the offset branch of InternImage-H."""
 
     name = "depthwise"
-    directions = ("forward", "backward", "both")
+    directions: tuple[str, ...] = ("forward", "backward", "both")
 
     def problems(self, batch: int, dtype: torch.dtype) -> Iterator[Problem]:
         """All four stages of H at 192 and 224 pixels."""
@@ -217,7 +217,7 @@ class BlockMix:
     """Two uint8 view batches to normalised mixes and clean views."""
 
     name = "block_mix"
-    directions = ("forward",)
+    directions: tuple[str, ...] = ("forward",)
 
     def problems(self, batch: int, dtype: torch.dtype) -> Iterator[Problem]:
         """192 and 224 pixels, patches of 16, channels-last and contiguous."""
@@ -247,7 +247,7 @@ class BlockMix:
                 memory_format=problem.shape["layout"],
                 backend=backend,
             )
-            return tuple(mixed)
+            return tuple(t for t in mixed if t is not None)
 
         return call
 
@@ -277,7 +277,7 @@ class Photometric:
     """The whole augmentation with the usual probabilities, fused with normalisation."""
 
     name = "photometric"
-    directions = ("forward",)
+    directions: tuple[str, ...] = ("forward",)
 
     def problems(self, batch: int, dtype: torch.dtype) -> Iterator[Problem]:
         """192 and 224 pixels; blur on no, half or every sample."""

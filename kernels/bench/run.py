@@ -24,8 +24,8 @@ import against
 import compile_only
 import measure
 import operators
-import report
 import static
+import tables
 import torch
 
 RESULTS = pathlib.Path(__file__).parent / "results"
@@ -80,14 +80,14 @@ def run_static(options: argparse.Namespace) -> int:
     rows = []
     for row in static.report(chosen, options.targets, options.processes):
         rows.append(row)
-        print(report.markdown([row], STATIC_COLUMNS).splitlines()[-1], flush=True)
+        print(tables.markdown([row], STATIC_COLUMNS).splitlines()[-1], flush=True)
     if not rows:
         print("No configuration has that name.", file=sys.stderr)
         return 2
     versions = f"torch {torch.__version__}, triton {measure.triton.__version__}"
-    text = f"# Compiler report\n\n{versions}\n\n{report.markdown(rows, STATIC_COLUMNS)}"
+    text = f"# Compiler report\n\n{versions}\n\n{tables.markdown(rows, STATIC_COLUMNS)}"
     (options.out / "static.md").write_text(text)
-    report.write_csv(rows, options.out / "static.csv")
+    tables.write_csv(rows, options.out / "static.csv")
     wrong = static.problems(rows)
     print(f"{len(rows)} kernels compiled; {len(wrong)} spill or do not fit.")
     print("\n".join(wrong), end="\n" if wrong else "")
@@ -100,7 +100,7 @@ def run_operator(operator: operators.Operator, options: argparse.Namespace) -> i
     device = "cuda"
     bandwidth = measure.copy_bandwidth(device)
     print(f"{operator.name}: a copy moves {bandwidth * 1e-9:.0f} GB/s")
-    print(report.markdown([], COLUMNS), end="", flush=True)
+    print(tables.markdown([], COLUMNS), end="", flush=True)
     rows: list[measure.Timing] = []
     with contextlib.ExitStack() as stack:
         base = stack.enter_context(against.Base(options.against)) if options.against else None
@@ -116,13 +116,13 @@ def run_operator(operator: operators.Operator, options: argparse.Namespace) -> i
                 new = [measure.failure(operator, problem, options.batch, name, device, error)]
             torch.cuda.empty_cache()
             rows += new
-            print(*report.markdown(new, COLUMNS).splitlines()[2:], sep="\n", flush=True)
+            print(*tables.markdown(new, COLUMNS).splitlines()[2:], sep="\n", flush=True)
     if rows:
         stem = f"{operator.name}_{options.dtype}"
-        report.write_csv(rows, options.out / f"{stem}.csv")
-        (options.out / f"{stem}.md").write_text(report.markdown(rows, COLUMNS))
+        tables.write_csv(rows, options.out / f"{stem}.csv")
+        (options.out / f"{stem}.md").write_text(tables.markdown(rows, COLUMNS))
         if timed_rows := [r for r in rows if not r.failed]:
-            report.plot(timed_rows, options.out / f"{stem}.png")
+            tables.plot(timed_rows, options.out / f"{stem}.png")
     return int(any(r.failed and r.implementation.startswith("triton") for r in rows))
 
 

@@ -19,7 +19,7 @@ os.environ["TRITON_INTERPRET"] = "0"
 
 import measure
 import operators
-import report
+import tables
 import torch
 import triton
 from m3i_kernels.dcnv3.geometry import make_geometry
@@ -112,9 +112,9 @@ def main() -> int:
             for direction in ("backward", "forward"):
                 best = [r for r in new if r.direction == direction][:3]
                 chosen = [r for r in new if r.direction == direction and r.shipped]
-                print(report.markdown([*best, *chosen], TileTiming._fields[:6]), flush=True)
+                print(tables.markdown([*best, *chosen], TileTiming._fields[:6]), flush=True)
             rows += new
-            report.write_csv(rows, options.out / "tune_dcnv3.csv")
+            tables.write_csv(rows, options.out / "tune_dcnv3.csv")
     return 0
 
 
