@@ -36,26 +36,20 @@ from typing import Any, NamedTuple
 import yaml
 from forks import Ranks, wait_for
 
-CONFIGURATION = """
+from m3i_scale.config import load_config
+
+ROOT = Path(__file__).resolve().parents[1]
+DEMO = ROOT / "configs" / "demo.yaml"
+# The demonstration's networks made smaller, with draws of drop-path that must continue, too.
+CHANGES = """
 model:
   backbone:
-    name: vit
-    options: {width: 128, depth: 4, heads: 4, pool_heads: 4, embed_dim: 64, drop_path_rate: 0.2}
-  decoder: {depth: 1, width: 64, heads: 4, ffn: 128}
-  text: {tokenizer: none, vocab_size: 400, depth: 1, width: 64, heads: 4, ffn: 128, max_length: 12,
-         embed_dim: 32}
-  categories: 2
-objective:
-  targets:
-    - {name: image_i, image: i, view: same, representation: features, regularisation: stop_gradient,
-       likelihood: {form: gaussian}, positions: masked, normalise: layer_norm}
-    - {name: text_i, image: i, representation: text, regularisation: negatives,
-       likelihood: {form: boltzmann, learnable: true}}
-    - {name: category_j, image: j, representation: category, regularisation: negatives,
-       likelihood: {form: boltzmann, temperature: 1.0, label_smoothing: 0.1}}
-data: {image_size: 64, workers: 0}
+    options: {channels: 16, groups: [1, 2, 4, 8], clip_projector_width: 64, clip_heads: 4,
+              clip_embed_dim: 64, drop_path_rate: 0.2}
+  decoder: {width: 64, ffn: 128}
+  text: {vocab_size: 400, width: 64, ffn: 128, max_length: 12, embed_dim: 32}
 optimizer: {global_batch_size: 12, max_micro_batch: 4, warmup: 2 steps}
-engine: {precision: fp32, device: cpu, timeout_minutes: 2, stall_minutes: 5}
+engine: {timeout_minutes: 2, stall_minutes: 5}
 checkpoint: {every: 1 step, keep_last: 2}
 logging: {tensorboard: false, pictures: false}
 """
@@ -86,16 +80,20 @@ def prepare(folder: Path, steps: int, elastic: bool) -> Path:
         subprocess.run([*cli, "glyphs", "--out", str(data)], check=True)
         tokenizer = ["--vocab-size", "400", "--out", f"{data}/tokenizer.json"]
         subprocess.run([*cli, "tokenizer", f"{data}/text.parquet", *tokenizer], check=True)
-    tree = yaml.safe_load(CONFIGURATION)
+    tree = yaml.safe_load(CHANGES) | {"base": str(DEMO)}
     tree["optimizer"]["duration"] = f"{steps} steps"
-    tree["data"]["sources"] = [
-        {"name": kind, "index": f"{data}/{kind}.parquet", "kind": kind}
-        for kind in ("text", "category")
-    ]
+    tree["data"] = {
+        "sources": [
+            {"name": kind, "index": f"{data}/{kind}.parquet", "kind": kind}
+            for kind in ("text", "category")
+        ]
+    }
     tree["model"]["text"]["tokenizer"] = f"{data}/tokenizer.json"
     if elastic:
         tree["model"]["backbone"]["options"]["drop_path_rate"] = 0.0
-        tree["objective"]["targets"].pop(1)
+        targets = load_config(DEMO).objective.model_dump(mode="json")["targets"]
+        kept = [target for target in targets if target["representation"] != "text"]
+        tree["objective"] = {"targets": kept}
     path = folder / "kill.yaml"
     path.write_text(yaml.safe_dump(tree | {"run": "unnamed", "folder": str(folder)}))
     return path

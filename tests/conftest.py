@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
-import yaml
-from small import SMALL
 
+from helpers import small as builders
 from m3i_scale.config import Config
+
+if TYPE_CHECKING:
+    from helpers.run_folder import FinishedRun
+    from m3i_scale.objective.m3i import M3I
 
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
@@ -37,9 +40,29 @@ def restored_numerics() -> Iterator[None]:
 @pytest.fixture
 def small_tree() -> dict[str, Any]:
     """The small configuration as a tree that a test may change."""
-    return yaml.safe_load(SMALL)
+    return builders.small_tree()
 
 
 @pytest.fixture
 def small(small_tree: dict[str, Any]) -> Config:
     return Config.model_validate(small_tree)
+
+
+@pytest.fixture(scope="session")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> FinishedRun:
+    """A finished run, to be read only: a test that writes into its folder copies it."""
+    from helpers.run_folder import finished_run
+
+    return finished_run(tmp_path_factory.mktemp("finished"))
+
+
+@pytest.fixture(scope="session")
+def config(finished: FinishedRun) -> Config:
+    """The configuration of the finished run."""
+    return finished.config
+
+
+@pytest.fixture(scope="session")
+def made(finished: FinishedRun) -> M3I:
+    """The networks of the finished run, on the CPU, in fp32."""
+    return finished.made

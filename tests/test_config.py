@@ -5,8 +5,8 @@ from typing import Any
 
 import pytest
 import yaml
-from small import SMALL
 
+from helpers.small import SMALL
 from m3i_scale.config import (
     Config,
     ConfigError,

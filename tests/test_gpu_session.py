@@ -147,7 +147,7 @@ def test_report_of_what_was_measured(tmp_path: Path):
 def test_the_audit_tells_what_differs_and_what_is_missing(tmp_path: Path):
     path = [SESSION, ROOT, ROOT / "kernels", ROOT / "tests"]
     environment = {"PYTHONPATH": os.pathsep.join(map(str, path)), "M3I_REHEARSE": "1"}
-    command = [sys.executable, ROOT / "tests" / "gpu_session_checks.py", "resumed"]
+    command = [sys.executable, "-m", "helpers.gpu_session_checks", "resumed"]
     done = subprocess.run(
         [*command, "offload_resumed"],
         capture_output=True,
@@ -172,7 +172,7 @@ def test_the_audit_tells_what_differs_and_what_is_missing(tmp_path: Path):
 def test_rows_of_what_other_programs_print(tmp_path: Path):
     path = [SESSION, ROOT, ROOT / "kernels", ROOT / "kernels" / "bench", ROOT / "tests"]
     environment = {"PYTHONPATH": os.pathsep.join(map(str, path)), "M3I_REHEARSE": "1"}
-    command = [sys.executable, ROOT / "tests" / "gpu_session_rows.py", FIRST / "matrix.log"]
+    command = [sys.executable, "-m", "helpers.gpu_session_rows", FIRST / "matrix.log"]
     done = subprocess.run(
         command,
         capture_output=True,

@@ -4,8 +4,8 @@ import os
 from pathlib import Path
 
 import pytest
-from small import SMALL
 
+from helpers.small import SMALL
 from m3i_scale.config import ConfigError, dump_config, load_config
 from m3i_scale.paths import expand, literal, require_writable
 from m3i_scale.sweep.spec import load_sweep

@@ -24,8 +24,8 @@ PRIME = 1_000_003
 
 def write_data(folder: Path) -> None:
     """Images, captions, categories and the configuration that names them."""
-    from run_folder import small_config, write_images
-
+    from helpers.run_folder import captioned_config
+    from helpers.shards import write_images
     from m3i_scale.config import dump_config
 
     data = folder / "data"
@@ -34,8 +34,8 @@ def write_data(folder: Path) -> None:
         {"name": kind, "index": write_images(data, kind, range(64), kind), "kind": kind}
         for kind in ("text", "category")
     ]
-    spec = {"image_size": 64, "workers": 0, "sources": sources}
-    (data / "small.yaml").write_text(dump_config(small_config(data, data=spec)))
+    config = captioned_config(data, {"data.sources": sources})
+    (data / "small.yaml").write_text(dump_config(config))
 
 
 def cpu_command(folder: Path) -> list[str]:

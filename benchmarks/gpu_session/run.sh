@@ -74,7 +74,7 @@ export TRITON_CACHE_DIR=$work/triton HF_HUB_OFFLINE=1
 # DeepSpeed's CPU Adam, compiled once; a killed compilation leaves a lock in the usual folder.
 export TORCH_EXTENSIONS_DIR=${TORCH_EXTENSIONS_DIR:-$work/extensions}
 export OMP_NUM_THREADS=$((rehearse ? 1 : 4))
-PYTHONPATH="$here:$root:$root/kernels:$root/kernels/bench:$root/tests:$root/tests/engine"
+PYTHONPATH="$here:$root:$root/kernels:$root/kernels/bench:$root/tests"
 [ -z "$wheels" ] || PYTHONPATH="$work/site:$PYTHONPATH"
 export PYTHONPATH
 cd "$root"

@@ -48,8 +48,8 @@ def main(arguments: list[str]) -> int:
 
 def train(world: World, folder: Path, task: dict[str, Any]) -> dict[str, Any]:
     """Open, train, save; everything that the checks compare."""
-    from cases import RandomStream, small_config  # these import deepspeed: after `launch.start`
-
+    from helpers.small import small_config
+    from helpers.training import RandomStream  # these import deepspeed: after `launch.start`
     from m3i_scale.engine import loop, session
 
     deterministic(bool(task.get("deterministic")))

@@ -32,7 +32,7 @@ def configuration() -> str:
     """InternImage-H; the tests' small configuration in a rehearsal."""
     if not rows.REHEARSE:
         return CONFIG
-    from small import SMALL
+    from helpers.small import SMALL
 
     path = rows.FOLDER / "small.yaml"
     path.write_text(SMALL)

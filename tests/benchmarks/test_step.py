@@ -94,7 +94,9 @@ def test_needs_an_annotated_step(timeline: ModuleType) -> None:
 @pytest.mark.cpu_only
 @pytest.mark.distributed
 def test_measures_the_real_step(tmp_path: pathlib.Path, timeline: ModuleType) -> None:
-    from small import SMALL  # it needs what reads data, which a machine for kernels may lack
+    from helpers.small import (
+        SMALL,  # it needs what reads data, which a machine for kernels may lack
+    )
 
     (tmp_path / "small.yaml").write_text(SMALL)
     command = [sys.executable, BENCH / "step.py", "--config", tmp_path / "small.yaml"]

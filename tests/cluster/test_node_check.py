@@ -14,8 +14,8 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-from ranks import free_port
 
+from helpers.ranks import free_port
 from m3i_scale.cluster import node_check, node_state
 from m3i_scale.cluster.node_check import Check, Limits, Report, judge, nodes_to_exclude, rounds
 

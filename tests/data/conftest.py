@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import pytest
-from foreign import category_source, text_source
 
+from helpers.shards import category_source, text_source
 from m3i_scale.data import Source
 
 

@@ -11,9 +11,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from foreign import jpeg, make_stream, text_members, text_source, write_tar
-from test_stream import by_position, flat
 
+from helpers.shards import jpeg, text_members, text_source, write_tar
+from helpers.streams import by_position, flat, make_stream
 from m3i_scale.data import Source, TooManyBadSamples
 from m3i_scale.data.index import Index
 from m3i_scale.shards.indexing import index_shards

@@ -15,9 +15,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from foreign import config_without_text, make_stream, text_members, write_tar
-from test_stream import assert_same, by_position
 
+from helpers.shards import text_members, write_tar
+from helpers.small import labelled_tree
+from helpers.streams import assert_same, by_position, make_stream
+from m3i_scale.config import Config
 from m3i_scale.data import Source, Storage
 from m3i_scale.data.cache import DiskCache
 from m3i_scale.shards.indexing import index_shards
@@ -369,6 +371,8 @@ def test_a_configuration_with_a_file_as_cache_is_refused_in_one_sentence(tmp_pat
     from m3i_scale.train import build_stream
 
     (tmp_path / "cache").write_bytes(b"")
-    config = config_without_text("i.parquet", storage={"cache": str(tmp_path / "cache")})
+    config = Config.model_validate(
+        labelled_tree("i.parquet", {"data.storage": {"cache": str(tmp_path / "cache")}})
+    )
     with pytest.raises(ConfigError, match=r"^data: the cache .* is a file"):
         build_stream(config)

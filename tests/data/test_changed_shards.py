@@ -9,8 +9,9 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from foreign import jpeg, make_stream, write_tar
 
+from helpers.shards import jpeg, write_tar
+from helpers.streams import make_stream
 from m3i_scale.cli import main
 from m3i_scale.data import Source
 from m3i_scale.data import index as index_file

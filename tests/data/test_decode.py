@@ -8,9 +8,9 @@ import zlib
 
 import numpy as np
 import pytest
-from foreign import jpeg
 from PIL import Image
 
+from helpers.shards import jpeg
 from m3i_scale.data.decode import BadSample, decode_category, decode_image, decode_text
 
 WIDTH, HEIGHT = 24, 16

@@ -11,9 +11,12 @@ from typing import Any
 import numpy as np
 import pytest
 import webdataset
-from foreign import jpeg, make_stream, text_members, write_tar
 from PIL import Image
 
+from helpers.ranks import run_ranks
+from helpers.run_folder import captioned_config
+from helpers.shards import caption, jpeg, text_members, write_tar
+from helpers.streams import make_stream
 from m3i_scale.cli import main
 from m3i_scale.data import Source, TooManyBadSamples
 from m3i_scale.data.decode import BadSample, decode_category, decode_image, decode_text
@@ -155,7 +158,7 @@ def img2dataset_shard(path: Path, first: int, count: int) -> Path:
     """As img2dataset writes them; one pair lost its caption, one image is broken."""
     members = []
     for number in range(first, first + count):
-        text = f"Thing {'abcdef'[number % 6]}, style {number % 4}"
+        text = caption(number)
         note = {"caption": text, "url": f"https://x/{number}", "status": "success", "exif": "{}"}
         image = b"broken" if number == first + 3 else jpeg(number, (80, 72))
         members += [(f"{number:09d}.jpg", image), (f"{number:09d}.json", json.dumps(note).encode())]
@@ -166,28 +169,18 @@ def img2dataset_shard(path: Path, first: int, count: int) -> Path:
 
 def train_on(world, folder: Path, overrides: dict[str, Any]) -> dict[str, Any]:
     """What `train.py` does with the small configuration."""
-    from cases import small_config
-
-    from m3i_scale.engine import loop, metrics, session
-    from m3i_scale.engine.stop import StopFlag
+    from helpers.training import train
+    from m3i_scale.engine import session
     from m3i_scale.train import build_stream
 
-    config = small_config(folder, overrides)
+    config = captioned_config(folder, overrides)
     stream = build_stream(config)
     run = session.open_run(config, world, stream, epoch_samples=stream.samples, resume="never")
-    record = metrics.MetricLog(run.folder, is_main=world.is_main, total=run.schedule.total, first=0,
-                               tensorboard=False)  # fmt: skip
-    finished = loop.pretrain(run, StopFlag(), record)
-    record.close()
-    return {"finished": finished, "step": run.progress.step}
+    return {"finished": train(run), "step": run.progress.step}
 
 
 @pytest.mark.distributed
 def test_foreign_shards_and_an_unseen_collection_train_end_to_end(tmp_path):
-    from ranks import run_ranks
-
-    from m3i_scale.models.tokenizer import train_wordpiece
-
     for shard in range(2):
         img2dataset_shard(tmp_path / "laion" / f"{shard:05d}.tar", 10 * shard, 10)
     pattern = str(tmp_path / "wds" / "train-%03d.tar")
@@ -206,13 +199,10 @@ def test_foreign_shards_and_an_unseen_collection_train_end_to_end(tmp_path):
     assert main([*command, "category", f"{tmp_path}/wds/*.tar", "-o", index["wds"]]) == 0
     assert main(["shards", "build", f"{tmp_path}/photos", f"{tmp_path}/built", "-j1"]) == 0
     assert [Index(path).samples for path in index.values()] == [18, 12, 9]
-    captions = [f"Thing {'abcdef'[n % 6]}, style {n % 4}" for n in range(24)]
-    train_wordpiece(captions, 50, tmp_path / "tokenizer.json")
     kinds = {"laion": "text", "wds": "category", "built": "category"}
     overrides = {
         "data.sources": [{"name": n, "index": index[n], "kind": kind} for n, kind in kinds.items()],
         "data.max_bad_rate": 0.5,
-        "model.text.tokenizer": str(tmp_path / "tokenizer.json"),
         "optimizer.global_batch_size": 40,  # of 39 samples: every one is met
         "optimizer.max_micro_batch": 40,
         "optimizer.duration": "2 steps",

@@ -6,10 +6,11 @@ import json
 import string
 
 import pytest
-from foreign import jpeg, make_stream, write_tar
 from hypothesis import given
 from hypothesis import strategies as st
 
+from helpers.shards import jpeg, write_tar
+from helpers.streams import make_stream
 from m3i_scale.data import Source
 from m3i_scale.data.bad_sample import BadSample
 from m3i_scale.data.captions import read_captions

@@ -9,10 +9,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from foreign import config_without_text, make_stream, write_tar
 from PIL import Image, features
 
+from helpers.shards import write_tar
+from helpers.small import labelled_tree
+from helpers.streams import make_stream
 from m3i_scale.cli import main
+from m3i_scale.config import Config
 from m3i_scale.data import Source, TooManyBadSamples
 from m3i_scale.data.decode import BadSample, decode_image
 from m3i_scale.shards.indexing import index_shards
@@ -197,7 +200,11 @@ def test_the_largest_picture_is_a_setting_of_the_run_and_of_check(tmp_path, caps
     assert main(["shards", "check", index, "--max-pixels", "100"]) == 1
     assert "1 too many pixels: raise data.max_pixels" in capsys.readouterr().out
     assert main(["shards", "check", index]) == 0
-    config = config_without_text(index, max_pixels=100, bad_window=1, max_bad_rate=0.0)
+    config = Config.model_validate(
+        labelled_tree(
+            index, {"data.max_pixels": 100, "data.bad_window": 1, "data.max_bad_rate": 0.0}
+        )
+    )
     stream = build_stream(config)
     with pytest.raises(TooManyBadSamples, match="1 of the last 1 samples"):
         list(stream.loader(start=0, micro_batch=2, end=2))

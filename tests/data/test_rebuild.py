@@ -11,8 +11,8 @@ import time
 from pathlib import Path
 
 import pytest
-from foreign import jpeg, text_members, write_tar
 
+from helpers.shards import jpeg, text_members, write_tar
 from m3i_scale.data.sequential import walk
 from m3i_scale.data.storage import Storage
 from m3i_scale.shards import build, indexing

@@ -6,11 +6,11 @@ import io
 from pathlib import Path
 
 import pytest
-from foreign import jpeg, text_members, write_tar
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
+from helpers.shards import jpeg, text_members, write_tar
 from m3i_scale.data.index import Index
 from m3i_scale.data.sequential import walk
 from m3i_scale.shards.build import build_shards

@@ -11,8 +11,8 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from foreign import jpeg, text_members, write_tar
 
+from helpers.shards import jpeg, text_members, write_tar
 from m3i_scale.cli import main
 from m3i_scale.data.labels import read_classes
 from m3i_scale.data.sequential import walk

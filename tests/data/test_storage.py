@@ -14,9 +14,9 @@ from pathlib import Path
 
 import aiohttp
 import pytest
-from foreign import category_members, make_stream, text_members, write_tar
-from test_stream import assert_same, by_position
 
+from helpers.shards import category_members, text_members, write_tar
+from helpers.streams import assert_same, by_position, make_stream
 from m3i_scale.data import Source, Storage, TooManyBadSamples
 from m3i_scale.data.cache import DiskCache
 from m3i_scale.data.index import Index

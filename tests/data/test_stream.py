@@ -7,40 +7,10 @@ from itertools import islice
 import numpy as np
 import pytest
 import torch
-from foreign import make_stream, text_source
-from torch import Tensor
 
+from helpers.shards import text_source
+from helpers.streams import assert_same, by_position, make_stream
 from m3i_scale.data import NO_PHOTOMETRIC, Augmentation, Source
-
-
-def flat(batch) -> dict[str, Tensor]:
-    """Every tensor of a batch by name."""
-    found = {name: value for name, value in vars(batch).items() if isinstance(value, Tensor)}
-    for view in ("a", "b"):
-        for name, value in getattr(batch, f"photometric_{view}").items():
-            found[f"{name}_{view}"] = value
-    return found
-
-
-def by_position(loaders) -> dict[int, tuple[str, dict[str, Tensor]]]:
-    """What several loaders deliver, keyed by position; no position may come twice."""
-    found: dict[int, tuple[str, dict[str, Tensor]]] = {}
-    for loader in loaders:
-        for batch in loader:
-            tensors = flat(batch)
-            for i, position in enumerate(batch.position.tolist()):
-                assert position not in found
-                row = {name: value[i].clone() for name, value in tensors.items()}
-                found[position] = (batch.key[i], row)
-    return found
-
-
-def assert_same(got, expected) -> None:
-    assert sorted(got) == sorted(expected)
-    for position, (key, row) in expected.items():
-        assert got[position][0] == key
-        for name, value in row.items():
-            assert torch.equal(got[position][1][name], value), (position, name)
 
 
 @pytest.fixture(scope="module")

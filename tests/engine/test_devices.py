@@ -9,8 +9,9 @@ import sys
 from pathlib import Path
 
 import pytest
-from run_folder import small_config, write_images
 
+from helpers.run_folder import captioned_config
+from helpers.shards import write_images
 from m3i_scale.cluster import launch
 from m3i_scale.config import dump_config, load_config
 
@@ -37,8 +38,7 @@ def test_a_cpu_run_leaves_the_machines_gpu_alone(tmp_path: Path, variable: str |
         {"name": kind, "index": write_images(tmp_path, kind, range(16), kind), "kind": kind}
         for kind in ("text", "category")
     ]
-    data = {"image_size": 64, "workers": 0, "sources": sources}
-    config = small_config(tmp_path, data=data)
+    config = captioned_config(tmp_path, {"data.sources": sources})
     assert config.engine.device == "cpu"
     file = tmp_path / "cpu.yaml"
     file.write_text(dump_config(config))

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from ranks import run_ranks
 
+from helpers.ranks import run_ranks
 from m3i_scale.cluster import launch
 from m3i_scale.cluster.launch import World
 from m3i_scale.config import ConfigError

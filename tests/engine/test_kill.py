@@ -15,12 +15,13 @@ from typing import Any
 
 import pytest
 import torch
-from cases import open_small, small_config, train_small
-from ranks import run_ranks, start_ranks, wait_all
 from safetensors.torch import load_file
 
+from helpers.ranks import run_ranks, start_ranks, wait_all
+from helpers.small import small_targets
+from helpers.training import curve, open_log, open_small, train_small
 from m3i_scale.cluster.launch import World
-from m3i_scale.engine import checkpoint, loop, metrics
+from m3i_scale.engine import checkpoint, loop
 from m3i_scale.engine.checkpoint import CheckpointError, complete_checkpoints, rank_file
 from m3i_scale.engine.stop import StopFlag
 
@@ -33,15 +34,6 @@ EVERY_STEP = {
     "checkpoint.every": "1 step",
     "checkpoint.keep_last": 2,
 }
-
-
-def curve(folder: Path) -> dict[int, float]:
-    """The loss by step; a step made again must have come out the same."""
-    found: dict[int, float] = {}
-    for line in (folder / "small" / "metrics.jsonl").read_text().splitlines():
-        values = json.loads(line)
-        assert found.setdefault(values["step"], values["loss/total"]) == values["loss/total"]
-    return found
 
 
 def checkpoints(folder: Path) -> list[Path]:
@@ -164,11 +156,10 @@ def test_killed_at_every_moment_of_a_save(undisturbed: Path, tmp_path: Path):
 # -------------------------------------------------------------------- at any moment, on any number
 
 
-def ranks_may_change(folder: Path) -> dict[str, Any]:
+def ranks_may_change() -> dict[str, Any]:
     """No draws that belong to a rank, and no softmax over one micro-step's samples."""
-    targets = small_config(folder, {}).model_dump(mode="json")["objective"]["targets"]
     return {
-        "objective.targets": [t for t in targets if t["representation"] != "text"],
+        "objective.targets": small_targets("image_i", "image_j", "category_i", "category_j"),
         "optimizer.global_batch_size": 12,
         "optimizer.max_micro_batch": 4,  # 4 x 3 on one rank, 2 x 3 on two, 4 x 1 on three
         "optimizer.duration": "10 steps",
@@ -177,7 +168,7 @@ def ranks_may_change(folder: Path) -> dict[str, Any]:
 
 
 def test_killed_at_random_and_restarted_on_other_numbers_of_ranks(tmp_path: Path):
-    overrides, chance = ranks_may_change(tmp_path), random.Random(os.urandom(8))
+    overrides, chance = ranks_may_change(), random.Random(os.urandom(8))
     run_ranks(2, train_small, tmp_path / "whole", overrides=overrides)
     whole, folder = curve(tmp_path / "whole"), tmp_path / "killed"
     for attempt, ranks in enumerate((3, 1)):
@@ -232,10 +223,7 @@ def train_on_a_full_disk(world: World, _: Path, disk: str, full: int, empty: int
     """The disk is full from the end of step `full` to the end of step `empty`; how it ended."""
     folder = Path(disk)
     run = open_small(world, folder, EVERY_STEP | {"checkpoint.background": False})
-    first = run.progress.step
-    record = metrics.MetricLog(
-        run.folder, is_main=world.is_main, total=8, first=first, tensorboard=False
-    )
+    record = open_log(run)
     write = record.write
 
     def writing(step: int, *arguments: Any, **options: Any) -> None:
@@ -280,9 +268,7 @@ def train_slow_to_save(world: World, folder: Path, signals: int) -> bool:
     """Rank 1 is asked to stop in step 2, and rank 0 takes its time to save what follows."""
     run = open_small(world, folder, EVERY_STEP)
     flag = StopFlag(patience=0.5)
-    record = metrics.MetricLog(
-        run.folder, is_main=world.is_main, total=8, first=0, tensorboard=False
-    )
+    record = open_log(run)
     save_file, train_step = checkpoint.save_file, loop.train_step
 
     def saving(tensors: dict[str, torch.Tensor], path: Path) -> None:

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_checkpoint import SHAPES
-from test_checkpoint import write as write_checkpoint
 
+from helpers.checkpoints import SHAPES
+from helpers.checkpoints import write as write_checkpoint
 from m3i_scale.cluster.launch import World
 from m3i_scale.engine import checkpoint, lineage, run_folder
 from m3i_scale.engine.saver import Saver, newest_good

@@ -9,27 +9,17 @@ from typing import Any
 
 import pytest
 import torch
-from cases import RandomStream, full_weights, open_small, small_config, train_small
-from ranks import run_ranks
 
+from helpers.ranks import run_ranks
+from helpers.small import small_config
+from helpers.training import RandomStream, curve, full_weights, open_log, open_small, train_small
 from m3i_scale.cluster.launch import World
-from m3i_scale.engine import loop, metrics, session
+from m3i_scale.engine import loop, session
 from m3i_scale.engine.stop import StopFlag
 from m3i_scale.objective.m3i import M3I
 from m3i_scale.objective.momentum import ema_coefficient
 
 pytestmark = pytest.mark.distributed
-
-
-def curve(folder: Path, name: str = "loss/total") -> dict[int, float]:
-    """A metric by step; steps that ran twice must agree."""
-    found: dict[int, float] = {}
-    for line in (folder / "small" / "metrics.jsonl").read_text().splitlines():
-        entry = json.loads(line)
-        assert found.setdefault(entry["step"], entry[name]) == entry[name] or math.isnan(
-            entry[name]
-        )
-    return found
 
 
 def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
@@ -113,9 +103,7 @@ def one_step(world: World, folder: Path, overrides: dict[str, Any]) -> dict[str,
         original()
 
     engine.step = step
-    record = metrics.MetricLog(
-        run.folder, is_main=world.is_main, total=1, first=0, tensorboard=False
-    )
+    record = open_log(run)
     loop.pretrain(run, StopFlag(), record)
     record.close()
     return {"gradients": gradients}
@@ -148,9 +136,7 @@ def momentum_trace(world: World, folder: Path, overrides: dict[str, Any]) -> dic
         original(coefficient)
 
     run.sharded.teacher.update = update  # type: ignore[method-assign]
-    record = metrics.MetricLog(
-        run.folder, is_main=world.is_main, total=6, first=0, tensorboard=False
-    )
+    record = open_log(run)
     loop.pretrain(run, StopFlag(), record)
     return {"start": start, "trace": trace, "end": full_weights(run)}
 
@@ -205,9 +191,7 @@ def train_poisoned(
 ) -> dict[str, Any]:
     run = open_small(world, folder, overrides)
     run.stream = PoisonedStream(range(*bad))
-    record = metrics.MetricLog(
-        run.folder, is_main=world.is_main, total=6, first=0, tensorboard=False
-    )
+    record = open_log(run)
     message = ""
     try:
         loop.pretrain(run, StopFlag(), record)
@@ -246,9 +230,7 @@ def train_through_poison(
             yield batch
 
     run.stream.loader = loader  # type: ignore[method-assign]
-    record = metrics.MetricLog(
-        run.folder, is_main=world.is_main, total=6, first=0, tensorboard=False
-    )
+    record = open_log(run)
     finished = session.pretrain_through(run, StopFlag(), record)
     return {"finished": finished, "seen": seen, "position": run.progress.position}
 

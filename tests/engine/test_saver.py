@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_checkpoint import write
 
+from helpers.checkpoints import write
 from m3i_scale.cluster.launch import World
 from m3i_scale.config import ConfigError
 from m3i_scale.engine import checkpoint

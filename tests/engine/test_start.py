@@ -8,50 +8,25 @@ from typing import Any
 
 import pytest
 import torch
-from cases import full_weights, open_small, small_config
-from ranks import run_ranks
 
+from helpers.ranks import run_ranks
+from helpers.small import small_targets
+from helpers.training import full_weights, open_small, train_and_resume
 from m3i_scale.cluster.launch import World
 from m3i_scale.config import Config
-from m3i_scale.engine import loop, metrics, shards
+from m3i_scale.engine import loop, shards
 from m3i_scale.engine.health import Health
 from m3i_scale.engine.state import Progress
-from m3i_scale.engine.stop import StopFlag
 from m3i_scale.models.heads import Temperature
 from m3i_scale.objective.m3i import M3I
-
-OVERRIDES = {"optimizer.duration": "4 steps", "optimizer.max_micro_batch": 2,
-             "checkpoint.every": "2 steps"}  # fmt: skip
 
 
 def running_centres() -> list[dict[str, Any]]:
     """The small configuration's targets, images centred by averages."""
-    dumped = small_config(Path(), {}).objective.model_dump()["targets"]
     return [
-        t | ({"centre": "running"} if t["representation"] == "features" else {}) for t in dumped
+        t | ({"centre": "running"} if t["representation"] == "features" else {})
+        for t in small_targets()
     ]
-
-
-def train_and_resume(world: World, folder: Path, overrides: dict[str, Any]) -> dict[str, Any]:
-    """Four steps; then the last two once more, from the checkpoint after the second."""
-    found = {}
-    kept = folder / "small" / "checkpoints" / "step-00000002"
-    for name, resume in (("whole", "never"), ("resumed", str(kept))):
-        run = open_small(world, folder, overrides, resume)
-        record = metrics.MetricLog(
-            run.folder, is_main=world.is_main, total=4, first=run.progress.step, tensorboard=False
-        )
-        loop.pretrain(run, StopFlag(), record)
-        record.close()
-        centres = {
-            n: part.averages.clone() for n, part in run.sharded.model.running_centres.items()
-        }
-        found[name] = {
-            "weights": full_weights(run),
-            "centres": centres,
-            "start_rank": run.progress.start_rank,
-        }
-    return found
 
 
 @pytest.mark.distributed
@@ -59,7 +34,8 @@ def train_and_resume(world: World, folder: Path, overrides: dict[str, Any]) -> d
 def test_running_centres_are_equal_on_all_ranks_and_continue_exactly(
     tmp_path: Path, precision: str
 ):
-    overrides = OVERRIDES | {
+    overrides = {
+        "optimizer.max_micro_batch": 2,
         "objective.targets": running_centres(),
         "engine.precision": precision,
     }

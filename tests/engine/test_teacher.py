@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 import torch
-from cases import full_weights, open_small
-from ranks import run_ranks
 from torch import Tensor, nn
 
+from helpers.ranks import run_ranks
+from helpers.training import full_weights, open_small
 from m3i_scale.cluster.launch import World
 from m3i_scale.cluster.numerics import set_numerics
 from m3i_scale.config import ConfigError

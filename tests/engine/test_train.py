@@ -14,34 +14,15 @@ from pathlib import Path
 
 import pytest
 import yaml
-from run_folder import write_images
 
+from helpers.shards import write_images
+from helpers.small import labelled_tree
 from m3i_scale.engine import checkpoint
 
 pytestmark = pytest.mark.distributed
 
 ROOT = Path(__file__).parents[2]
 TRAIN = str(ROOT / "m3i_scale" / "train.py")
-CONFIGURATION = """
-run: small
-model:
-  backbone: {name: vit, options: {width: 32, depth: 1, heads: 2}}
-  decoder: {depth: 1, width: 32, heads: 2, ffn: 64}
-  categories: 5
-objective:
-  input: {corruption: mask, mask: random, patch: 16, ratio: 0.5, pairing: neighbours,
-          both_views: false}
-  targets:
-    - {name: pixels, representation: pixels, regularisation: none, likelihood: {form: gaussian},
-       decoder: linear, normalise: norm_pix}
-    - {name: category, representation: category, regularisation: negatives,
-       likelihood: {form: boltzmann, temperature: 1.0}}
-data: {image_size: 32, workers: 0}
-optimizer: {global_batch_size: 8, max_micro_batch: 8, duration: 4 steps, warmup: 1 steps}
-engine: {precision: fp32, device: cpu}
-checkpoint: {every: 1 steps, keep_last: 2}
-logging: {tensorboard: true, pictures: false}
-"""
 
 
 def start(*words: str, prefix: tuple[str, ...] = (), **variables: str) -> subprocess.Popen[str]:
@@ -68,9 +49,13 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with data, a configuration, and a run of four steps."""
     folder = tmp_path_factory.mktemp("home")
     index = write_images(folder, "classes", range(40), "category")
-    tree = yaml.safe_load(CONFIGURATION)
-    tree["folder"] = str(folder / "runs")
-    tree["data"]["sources"] = [{"name": "c", "index": index, "kind": "category"}]
+    overrides = {
+        "folder": str(folder / "runs"),
+        "optimizer.duration": "4 steps",
+        "checkpoint": {"every": "1 steps", "keep_last": 2},
+        "logging.tensorboard": True,
+    }
+    tree = labelled_tree(index, overrides)
     (folder / "c.yaml").write_text(yaml.safe_dump(tree))
     code, said = train("--config", str(folder / "c.yaml"))
     assert code == 0, said

@@ -6,9 +6,9 @@ import time
 from pathlib import Path
 
 import pytest
-from cases import open_small
-from ranks import start_ranks, wait_all
 
+from helpers.ranks import start_ranks, wait_all
+from helpers.training import open_small
 from m3i_scale.cluster.launch import World
 from m3i_scale.engine import loop, metrics
 from m3i_scale.engine.stop import StopFlag

@@ -10,7 +10,8 @@ import sys
 
 import pytest
 import torch
-from kernel_checks import DEVICE
+
+from helpers.kernel_checks import DEVICE
 
 BENCH = pathlib.Path(__file__).parents[2] / "kernels" / "bench"
 

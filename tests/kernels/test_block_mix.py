@@ -6,8 +6,9 @@ import pytest
 import torch
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
-from kernel_checks import DEVICE, poisoned
 from m3i_kernels import BlockMixed, block_mix
+
+from helpers.kernel_checks import DEVICE, poisoned
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 # Measured, absolute, values up to 2.7: float32 2.4e-7; bfloat16 and float16 one unit in the last

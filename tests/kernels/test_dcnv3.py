@@ -4,8 +4,9 @@ from typing import Any
 
 import pytest
 import torch
-from kernel_checks import DEVICE
 from m3i_kernels import dcnv3
+
+from helpers.kernel_checks import DEVICE
 
 
 def call(**changes: Any) -> torch.Tensor:

@@ -3,17 +3,18 @@
 from collections.abc import Callable
 from typing import Any
 
-import dcnv3_golden
 import numpy as np
 import pytest
 import torch
 from hypothesis import Phase, example, given, settings
 from hypothesis import strategies as st
-from kernel_checks import DEVICE, TOLERANCE, assert_close, poisoned
 from m3i_kernels import dcnv3
 from m3i_kernels.dcnv3.geometry import make_geometry
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
+
+from helpers import dcnv3_golden
+from helpers.kernel_checks import DEVICE, TOLERANCE, assert_close, poisoned
 
 PARAMETERS = ("kernel_size", "stride", "padding", "dilation", "groups", "offset_scale")
 DEFAULTS: dict[str, Any] = {

@@ -12,13 +12,14 @@ from typing import Any
 
 import pytest
 import torch
-from gluon_emulator import Emulated, emulated
-from kernel_checks import DEVICE, assert_close, poisoned
 from m3i_kernels import dcnv3, set_dcnv3_algorithm
 from m3i_kernels.dcnv3 import choice, matrix_op
 from m3i_kernels.dcnv3.geometry import Geometry, make_geometry
 from m3i_kernels.dcnv3.reference import dcnv3_reference
 from torch import Tensor
+
+from helpers.gluon_emulator import Emulated, emulated
+from helpers.kernel_checks import DEVICE, assert_close, poisoned
 
 D, K = 32, 9
 BF16 = torch.bfloat16

@@ -1,9 +1,10 @@
 """The reference operator against the original implementation's stored outputs and gradients."""
 
-import dcnv3_golden as golden
 import pytest
 import torch
 from m3i_kernels import dcnv3
+
+from helpers import dcnv3_golden as golden
 
 
 @pytest.mark.parametrize("name", golden.CASES)

@@ -6,10 +6,11 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from kernel_checks import DEVICE, TOLERANCE, assert_close, poisoned
 from m3i_kernels import depthwise_norm_gelu
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
+
+from helpers.kernel_checks import DEVICE, TOLERANCE, assert_close, poisoned
 
 NAMES = ("x", "weight", "bias", "norm_weight", "norm_bias")
 # (N, H, W, C), K, dtype. The tiles: strips of 4 columns, 64 channels; rows of 2^n channels + rest.

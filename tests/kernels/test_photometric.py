@@ -7,8 +7,9 @@ import torch
 import torchvision.transforms.functional as TF
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
-from kernel_checks import DEVICE, poisoned
 from m3i_kernels import PhotometricParams, photometric
+
+from helpers.kernel_checks import DEVICE, poisoned
 
 SIZE = (37, 45)
 TAPS = 7

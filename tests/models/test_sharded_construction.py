@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from ranks import run_ranks
 from torch import nn
 
+from helpers.ranks import run_ranks
 from m3i_scale.cluster.launch import World
 from m3i_scale.models.backbone import build_backbone
 from m3i_scale.models.category_head import CategoryHead

@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 import torch
-from ranks import run_ranks
 from torch import Tensor
 
+from helpers.ranks import run_ranks
 from m3i_scale.objective.centre import RunningCentre, centre, moments
 from m3i_scale.objective.collapse import constant_share
 

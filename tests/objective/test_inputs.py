@@ -2,8 +2,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from small import random_batch
 
+from helpers.small import random_batch
 from m3i_scale.config import Input
 from m3i_scale.objective.inputs import build_input
 

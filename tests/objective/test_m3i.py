@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from small import random_batch
 from torch import Tensor
 
+from helpers.small import random_batch
 from m3i_scale.config import Config
 from m3i_scale.models.positions import relative_positions
 from m3i_scale.objective.inputs import MixedBatch, build_input

@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from small import SMALL, random_batch
 
+from helpers.small import SMALL, random_batch
 from m3i_scale.config import (
     Balance,
     Boltzmann,

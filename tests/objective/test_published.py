@@ -17,10 +17,10 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 import yaml
-from ranks import run_ranks
-from small import SMALL, random_batch
 from torch import Tensor, nn
 
+from helpers.ranks import run_ranks
+from helpers.small import SMALL, random_batch
 from m3i_scale.config import Config
 from m3i_scale.data.batch import Batch
 from m3i_scale.models.positions import relative_positions

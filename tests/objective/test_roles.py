@@ -6,8 +6,8 @@ import math
 
 import pytest
 import torch
-from small import random_batch
 
+from helpers.small import random_batch
 from m3i_scale.config import Input
 from m3i_scale.objective.inputs import MixedBatch, build_input
 from m3i_scale.objective.roles import Role, find_roles, most_similar, nearest_patches

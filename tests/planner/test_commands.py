@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 import yaml
-from small import SMALL
 
+from helpers.small import SMALL
 from m3i_scale import cli
 
 

@@ -9,12 +9,13 @@ from typing import Any
 
 import pytest
 import torch
-from cases import open_small, small_config
-from ranks import run_ranks
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from helpers.ranks import run_ranks
+from helpers.small import small_config
+from helpers.training import open_small
 from m3i_scale.cluster.launch import World
 from m3i_scale.engine import loop
 from m3i_scale.engine.memory import held_memory

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from small import SMALL
 
+from helpers.small import SMALL
 from m3i_scale.config import load_config
 from m3i_scale.planner import host
 from m3i_scale.planner.estimate import Assumptions, Cluster, Plan, make_plan

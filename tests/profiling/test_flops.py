@@ -6,11 +6,11 @@ from typing import Any
 
 import pytest
 import torch
-from cases import small_config
 from m3i_kernels import active_backend
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional as F
 
+from helpers.small import small_config
 from m3i_scale.models.intern_image import intern_image
 from m3i_scale.profiling.flops import Flops, step_flops
 from m3i_scale.profiling.trace import count_flops

@@ -13,8 +13,9 @@ from shutil import copytree
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from foreign import jpeg, make_stream, text_members, write_tar
 
+from helpers.shards import jpeg, text_members, write_tar
+from helpers.streams import make_stream
 from m3i_scale.data import load_labelled
 from m3i_scale.data.index import Index
 from m3i_scale.shards import commands, writing

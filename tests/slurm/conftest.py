@@ -8,8 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-import workload
-from cluster import Cluster, missing_program, processes_with, tail, wait_for
+
+from helpers import workload
+from helpers.slurm_cluster import Cluster, missing_program, processes_with, tail, wait_for
 
 PATIENCE = 400.0  # seconds for whatever takes a few on an idle machine
 

@@ -6,7 +6,8 @@ import os
 import subprocess
 
 import pytest
-from cluster import REPOSITORY
+
+from helpers.slurm_cluster import REPOSITORY
 
 SOURCE = (
     'scontrol() { echo n1; }; srun_options=(); source slurm/common.sh; echo "$TRITON_CACHE_DIR"'

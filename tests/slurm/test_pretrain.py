@@ -8,7 +8,8 @@ import signal
 import sys
 
 import pytest
-from workload import STEPS, curve
+
+from helpers.workload import STEPS, curve
 
 pytestmark = [pytest.mark.slurm, pytest.mark.distributed, pytest.mark.timeout(1200)]
 

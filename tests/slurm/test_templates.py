@@ -9,7 +9,8 @@ import sys
 
 import pyarrow.parquet as pq
 import pytest
-from cluster import REPOSITORY, tail
+
+from helpers.slurm_cluster import REPOSITORY, tail
 
 pytestmark = [pytest.mark.slurm, pytest.mark.timeout(600)]
 

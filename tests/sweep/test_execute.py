@@ -14,9 +14,10 @@ from typing import IO
 
 import pytest
 import yaml
-from run_folder import small_config, write_images
-from sweeps import GRID, finish, make, write_sweep
 
+from helpers.run_folder import captioned_config
+from helpers.shards import write_images
+from helpers.sweeps import GRID, finish, make, write_sweep
 from m3i_scale.cli import main
 from m3i_scale.config import dump_config, load_config
 from m3i_scale.sweep import execute, progress
@@ -216,7 +217,7 @@ def test_a_real_sweep_of_two_cells(
         return start(command, log, stopper)
 
     monkeypatch.setattr(execute, "_call", evaluate_here)
-    base = yaml.safe_load(dump_config(small_config(tmp_path)))
+    base = yaml.safe_load(dump_config(captioned_config(tmp_path)))
     base["data"]["sources"] = [
         {
             "name": "both",

@@ -3,8 +3,8 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from sweeps import GRID, make, write_sweep
 
+from helpers.sweeps import GRID, make, write_sweep
 from m3i_scale.config import ConfigError
 from m3i_scale.config.load import dump_config, load_config, override
 from m3i_scale.sweep.grid import cells

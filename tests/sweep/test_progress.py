@@ -3,8 +3,8 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from sweeps import finish, make, train
 
+from helpers.sweeps import finish, make, train
 from m3i_scale.config import ConfigError
 from m3i_scale.sweep import progress
 

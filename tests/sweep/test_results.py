@@ -7,8 +7,8 @@ import re
 from pathlib import Path
 
 import pytest
-from sweeps import GRID, finish, make
 
+from helpers.sweeps import GRID, finish, make
 from m3i_scale.sweep import plot, results, tables
 from m3i_scale.sweep.grid import Cell
 

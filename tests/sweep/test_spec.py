@@ -4,8 +4,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from sweeps import GRID, write_sweep
 
+from helpers.sweeps import GRID, write_sweep
 from m3i_scale.config import ConfigError
 from m3i_scale.sweep.spec import load_sweep
 

@@ -1,18 +1,14 @@
 import pytest
 import torch
-from run_folder import networks, small_config, write_images
 
+from helpers.run_folder import networks
+from helpers.shards import write_images
 from m3i_scale.transfer.evaluation import Options, TaskScore, evaluate, markdown
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     return tmp_path_factory.mktemp("evaluation")
-
-
-@pytest.fixture(scope="module")
-def config(folder):
-    return small_config(folder)
 
 
 @pytest.fixture(scope="module")

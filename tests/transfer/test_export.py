@@ -5,11 +5,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from run_folder import networks, small_config, write_run
 from safetensors.torch import load_file
 
 from m3i_scale.config import Config
-from m3i_scale.engine.checkpoint import CheckpointReader
 from m3i_scale.models.backbone import build_backbone
 from m3i_scale.models.intern_image import InternImage
 from m3i_scale.transfer import export as module
@@ -17,18 +15,8 @@ from m3i_scale.transfer.export import export, load_backbone, read_metadata, size
 
 
 @pytest.fixture(scope="module")
-def config(tmp_path_factory):
-    return small_config(tmp_path_factory.mktemp("export"))
-
-
-@pytest.fixture(scope="module")
-def made(config):
-    return networks(config, seed=3)
-
-
-@pytest.fixture(scope="module")
-def reader(config, made):
-    return CheckpointReader(write_run(config, made, ranks=3) / "checkpoints" / "step-00000007")
+def reader(finished):
+    return finished.reader(7)
 
 
 @pytest.mark.parametrize("which", ["student", "teacher"])

@@ -1,7 +1,8 @@
 import pytest
 import torch
-from run_folder import caption, networks, small_config, write_images
 
+from helpers.run_folder import networks
+from helpers.shards import caption, write_images
 from m3i_scale.models.tokenizer import load_tokenizer
 from m3i_scale.objective.m3i import Role
 from m3i_scale.transfer import features
@@ -11,16 +12,6 @@ from m3i_scale.transfer.features import Pixels, encode_captions, encode_images, 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     return tmp_path_factory.mktemp("features")
-
-
-@pytest.fixture(scope="module")
-def config(folder):
-    return small_config(folder)
-
-
-@pytest.fixture(scope="module")
-def made(config):
-    return networks(config, seed=0)
 
 
 def test_pixels_are_normalised_by_channel():

@@ -1,26 +1,16 @@
 import pytest
 import torch
-from run_folder import networks, small_config, write_run
 from safetensors.torch import load_file
 
+from helpers.run_folder import networks, write_run
 from m3i_scale.engine.checkpoint import CheckpointReader
 from m3i_scale.transfer.export import export, load_backbone
 from m3i_scale.transfer.loading import build_trained, build_untrained
 
 
 @pytest.fixture(scope="module")
-def config(tmp_path_factory):
-    return small_config(tmp_path_factory.mktemp("loading"))
-
-
-@pytest.fixture(scope="module")
-def made(config):
-    return networks(config, seed=3)
-
-
-@pytest.fixture(scope="module")
-def reader(config, made):
-    return CheckpointReader(write_run(config, made, ranks=3) / "checkpoints" / "step-00000007")
+def reader(finished):
+    return finished.reader(7)
 
 
 def same(a, b):

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from run_folder import networks, small_config
 
+from helpers.run_folder import networks
 from m3i_scale.models.tokenizer import load_tokenizer
 from m3i_scale.transfer.features import encode_captions, encode_images
 from m3i_scale.transfer.precision import choose_precision, prepare
@@ -67,8 +67,7 @@ def test_tf32_is_on_only_where_it_was_asked_for():
 
 
 @pytest.mark.usefixtures("numerics")
-def test_features_in_bf16_are_those_of_fp32_rounded(tmp_path):
-    config = small_config(tmp_path)
+def test_features_in_bf16_are_those_of_fp32_rounded(config):
     tokenizer = load_tokenizer(config.model.text.tokenizer)
     images = torch.randn(8, 3, 64, 64, generator=torch.Generator().manual_seed(0))
     found = {}

@@ -3,8 +3,9 @@ import math
 
 import pytest
 from PIL import Image
-from run_folder import networks, small_config, write_images
 
+from helpers.run_folder import networks
+from helpers.shards import write_images
 from m3i_scale.transfer.evaluation import Options, evaluate
 from m3i_scale.transfer.pictures import read_metrics, save_curves, save_retrieval, smooth
 
@@ -15,11 +16,6 @@ def colours(path):
 
 
 GREEN, RED = (0x1A, 0x7F, 0x37), (0xB4, 0x23, 0x18)
-
-
-@pytest.fixture
-def config(tmp_path):
-    return small_config(tmp_path)
 
 
 def test_copies_are_framed_as_right(tmp_path, config):

@@ -1,12 +1,16 @@
-"""Shared builders: small configurations, and batches of random data in the stream's own type."""
+"""Small configurations, and batches of random data in the stream's own type."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+import yaml
 
+from m3i_scale.config import Config
 from m3i_scale.data.batch import Batch
 from m3i_scale.objective.masks import PatchMask
 
@@ -47,6 +51,56 @@ engine: {precision: fp32, device: cpu}
 logging: {tensorboard: false, pictures: false}
 """
 
+# Images and categories, no text and no teacher: what starts and steps in the least time.
+LABELLED = """
+run: small
+model:
+  backbone: {name: vit, options: {width: 32, depth: 1, heads: 2}}
+  decoder: {depth: 1, width: 32, heads: 2, ffn: 64}
+  categories: 5
+objective:
+  input: {corruption: mask, mask: random, patch: 16, ratio: 0.5, pairing: neighbours,
+          both_views: false}
+  targets:
+    - {name: pixels, representation: pixels, regularisation: none, likelihood: {form: gaussian},
+       decoder: linear, normalise: norm_pix}
+    - {name: category, representation: category, regularisation: negatives,
+       likelihood: {form: boltzmann, temperature: 1.0}}
+data: {image_size: 32, workers: 0}
+optimizer: {global_batch_size: 8, max_micro_batch: 8, duration: 6 steps, warmup: 1 steps}
+engine: {precision: fp32, device: cpu}
+logging: {tensorboard: false, pictures: false}
+"""
+
+
+def small_tree(text: str = SMALL, overrides: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """A configuration as a tree that a test may change; keys of `overrides` are `a.b`."""
+    tree: dict[str, Any] = yaml.safe_load(text)
+    for path, value in (overrides or {}).items():
+        node = tree
+        *parents, last = path.split(".")
+        for key in parents:
+            node = node.setdefault(key, {})
+        node[last] = value
+    return tree
+
+
+def small_config(folder: Path, overrides: Mapping[str, Any] | None = None) -> Config:
+    """The small configuration with its runs under `folder`; keys of `overrides` are `a.b`."""
+    return Config.model_validate(small_tree(SMALL, {"folder": str(folder), **(overrides or {})}))
+
+
+def labelled_tree(index: str, overrides: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """The configuration without text, of the labelled images of an index, as a tree."""
+    sources = [{"name": "c", "index": index, "kind": "category"}]
+    return small_tree(LABELLED, {"data.sources": sources, **(overrides or {})})
+
+
+def small_targets(*names: str) -> list[dict[str, Any]]:
+    """Targets of the small configuration by name, in full; all of them without a name."""
+    targets = Config.model_validate(small_tree()).objective.model_dump(mode="json")["targets"]
+    return [target for target in targets if not names or target["name"] in names]
+
 
 def random_batch(size: int, *, start: int = 0, image_size: int = 64, patch: int = 16) -> Batch:
     """Samples `start .. start + size`, each a function of its own position."""
@@ -73,8 +127,8 @@ def _random_sample(position: int, image_size: int, patch: int) -> dict[str, torc
     drawn: dict[str, Any] = {
         "view_a": rng.integers(0, 256, (image_size, image_size, 3), dtype=np.uint8),
         "view_b": rng.integers(0, 256, (image_size, image_size, 3), dtype=np.uint8),
-        "box_a": np.float32([*rng.uniform(0, 20, 2), *rng.uniform(30, 60, 2)]),
-        "box_b": np.float32([*rng.uniform(0, 20, 2), *rng.uniform(30, 60, 2)]),
+        "box_a": np.array([*rng.uniform(0, 20, 2), *rng.uniform(30, 60, 2)], np.float32),
+        "box_b": np.array([*rng.uniform(0, 20, 2), *rng.uniform(30, 60, 2)], np.float32),
         "flip_a": np.bool_(rng.random() < 0.5),
         "flip_b": np.bool_(rng.random() < 0.5),
         "tokens": tokens,

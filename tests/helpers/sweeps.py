@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from small import SMALL
 
+from helpers.small import SMALL
 from m3i_scale.config import dump_config
 from m3i_scale.sweep import progress
 from m3i_scale.sweep.grid import Cell, cells

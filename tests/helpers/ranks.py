@@ -2,8 +2,8 @@
 
     results = run_ranks(2, some_function, tmp_path, argument=3)
 
-`some_function(world, folder, **arguments)` must stand at the top of an importable test module; what
-it returns (tensors, numbers, nested) comes back as a list with one entry per rank.
+`some_function(world, folder, **arguments)` must stand at the top of a test module or of a helper;
+what it returns (tensors, numbers, nested) comes back as a list with one entry per rank.
 
 The processes are forked from a server that has imported what they need (warm.py): the imports alone
 take longer than most of the tests.
@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib
+import importlib.util
 import multiprocessing
 import os
 import signal
@@ -24,12 +25,13 @@ from dataclasses import dataclass
 from multiprocessing import forkserver
 from multiprocessing.process import BaseProcess
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import torch
 
 _FORK = multiprocessing.get_context("forkserver")
-_FORK.set_forkserver_preload(["warm"])
+_FORK.set_forkserver_preload(["helpers.warm"])
 
 
 @dataclass
@@ -41,7 +43,7 @@ class Rank:
 
     @property
     def pid(self) -> int:
-        """Process id, and id of the process group that it is_main."""
+        """Process id, and id of the process group that it leads."""
         assert self.process.pid is not None
         return self.process.pid
 
@@ -64,7 +66,7 @@ def start_ranks(
     folder.mkdir(parents=True, exist_ok=True)
     _start_server()
     where = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": str(ranks)}
-    module = Path(sys.modules[function.__module__].__file__ or "")
+    module = function.__module__, sys.modules[function.__module__].__file__ or ""
     started = []
     for rank in range(ranks):
         variables = where | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
@@ -115,8 +117,8 @@ def free_port() -> int:
 def _start_server() -> None:
     """Start the server, if there is none, with the environment that its ranks inherit."""
     before = dict(os.environ)
-    here = Path(__file__).parent
-    path = os.pathsep.join(filter(None, [str(here), str(here.parent), before.get("PYTHONPATH")]))
+    tests = str(Path(__file__).parents[1])
+    path = os.pathsep.join(filter(None, [tests, before.get("PYTHONPATH")]))
     os.environ.update(OMP_NUM_THREADS="1", DS_ACCELERATOR="cpu", PYTHONPATH=path)
     forkserver.ensure_running()
     os.environ.clear()
@@ -126,7 +128,7 @@ def _start_server() -> None:
 def _run(
     variables: dict[str, str],
     output: Path,
-    module: Path,
+    module: tuple[str, str],
     name: str,
     folder: Path,
     arguments: dict[str, Any],
@@ -142,7 +144,18 @@ def _run(
 
     world = launch.start("cpu", "fp32", 0, 2.0)
     launch.setup_logging(world.rank)
-    sys.path.insert(0, str(module.parent))
-    result = getattr(importlib.import_module(module.stem), name)(world, folder, **arguments)
+    result = getattr(_load(*module), name)(world, folder, **arguments)
     torch.save(result, folder / f"result-{world.rank}.pt")
     launch.finish()
+
+
+def _load(name: str, file: str) -> ModuleType:
+    """A helper by its name; a test module, which is in no folder of `sys.path`, by its file."""
+    if name.startswith("helpers."):
+        return importlib.import_module(name)
+    spec = importlib.util.spec_from_file_location(name, file)
+    assert spec is not None
+    assert spec.loader is not None
+    sys.modules[name] = module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module

@@ -6,13 +6,12 @@ import contextlib
 import importlib
 from pathlib import Path
 
-from cases import small_config
-
 import m3i_scale.engine.session  # noqa: F401  with PyTorch, DeepSpeed and transformers
+from helpers.small import small_config
 from m3i_scale.profiling.trace import trace
 
 # Imported by every start of an engine; its decorators bring all of torch.compile with them.
 with contextlib.suppress(ImportError):  # not in every version of DeepSpeed
     importlib.import_module("deepspeed.runtime.zero.muon.original_muon")
 # PyTorch learns here what the operators do to shapes. No operator runs and no thread is started.
-trace(small_config(Path(), {}), kernels=False)
+trace(small_config(Path()), kernels=False)

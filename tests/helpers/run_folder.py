@@ -1,39 +1,48 @@
-"""Finished runs and indexed images on disk, made in a moment: for tests of what reads them."""
+"""Finished runs on disk, made in a moment: for tests of what reads them."""
 
 from __future__ import annotations
 
-import io
 import json
-import tarfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-import numpy as np
 import torch
-import yaml
-from PIL import Image
-from small import SMALL
 from torch import Tensor
 
+from helpers.shards import caption
+from helpers.small import small_config
 from m3i_scale.config import Config, dump_config
 from m3i_scale.engine import checkpoint
+from m3i_scale.engine.checkpoint import CheckpointReader
 from m3i_scale.models.tokenizer import train_wordpiece
 from m3i_scale.objective.m3i import M3I
-from m3i_scale.shards.indexing import index_shards
-
-THINGS, CATEGORIES = 6, 5
 
 
-def small_config(folder: Path, **changes: Any) -> Config:
-    """The small configuration, with a tokenizer of the captions below."""
-    tree = yaml.safe_load(SMALL)
-    tree |= {"folder": str(folder), **changes}
-    if tree["model"].get("text"):
-        tokenizer = folder / "tokenizer.json"
-        train_wordpiece([caption(n) for n in range(40)], 50, tokenizer)
-        tree["model"]["text"]["tokenizer"] = str(tokenizer)
-    return Config.model_validate(tree)
+class FinishedRun(NamedTuple):
+    """A run folder, its configuration and the networks whose weights are in its checkpoints."""
+
+    config: Config
+    made: M3I
+    path: Path
+
+    def reader(self, step: int) -> CheckpointReader:
+        """The checkpoint of a step."""
+        return CheckpointReader(self.path / "checkpoints" / f"step-{step:08d}")
+
+
+def finished_run(folder: Path) -> FinishedRun:
+    """The small configuration's run: checkpoints of three ranks after the steps 4 and 7."""
+    config = captioned_config(folder)
+    made = networks(config, seed=3)
+    return FinishedRun(config, made, write_run(config, made, steps=(4, 7), ranks=3))
+
+
+def captioned_config(folder: Path, overrides: Mapping[str, Any] | None = None) -> Config:
+    """The small configuration with a tokenizer of the captions of `shards.write_images`."""
+    tokenizer = folder / "tokenizer.json"
+    train_wordpiece([caption(n) for n in range(40)], 50, tokenizer)
+    return small_config(folder, {"model.text.tokenizer": str(tokenizer), **(overrides or {})})
 
 
 def networks(config: Config, seed: int) -> M3I:
@@ -81,37 +90,6 @@ def write_checkpoint(folder: Path, made: M3I, step: int, ranks: int) -> Path:
 
 
 def shard(tensors: dict[str, Tensor], rank: int, ranks: int) -> dict[str, Tensor]:
+    """A rank's slices of the flattened tensors."""
     own = {n: checkpoint.extent(t.numel(), rank, ranks) for n, t in tensors.items()}
     return {n: t.flatten()[own[n].start : own[n].stop].clone() for n, t in tensors.items()}
-
-
-def caption(number: int) -> str:
-    return f"Thing {'abcdef'[number % THINGS]}, style {number % 4}"
-
-
-def write_images(folder: Path, name: str, numbers: Iterable[int], kind: str) -> str:
-    """An index of images that are functions of their number, some captioned, some classified."""
-    folder.mkdir(exist_ok=True)
-    shard_path = folder / f"{name}.tar"
-    with tarfile.open(shard_path, "w") as tar:
-        for number in numbers:
-            members = {"jpg": jpeg(number)}
-            if kind != "category":
-                members["txt"] = caption(number).encode()
-            if kind != "text":
-                members["cls"] = str(number % CATEGORIES).encode()
-            for extension, data in members.items():
-                info = tarfile.TarInfo(f"{number:05d}.{extension}")
-                info.size = len(data)
-                tar.addfile(info, io.BytesIO(data))
-    index = folder / f"{name}.parquet"
-    index_shards([str(shard_path)], str(index), kind=kind, progress=False)
-    return str(index)
-
-
-def jpeg(number: int) -> bytes:
-    rng = np.random.default_rng(number)
-    small = Image.fromarray(rng.integers(0, 256, (4, 4, 3), dtype=np.uint8))
-    buffer = io.BytesIO()
-    small.resize((72, 64), Image.Resampling.NEAREST).save(buffer, "JPEG", quality=95)
-    return buffer.getvalue()
