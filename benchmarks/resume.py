@@ -88,7 +88,8 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     begin, busy = time.perf_counter(), time.process_time()
     import torch
 
-    from m3i_scale.data import Augmentation, Source, Stream
+    from m3i_scale.config import Data, Source
+    from m3i_scale.data import Stream
 
     imports = {
         "imports_s": time.perf_counter() - begin,
@@ -97,10 +98,14 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     }
     begin, busy = time.perf_counter(), time.process_time()
     stream = Stream(
-        [Source(kind, f"{args.folder}/{kind}.parquet", kind) for kind in SOURCES],
+        Data(
+            sources=[
+                Source(name=kind, index=f"{args.folder}/{kind}.parquet", kind=kind)
+                for kind in SOURCES
+            ],
+            image_size=192,
+        ),
         seed=0,
-        image_size=192,
-        augmentation=Augmentation(),
         tokenize=lambda texts: (torch.zeros(len(texts), 32), torch.ones(len(texts), 32)),
         mask_sampler=lambda rng: rng.random((12, 12)) < 0.5,
         lanes=args.lanes,

@@ -43,7 +43,8 @@ from PIL import Image
 from torchvision import transforms as T
 from torchvision.io import ImageReadMode
 
-from m3i_scale.data import Augmentation, Source, Stream
+from m3i_scale.config import Augmentation, Data, Input, Source
+from m3i_scale.data import Stream
 from m3i_scale.objective.masks import PatchMask
 from m3i_scale.shards.indexing import index_shards
 
@@ -119,16 +120,17 @@ def _single(_: int) -> None:
 
 def stream(index: str, workers: int, batch: int, views: int, interpolation: str) -> Iterable:
     """This project's loader."""
-    augmentation = Augmentation(views=views, interpolation=interpolation)
-    source = Source("bench", index, "text")
-    made = Stream(
-        [source],
-        seed=0,
+    data = Data(
+        sources=[Source(name="bench", index=index, kind="text")],
         image_size=SIZE,
-        augmentation=augmentation,
-        tokenize=tokenize,
-        mask_sampler=PatchMask(12, 12),
+        augmentation=Augmentation(views=views, interpolation=interpolation),
+    )
+    made = Stream(
+        data,
+        seed=0,
         lanes=1024,
+        tokenize=tokenize,
+        mask_sampler=PatchMask.of(Input(patch=16), SIZE),
     )
     return made.loader(start=0, micro_batch=batch, workers=workers)
 

@@ -7,8 +7,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from m3i_scale import data
-from m3i_scale.config import Config
+from m3i_scale.config import Config, Photometric
 from m3i_scale.data.batch import Batch
 from m3i_scale.data.views import DRAWS_PER_VIEW, photometric_parameters
 from m3i_scale.objective.masks import PatchMask
@@ -36,9 +35,7 @@ class SyntheticStream:
 def random_batch(config: Config, size: int, rng: np.random.Generator) -> Batch:
     """Draw `size` samples, each with a text and a category where the networks know them."""
     side, text = config.data.image_size, config.model.text
-    spec = config.objective.input
-    grid = side // spec.patch
-    sampler = PatchMask(grid, grid, spec.ratio, spec.mask)
+    sampler = PatchMask.of(config.objective.input, side)
     length = text.max_length if text else 0
     words = rng.integers(min(2, length), length + 1, (size, 1))
     drawn: dict[str, Any] = {
@@ -59,8 +56,8 @@ def random_batch(config: Config, size: int, rng: np.random.Generator) -> Batch:
         drawn["category"][:] = -1
     views = config.data.augmentation
     return Batch(
-        photometric_a=_photometric(views.view_a.model_dump(), size, rng),
-        photometric_b=_photometric(views.view_b.model_dump(), size, rng),
+        photometric_a=_photometric(views.view_a, size, rng),
+        photometric_b=_photometric(views.view_b, size, rng),
         key=[f"synthetic/{n}" for n in range(size)],
         **{name: torch.from_numpy(values) for name, values in drawn.items()},
     )
@@ -74,8 +71,8 @@ def _boxes(size: int, rng: np.random.Generator) -> np.ndarray:
 
 
 def _photometric(
-    strength: dict[str, Any], size: int, rng: np.random.Generator
+    strength: Photometric, size: int, rng: np.random.Generator
 ) -> dict[str, torch.Tensor]:
     draws = rng.random((size, DRAWS_PER_VIEW))
-    rows = photometric_parameters(draws, data.Photometric(**strength))
+    rows = photometric_parameters(draws, strength)
     return {name: torch.from_numpy(values) for name, values in rows.items()}

@@ -21,8 +21,7 @@ from m3i_scale import paths
 from m3i_scale.arguments import count, count_or_zero
 
 if TYPE_CHECKING:
-    from m3i_scale.config import Config
-    from m3i_scale.data import Source
+    from m3i_scale.config import Config, Source
     from m3i_scale.engine.checkpoint import CheckpointReader
 
 # Heavy imports happen inside the commands, so that `m3i --help` answers at once.

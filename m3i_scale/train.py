@@ -11,7 +11,7 @@ import argparse
 import functools
 import signal
 import sys
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 # What takes long to import is imported when the command line has been read: --help answers at once,
 # and Ctrl-C ends a start with one line.
@@ -19,8 +19,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from m3i_scale.config import Config
-    from m3i_scale.config import schema as tree
-    from m3i_scale.data import Storage, Stream
+    from m3i_scale.data import Stream
 
 
 def parse(arguments: list[str]) -> argparse.Namespace:
@@ -74,16 +73,12 @@ def build_stream(config: Config) -> Stream:
     Raises:
         ConfigError: a tokenizer or an index is missing or does not fit.
     """
-    from m3i_scale import data
     from m3i_scale.config import ConfigError
+    from m3i_scale.data import Stream
     from m3i_scale.models.tokenizer import load_tokenizer
     from m3i_scale.objective.masks import PatchMask
 
-    spec, text, masking = config.data, config.model.text, config.objective.input
-    side = spec.image_size // masking.patch
-    augmentation: dict[str, Any] = spec.augmentation.model_dump()
-    for view in ("view_a", "view_b"):
-        augmentation[view] = data.Photometric(**augmentation[view])
+    text = config.model.text
     try:
         tokenizer = load_tokenizer(text.tokenizer) if text else None
         if tokenizer and text and tokenizer.vocab_size > text.vocab_size:
@@ -91,38 +86,21 @@ def build_stream(config: Config) -> Stream:
                 f"the tokenizer {text.tokenizer} has {tokenizer.vocab_size} tokens; set "
                 f"model.text.vocab_size to that or more (it is {text.vocab_size})"
             )
-        stream = data.Stream(
-            [data.Source(**source.model_dump()) for source in spec.sources],
+        stream = Stream(
+            config.data,
             seed=config.seed,
-            image_size=spec.image_size,
-            augmentation=data.Augmentation(**augmentation),
+            lanes=config.lanes,
             tokenize=(
                 functools.partial(tokenizer, max_length=text.max_length)
                 if tokenizer and text
                 else no_tokens
             ),
-            mask_sampler=PatchMask(side, side, masking.ratio, masking.mask),
-            lanes=spec.lanes or config.optimizer.global_batch_size,
-            chunk_bytes=round(spec.chunk_mebibytes * 2**20),
-            max_pixels=spec.max_pixels,
-            max_bad_rate=spec.max_bad_rate,
-            bad_window=spec.bad_window,
-            storage=_storage(spec.storage),
+            mask_sampler=PatchMask.of(config.objective.input, config.data.image_size),
         )
         stream.require_categories(config.model.categories)
         return stream
     except ValueError as error:
         raise ConfigError(f"data: {error}") from error
-
-
-def _storage(spec: tree.Storage) -> Storage:
-    from m3i_scale.data import Storage
-    from m3i_scale.data.cache import DiskCache
-
-    cache = DiskCache(spec.cache, round(spec.cache_gibibytes * 2**30)) if spec.cache else None
-    return Storage(
-        attempts=spec.retries + 1, options=spec.options, cache=cache, allow_pipe=spec.allow_pipe
-    )
 
 
 def no_tokens(texts: list[str]) -> tuple[Tensor, Tensor]:

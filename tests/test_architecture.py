@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+import m3i_scale.config.data
+
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "m3i_scale"
 
@@ -23,8 +25,8 @@ ALLOWED: dict[str, set[str]] = {
     "config": LEAVES,
     "models": {"m3i_kernels"},
     "objective": {"config", "models", "m3i_kernels"},
-    "data": LEAVES,
-    "shards": {"data"} | LEAVES,
+    "data": {"config"} | LEAVES,
+    "shards": {"config", "data"} | LEAVES,
     "cluster": {"config"},
     "profiling": {"config", "objective", "models", "m3i_kernels"},
     "engine": {"config", "objective", "models", "cluster", "profiling", "m3i_kernels"},
@@ -123,6 +125,25 @@ def test_no_module_shadows_another_package():
     installed = set(importlib.metadata.packages_distributions()) | {"kernels"}
     assert not names & (set(sys.stdlib_module_names) | installed)
     assert not (ROOT / "kernels" / "__init__.py").exists()
+
+
+def test_the_settings_of_data_are_declared_once():
+    """data/, shards/ and transfer/ take the sections of the configuration; they have no others."""
+    sections = {name for name, found in vars(m3i_scale.config.data).items() if _is_section(found)}
+    assert sections == {"Source", "Photometric", "Augmentation", "Storage", "Data"}
+    for package, path in modules():
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.ClassDef) and package != "config":
+                assert node.name not in sections, f"{path}:{node.lineno} declares {node.name} again"
+    assert all(getattr(m3i_scale.config, n) is vars(m3i_scale.config.data)[n] for n in sections)
+
+
+def _is_section(found: object) -> bool:
+    return (
+        isinstance(found, type)
+        and issubclass(found, m3i_scale.config.Node)
+        and found is not m3i_scale.config.Node
+    )
 
 
 def test_the_entry_point_is_thin():

@@ -1,28 +1,22 @@
 """The configuration: one strict, typed, immutable tree, and how it is read."""
 
-from m3i_scale.config.load import dump_config, load_config
-from m3i_scale.config.objective import Balance, Boltzmann, Gaussian, Input, Objective, Target
-from m3i_scale.config.schema import (
+from m3i_scale.config.data import (
+    MAX_PIXELS,
     Augmentation,
-    Backbone,
-    Checkpoint,
-    Config,
     Data,
-    Decoder,
-    Engine,
-    GlobalHead,
-    Logging,
-    Model,
-    Optimizer,
     Photometric,
     Source,
+    SourceKind,
     Storage,
-    TextTower,
-    Zero,
 )
+from m3i_scale.config.load import dump_config, load_config
+from m3i_scale.config.model import Backbone, Decoder, GlobalHead, Model, TextTower
+from m3i_scale.config.objective import Balance, Boltzmann, Gaussian, Input, Objective, Target
+from m3i_scale.config.schema import Checkpoint, Config, Engine, Logging, Optimizer, Zero
 from m3i_scale.config.types import ConfigError, Count, Duration, Node, PathText
 
 __all__ = [
+    "MAX_PIXELS",
     "Augmentation",
     "Backbone",
     "Balance",
@@ -46,6 +40,7 @@ __all__ = [
     "PathText",
     "Photometric",
     "Source",
+    "SourceKind",
     "Storage",
     "Target",
     "TextTower",

@@ -1,8 +1,9 @@
-"""The configuration tree: every key, type and default. `objective.py` has the objective's part.
+"""The configuration tree, and its sections about training: optimiser, engine, checkpoints, logs.
 
-The package imports nothing else of the project and touches no data, GPU or process group. The tree
-refuses an impossible combination with a sentence that says what is wrong and how to mend it;
-`load.py` reads it from YAML and from the command line.
+`model.py`, `data.py` and `objective.py` have the sections of these names. The package imports
+nothing else of the project and touches no data, GPU or process group. The tree refuses an
+impossible combination with a sentence that says what is wrong and how to mend it; `load.py` reads
+it from YAML and from the command line.
 """
 
 from __future__ import annotations
@@ -12,6 +13,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
+from m3i_scale.config.data import Data
+from m3i_scale.config.model import Model
 from m3i_scale.config.objective import Objective
 
 # ruff: noqa: RUF012  (pydantic copies defaults)
@@ -28,200 +31,6 @@ from m3i_scale.config.types import (
     Span,
     SpanOrZero,
 )
-
-# -------------------------------------------------------------------------------------------- model
-
-
-class Backbone(Node):
-    """The image encoder by name; `options` go to its constructor, which knows their names."""
-
-    name: str
-    """`intern_image_t` to `intern_image_g`, `vit_b16`, or `intern_image`, `vit` with options."""
-    options: dict[str, Any] = {}
-    """Arguments of the backbone's constructor; they override those that the name stands for."""
-
-
-class Decoder(Node):
-    """Image decoder (Table 7). `head`: how its last layer starts (docs/paper.md: why at zero)."""
-
-    depth: Count = 4
-    """Transformer blocks."""
-    width: Count = 768
-    """Features of a token."""
-    heads: Count = 16
-    """Attention heads."""
-    ffn: Count = 3072
-    """Hidden features of each MLP."""
-    head: Literal["zero", "xavier"] = "zero"
-    """How the last layer starts."""
-    checkpoint_blocks: bool = False
-    """Recompute blocks in the backward pass to save memory."""
-
-
-class TextTower(Node):
-    """BERT-shaped text encoder and its tokenizer (a tokenizer.json path or a Hub name)."""
-
-    tokenizer: PathText
-    """Path of a tokenizer.json (`m3i tokenizer`), or a name on the Hugging Face Hub."""
-    vocab_size: Count = 30522
-    """Rows of the embedding: the tokenizer's number of tokens, or more."""
-    depth: Count = 12
-    """Transformer blocks."""
-    width: Count = 768
-    """Features of a token."""
-    heads: Count = 12
-    """Attention heads."""
-    ffn: Count = 3072
-    """Hidden features of each MLP."""
-    max_length: Count = 64
-    """Tokens of a caption; longer captions are cut."""
-    embed_dim: Count = 768
-    """Features of the caption's vector, in which images and texts are compared."""
-    checkpoint_blocks: bool = False
-    """Recompute blocks in the backward pass to save memory."""
-
-
-class GlobalHead(Node):
-    """Projector and predictor (MLPs) of `global` targets, and of dense ones with a projector.
-
-    Built only where such a target is present; one pair serves all global targets, another all
-    dense ones.
-    """
-
-    hidden: Count = 4096
-    """Hidden features of the MLPs."""
-    width: Count = 256
-    """Features of projections."""
-    predictor: bool = True
-    """Whether the student has an MLP behind its projector (BYOL, SimSiam, MoCo v3)."""
-
-
-class Model(Node):
-    """All networks."""
-
-    backbone: Backbone
-    """The image encoder."""
-    decoder: Decoder = Decoder()
-    """The image decoder of dense targets."""
-    text: TextTower | None = None
-    """The text encoder; needed for text targets."""
-    categories: Annotated[int, Field(ge=0)] = 0
-    """Number of categories; needed for category targets."""
-    global_head: GlobalHead = GlobalHead()
-    """Projector and predictor."""
-
-
-# --------------------------------------------------------------------------------------------- data
-
-
-class Source(Node):
-    """One indexed set of WebDataset shards."""
-
-    name: str
-    """Name of the source in logs."""
-    index: PathText
-    """Path or URL of the index (`m3i shards index`)."""
-    kind: Literal["text", "category", "both"]
-    """The supervision that every sample of the source carries."""
-    weight: Positive | None = None
-    """Share of the stream, relative to the other weights. null: samples times `epochs`."""
-    epochs: Positive = 1.0
-    """How often the source is shown while sources with `epochs: 1` are shown once."""
-
-
-class Photometric(Node):
-    """Photometric strengths of one view, as `m3i_scale.data.views.Photometric`."""
-
-    jitter_probability: Fraction = 0.8
-    """Of changing brightness, contrast, saturation and hue."""
-    brightness: Fraction = 0.4
-    """Largest relative change."""
-    contrast: Fraction = 0.4
-    """Largest relative change."""
-    saturation: Fraction = 0.2
-    """Largest relative change."""
-    hue: Annotated[float, Field(ge=0, le=0.5)] = 0.1
-    """Largest shift, as a share of the colour circle."""
-    grayscale_probability: Fraction = 0.2
-    """Of removing colour."""
-    blur_probability: Fraction = 0.5
-    """Of a Gaussian blur."""
-    blur_sigma: tuple[Positive, Positive] = (0.1, 2.0)
-    """Smallest and largest sigma of the blur, in pixels."""
-    solarize_probability: Fraction = 0.0
-    """Of inverting bright pixels."""
-    solarize_threshold: float = 128.0
-    """Values from here on count as bright, of 0 to 255."""
-
-
-class Augmentation(Node):
-    """How two views are made of an image (Table 7 names the operations).
-
-    Photometric strengths are BYOL's; the crop scale is MoCo v2's (BYOL's begins at 0.08).
-    """
-
-    scale: tuple[Positive, Fraction] = (0.2, 1.0)
-    """Smallest and largest share of the image's area that a crop covers."""
-    ratio: tuple[Positive, Positive] = (3 / 4, 4 / 3)
-    """Smallest and largest width / height of a crop."""
-    flip_probability: Fraction = 0.5
-    """Of a horizontal flip."""
-    interpolation: Literal["bicubic", "bilinear"] = "bicubic"
-    """How crops are resized."""
-    views: Literal[1, 2] = 2
-    """Views of each image. 1 where the objective uses a single view: less to decode and crop."""
-    view_a: Photometric = Photometric(blur_probability=1.0)
-    """Colours of view a, which the input shows."""
-    view_b: Photometric = Photometric(blur_probability=0.1, solarize_probability=0.2)
-    """Colours of view b."""
-
-
-class Storage(Node):
-    """How shards are read, as `m3i_scale.data.Storage`."""
-
-    retries: Annotated[int, Field(ge=0)] = 4
-    """Further attempts to read a range, with growing pauses."""
-    cache: PathText | None = None
-    """Folder of a disk cache of remote shards; null: none."""
-    cache_gibibytes: Positive = 93.0
-    """Size of the cache; the default is a little less than 100 GB."""
-    allow_pipe: bool = False
-    """Whether shards named `pipe:COMMAND` may run their command."""
-    options: dict[str, Any] = {}
-    """Options of the file systems by protocol, for instance {s3: {endpoint_url: ...}}."""
-
-
-class Data(Node):
-    """The stream of images, texts and categories."""
-
-    sources: list[Source] = Field(min_length=1)
-    """The indexed data sets, mixed by weight."""
-    image_size: Count = 224
-    """Side of the views in pixels."""
-    mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
-    """Mean of the pixels, RGB from 0 to 1; subtracted."""
-    std: tuple[Positive, Positive, Positive] = (0.229, 0.224, 0.225)
-    """Standard deviation of the pixels; divided by."""
-    augmentation: Augmentation = Augmentation()
-    """Crops and colours."""
-    workers: Annotated[int, Field(ge=0)] = 8
-    """Reading processes of each rank; 0: the training process reads."""
-    max_bad_rate: Fraction = 0.01
-    """Share of replaced samples, among the last `bad_window` of a rank, above which the run stops.
-    """
-    bad_window: Count = 10_000
-    """Samples over which `max_bad_rate` is measured."""
-    max_pixels: Count = 100_000_000
-    """Larger images are replaced before they are decoded."""
-    lanes: Count | None = None
-    """Reading positions of each source, part of the order. null: `optimizer.global_batch_size`."""
-    chunk_mebibytes: Positive = 4.0
-    """Neighbouring bytes that the order keeps together; part of the order."""
-    storage: Storage = Storage()
-    """How shards are read."""
-
-
-# ----------------------------------------------------------------------------------------- training
 
 
 class Optimizer(Node):
@@ -365,11 +174,19 @@ class Config(Node):
         return Path(self.folder) / self.run
 
     @property
+    def lanes(self) -> int:
+        """Reading positions of each source: `data.lanes`, or else a global batch's samples."""
+        return self.data.lanes or self.optimizer.global_batch_size
+
+    @property
     def unsupplied(self) -> set[str]:
         """Those of "text" and "category" that targets ask for and no data source has."""
-        kinds = {source.kind for source in self.data.sources}
-        supplied = {"text", "category"} if "both" in kinds else kinds
-        return (self.objective.representations & {"text", "category"}) - supplied
+        sources = self.data.sources
+        supplied = {
+            "text": any(source.has_text for source in sources),
+            "category": any(source.has_category for source in sources),
+        }
+        return {kind for kind in self.objective.representations if not supplied.get(kind, True)}
 
     @model_validator(mode="after")
     def _possible(self) -> Config:

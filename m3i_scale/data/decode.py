@@ -20,19 +20,19 @@ from PIL import Image
 from torch import Tensor
 from torchvision.io import ImageReadMode  # registers the operators of torch.ops.image
 
+from m3i_scale.config import MAX_PIXELS
 from m3i_scale.data.bad_sample import BadSample
 from m3i_scale.data.captions import read_captions
 from m3i_scale.data.labels import category_of, read_label
 from m3i_scale.data.metadata import jpeg_segments, without_metadata
 from m3i_scale.data.text import MAX_TEXT_BYTES, read_json, read_json_field, read_text
 
-__all__ = ["MAX_PIXELS", "MAX_TEXT_BYTES", "BadSample", "decode_category", "decode_image",
+__all__ = ["MAX_TEXT_BYTES", "BadSample", "decode_category", "decode_image",
            "decode_text", "image_format"]  # fmt: skip
 
 # torchvision.io.decode_jpeg without its per-call logging and warning.
 _decode_jpeg = torch.ops.image.decode_jpeg.default
 _RGB = ImageReadMode.RGB.value
-MAX_PIXELS = 100_000_000
 # Frame headers of JPEG: SOF0 to SOF15 without DHT (C4), JPG (C8), DAC (CC).
 _SOF = frozenset(range(0xFFC0, 0xFFD0)) - {0xFFC4, 0xFFC8, 0xFFCC}
 _FRAME = struct.Struct(">4xBHHB")  # after these: bits per sample, height, width, components

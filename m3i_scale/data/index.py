@@ -42,7 +42,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from m3i_scale.data.storage import Storage, is_local, join, local_path, parent
+from m3i_scale.config import SourceKind
+from m3i_scale.data.storage import StorageClient, is_local, join, local_path, parent
 
 FORMAT = "m3i-index-3"
 _READABLE = {FORMAT, "m3i-index-2"}  # 2: without `check` and `fingerprint`
@@ -187,8 +188,8 @@ class Index:
     Can be handed to forked or spawned workers; each opens the file for itself.
     """
 
-    def __init__(self, path: str, storage: Storage | None = None) -> None:
-        self._storage = storage or Storage()
+    def __init__(self, path: str, storage: StorageClient | None = None) -> None:
+        self._storage = storage or StorageClient()
         self.path = self._storage.check(str(path))
         self._base = parent(self.path)
         self._file: pq.ParquetFile | None = None
@@ -212,7 +213,7 @@ class Index:
         self._groups: OrderedDict[int, pa.Table] = OrderedDict()
 
     @property
-    def kind(self) -> str | None:
+    def kind(self) -> SourceKind | None:
         """What every usable sample has: "text", "category" or "both"; None without samples."""
         used = np.flatnonzero(self.counts).tolist()
         text = bool(used) and all(self.text_member[shard] for shard in used)

@@ -11,13 +11,13 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from m3i_scale.config import Data, Source
 from m3i_scale.data import decode, views
 from m3i_scale.data.bad_sample import BadSample, remedy
 from m3i_scale.data.batch import PHOTOMETRIC_FIELDS, Batch
 from m3i_scale.data.index import Index
 from m3i_scale.data.order import Order
 from m3i_scale.data.reader import Raw, ReadCount, ShardReader
-from m3i_scale.data.source import Source
 
 _MOST_SUBSTITUTES = 32
 
@@ -130,13 +130,13 @@ def decode_sample(
         raise raw.problem
     shard = f"{source.name}/{raw.shard_name}"
     text, category = None, -1
-    if source.kind != "category":
+    if source.has_text:
         member = index.text_member[raw.shard] or "txt"
         text, repaired = decode.decode_text(raw.text or b"", member)
         if repaired:
             detail = "bad UTF-8: JSON spells half a character"
             faults.append(Fault(raw.position, "bad UTF-8", shard, raw.key, detail, "repaired"))
-    if source.kind != "text":
+    if source.has_category:
         member = index.category_member[raw.shard] or "cls"
         category = decode.decode_category(raw.category or b"", member, index.classes)
     image = decode.decode_image(raw.image, max_pixels=max_pixels)
@@ -148,22 +148,19 @@ class SampleBuilder:
 
     def __init__(
         self,
-        sources: Sequence[Source],
+        data: Data,
         indexes: Sequence[Index],
         order: Order,
         reader: ShardReader,
         *,
         seed: int,
-        image_size: int,
-        augmentation: views.Augmentation,
         tokenize: Callable[[list[str]], tuple[Any, Any]],
         mask_sampler: Callable[[np.random.Generator], NDArray[np.bool_]],
-        max_pixels: int,
     ) -> None:
-        self.sources, self.indexes, self.order, self.reader = sources, indexes, order, reader
+        self.data, self.indexes, self.order, self.reader = data, indexes, order, reader
+        self.sources, self.augmentation = data.sources, data.augmentation
         self.random = views.Randomness(seed)
-        self.image_size, self.augmentation = image_size, augmentation
-        self.tokenize, self.mask_sampler, self.max_pixels = tokenize, mask_sampler, max_pixels
+        self.tokenize, self.mask_sampler = tokenize, mask_sampler
 
     def parts(
         self, blocks: Iterable[NDArray[np.int64]], buffers: Tensor | None = None
@@ -227,7 +224,8 @@ class SampleBuilder:
         return draws.swapaxes(0, 1)[: self.augmentation.views], mask
 
     def _new_views(self, count: int) -> Tensor:
-        shape = (self.augmentation.views, count, self.image_size, self.image_size, 3)
+        size = self.data.image_size
+        shape = (self.augmentation.views, count, size, size, 3)
         return empty_views(shape)
 
     def _view(self, out: Tensor, image: Tensor, draws: list[float]) -> views.Crop:
@@ -244,7 +242,7 @@ class SampleBuilder:
                     raw,
                     self.sources[raw.source],
                     self.indexes[raw.source],
-                    max_pixels=self.max_pixels,
+                    max_pixels=self.data.max_pixels,
                     faults=faults,
                 )
             except BadSample as bad:

@@ -27,7 +27,7 @@ from m3i_scale.data.bad_sample import BadSample
 from m3i_scale.data.index import Index, check_of, header_identity
 from m3i_scale.data.order import Located
 from m3i_scale.data.retry import cause_of
-from m3i_scale.data.storage import Storage
+from m3i_scale.data.storage import StorageClient
 
 _GAP = 64 << 10  # bytes that are cheaper read through than asked for separately
 _LONGEST_READ = 16 << 20
@@ -82,7 +82,7 @@ class ShardReader:
     """
 
     def __init__(
-        self, indexes: Sequence[Index], storage: Storage, *, window_bytes: int, threads: int
+        self, indexes: Sequence[Index], storage: StorageClient, *, window_bytes: int, threads: int
     ) -> None:
         self.indexes, self.storage = indexes, storage
         self.window_bytes, self.threads = window_bytes, threads

@@ -10,14 +10,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from m3i_scale import paths
+from m3i_scale.config import MAX_PIXELS, Source
 from m3i_scale.data import views
-from m3i_scale.data.decode import MAX_PIXELS, BadSample
+from m3i_scale.data.bad_sample import BadSample
 from m3i_scale.data.index import Index
 from m3i_scale.data.make import Fault, Sample, decode_sample
 from m3i_scale.data.order import Located
 from m3i_scale.data.reader import Raw, ShardReader
-from m3i_scale.data.source import Source
-from m3i_scale.data.storage import Storage
+from m3i_scale.data.storage import StorageClient
 from m3i_scale.data.stream import MIB, open_index
 
 _BLOCK = 64
@@ -33,7 +34,7 @@ class Labelled:
     key: list[str]  # "source/shard/key"
 
 
-def source_of(index: str, storage: Storage | None = None) -> Source:
+def source_of(index: str, storage: StorageClient | None = None) -> Source:
     """The source behind an index file, named after it, of the kind that all its samples allow.
 
     Raises:
@@ -48,11 +49,15 @@ def source_of(index: str, storage: Storage | None = None) -> Source:
             f"{index} holds no usable sample with a caption or a category; index its shards again "
             "and see what is left out"
         )
-    return Source(Path(index).stem, index, opened.kind)
+    return Source(name=Path(index).stem, index=paths.literal(index), kind=opened.kind)
 
 
 def load_labelled(
-    source: Source, image_size: int, *, limit: int | None = None, storage: Storage | None = None
+    source: Source,
+    image_size: int,
+    *,
+    limit: int | None = None,
+    storage: StorageClient | None = None,
 ) -> Labelled:
     """Read the first `limit` samples of a source (all if None), central squares resized to S.
 
@@ -87,12 +92,12 @@ def walk(
     *,
     start: int = 0,
     limit: int | None = None,
-    storage: Storage | None = None,
+    storage: StorageClient | None = None,
     max_pixels: int = MAX_PIXELS,
     faults: list[Fault] | None = None,
 ) -> Iterator[tuple[Raw, Sample | BadSample]]:
     """Every sample of a source in index order, decoded, or the reason why it cannot be."""
-    storage = storage or Storage()
+    storage = storage or StorageClient()
     index = open_index(source, storage)
     stop = index.samples if limit is None else min(index.samples, start + limit)
     reader = ShardReader([index], storage, window_bytes=16 * MIB, threads=2)

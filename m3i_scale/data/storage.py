@@ -12,18 +12,19 @@ import os
 import subprocess
 import tempfile
 import uuid
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
 import aiohttp
 from fsspec.core import split_protocol, url_to_fs
 
+from m3i_scale.config import Storage
 from m3i_scale.data.cache import DiskCache
 from m3i_scale.data.retry import PERMANENT, StorageError, http_status, permanent, retrying
 
-__all__ = ["PERMANENT", "Storage", "StorageError", "is_local", "join", "local_path", "parent",
-           "retrying"]  # fmt: skip
+__all__ = ["PERMANENT", "StorageClient", "StorageError", "is_local", "join", "local_path",
+           "parent", "retrying"]  # fmt: skip
 
 T = TypeVar("T")
 _PIPE = "pipe:"
@@ -53,43 +54,31 @@ def parent(url: str) -> str:
     return url.rsplit("/", 1)[0] if "/" in url else ""
 
 
-class Storage:
+class StorageClient:
     """Byte ranges of local files (pread) and of remote objects (one range request each).
 
     Safe to use from several threads and to hand to spawned or forked processes: file handles and
     connections belong to the process that makes them.
 
     Args:
-        attempts: how often a read is tried before it counts as failed.
+        settings: retries, cache, options of the file systems, `pipe:`; None for the defaults.
         first_wait: seconds before the second attempt; twice as long before each further one.
-        options: keyword arguments of the fsspec file systems by protocol, e.g.
-            `{"s3": {"endpoint_url": ...}}`.
-        cache: where blocks of remote files are kept; None reads them anew each time.
-        allow_pipe: whether a shard `pipe:<command>` may run its shell command.
+
+    Raises:
+        ValueError: the cache is too small, or its folder is a file.
     """
 
-    def __init__(
-        self,
-        *,
-        attempts: int = 6,
-        first_wait: float = 0.5,
-        options: Mapping[str, dict[str, Any]] | None = None,
-        cache: DiskCache | None = None,
-        allow_pipe: bool = False,
-    ) -> None:
-        if attempts < 1:
-            raise ValueError(f"attempts is {attempts}: a read needs at least 1")
-        if first_wait < 0:
-            raise ValueError(f"first_wait is {first_wait}: it is a time in seconds")
-        self.attempts, self.first_wait = attempts, first_wait
-        self.options, self.cache, self.allow_pipe = dict(options or {}), cache, allow_pipe
+    def __init__(self, settings: Storage | None = None, *, first_wait: float = 0.5) -> None:
+        self.settings, self.first_wait = settings or Storage(), first_wait
+        folder, size = self.settings.cache, round(self.settings.cache_gibibytes * 2**30)
+        self.cache = DiskCache(folder, size) if folder else None
 
     def check(self, url: str) -> str:
         """Return `url`; refuse what cannot be written to an index, and a shell command in its
         place unless the configuration allows it."""
         if not url.isascii() and not _is_unicode(url):
             raise ValueError(f"the path {url!r} is not UTF-8: rename that file or folder")
-        if url.startswith(_PIPE) and not self.allow_pipe:
+        if url.startswith(_PIPE) and not self.settings.allow_pipe:
             raise ValueError(
                 f"{url!r} would run a shell command: name a path or an fsspec URL instead, "
                 "or set allow_pipe if you trust whoever wrote that shard list"
@@ -105,7 +94,7 @@ class Storage:
         if self.check(url).startswith(_PIPE):
             url = self._spool(url)
         if is_local(url):
-            return self._retry(lambda: _read_local(local_path(url), start, stop), f"reading {url}")
+            return self.retry(lambda: _read_local(local_path(url), start, stop), f"reading {url}")
         if self.cache and version is not None:
             key = f"{url} {version}" if version else url
             return self.cache.read(key, start, stop, lambda low, high: self._fetch(url, low, high))
@@ -119,7 +108,7 @@ class Storage:
 
     def state(self, url: str) -> tuple[int, str]:
         """Length of `url` in bytes, and what else tells this version of it from others, or ""."""
-        return self._retry(lambda: self._state(url), f"asking the size of {url}")
+        return self.retry(lambda: self._state(url), f"asking the size of {url}")
 
     def open(self, url: str, *, buffer_bytes: int = 8 << 20) -> io.BufferedReader:
         """Open `url` for reading and seeking; remote reads are retried, `buffer_bytes` at once."""
@@ -132,17 +121,19 @@ class Storage:
     def glob(self, pattern: str) -> list[str]:
         """URLs that match `pattern`, sorted, with the protocol of the pattern."""
         filesystem, path = url_to_fs(pattern, **self._options(pattern))
-        found = sorted(self._retry(lambda: filesystem.glob(path), f"listing {pattern}"))
+        found = sorted(self.retry(lambda: filesystem.glob(path), f"listing {pattern}"))
         if not is_local(pattern):
             found = [filesystem.unstrip_protocol(name) for name in found]
         return [self.check(url) for url in found]
 
-    def _retry(self, action: Callable[[], T], what: str) -> T:
-        return retrying(action, what, attempts=self.attempts, first_wait=self.first_wait)
+    def retry(self, action: Callable[[], T], what: str) -> T:
+        """Run `action` until it succeeds, as often as the settings allow (`retrying`)."""
+        attempts = self.settings.retries + 1
+        return retrying(action, what, attempts=attempts, first_wait=self.first_wait)
 
     def _fetch(self, url: str, start: int, stop: int) -> bytes:
         what = f"reading bytes {start}-{stop} of {url}"
-        return self._retry(lambda: self._read_remote(url, start, stop), what)
+        return self.retry(lambda: self._read_remote(url, start, stop), what)
 
     def _read_remote(self, url: str, start: int, stop: int) -> bytes:
         filesystem, path = url_to_fs(url, **self._options(url))
@@ -169,11 +160,11 @@ class Storage:
         return int(info["size"]), " ".join(str(info[name]) for name in _STATE if name in info)
 
     def _options(self, url: str) -> dict[str, Any]:
-        protocol = split_protocol(url)[0]
+        protocol, options = split_protocol(url)[0], self.settings.options
         if protocol in ("http", "https"):
             timeout = aiohttp.ClientTimeout(total=300, sock_connect=20, sock_read=30)
-            return {"client_kwargs": {"timeout": timeout}, **self.options.get(protocol, {})}
-        return self.options.get(protocol or "file", {})
+            return {"client_kwargs": {"timeout": timeout}, **options.get(protocol, {})}
+        return options.get(protocol or "file", {})
 
     def _spool(self, url: str) -> str:
         """Run the command of an allowed `pipe:` URL once per machine, into a file to seek in."""
@@ -195,9 +186,9 @@ class Storage:
 
 
 class _RangeFile(io.RawIOBase):
-    """A remote file whose reads are `Storage.read`."""
+    """A remote file whose reads are `StorageClient.read`."""
 
-    def __init__(self, storage: Storage, url: str) -> None:
+    def __init__(self, storage: StorageClient, url: str) -> None:
         self._storage, self._url = storage, url
         self._at, (self._length, state) = 0, storage.state(url)
         # Indexes are made again under the same name: without a word on their state, no cache.

@@ -22,16 +22,14 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
+from m3i_scale.config import Data, Source
 from m3i_scale.data.bad_sample import explain
 from m3i_scale.data.batch import Batch
-from m3i_scale.data.decode import MAX_PIXELS
 from m3i_scale.data.index import Index
 from m3i_scale.data.make import Fault, Part, SampleBuilder, TooManyBadSamples, collate
 from m3i_scale.data.order import Mixture, Order, SourceOrder, chunk_samples, integer_weights
 from m3i_scale.data.reader import ShardReader
-from m3i_scale.data.source import Source
-from m3i_scale.data.storage import Storage, StorageError
-from m3i_scale.data.views import Augmentation
+from m3i_scale.data.storage import StorageClient, StorageError
 
 log = logging.getLogger(__name__)
 
@@ -43,20 +41,15 @@ class Stream:
     """Exact, elastic stream over a mixture of indexed tar shards.
 
     Args:
-        sources: the mixture.
+        data: sources, views, limits on bad samples, storage; its `workers` and `lanes` are for the
+            caller, who gives them to `loader` and here.
         seed: of the order and of all augmentation.
-        image_size: side S of the square views, in pixels.
-        augmentation: how the two views are made.
+        lanes: interleaved lanes of the order (see order.py); part of the order's identity like the
+            seed. The global batch in samples makes every read sequential for every rank
+            (`Config.lanes`).
         tokenize: list of B captions -> (ids (B, L), mask (B, L)); runs in the workers.
         mask_sampler: numpy Generator -> bool (gh, gw), one draw per sample; runs in the workers.
-        lanes: interleaved lanes of the order (see order.py); part of the order's identity like the
-            seed.  The global batch in samples makes every read sequential for every rank.
-        chunk_bytes: consecutive bytes of a shard that a lane reads before it goes elsewhere; part
-            of the order's identity too.
-        max_pixels: larger images are replaced.
-        max_bad_rate: share of replaced samples among `bad_window` consecutive ones of a rank above
-            which the loader raises TooManyBadSamples.
-        storage: how ranges are read (retries, options of the file systems, cache).
+        storage: what reads the shards; None for a client of `data.storage`.
         window_bytes: read-ahead of one worker.
         read_threads: concurrent reads of one worker.
 
@@ -66,42 +59,25 @@ class Stream:
 
     def __init__(
         self,
-        sources: Sequence[Source],
+        data: Data,
         *,
         seed: int,
-        image_size: int,
-        augmentation: Augmentation,
+        lanes: int,
         tokenize: Callable[[list[str]], tuple[Any, Any]],
         mask_sampler: Callable[[np.random.Generator], NDArray[np.bool_]],
-        lanes: int = 4096,
-        chunk_bytes: int = 4 * MIB,
-        max_pixels: int = MAX_PIXELS,
-        max_bad_rate: float = 0.01,
-        bad_window: int = 10_000,
-        storage: Storage | None = None,
+        storage: StorageClient | None = None,
         window_bytes: int = 32 * MIB,
         read_threads: int = 4,
     ) -> None:
-        if not sources:
-            raise ValueError("the stream has no source: name at least one index")
-        if not 0.0 <= max_bad_rate <= 1.0:
-            raise ValueError(f"max_bad_rate is {max_bad_rate}: it is a share in [0, 1]")
-        for name, value in (("bad_window", bad_window), ("max_pixels", max_pixels)):
-            if value < 1:
-                raise ValueError(f"{name} is {value}: it must be at least 1")
-        self.sources = list(sources)
-        self.storage = storage or Storage()
-        self.indexes = [open_index(source, self.storage) for source in sources]
-        self.order = _build_order(self.sources, self.indexes, seed, lanes, chunk_bytes)
-        self.max_bad_rate, self.bad_window = max_bad_rate, bad_window
+        self.data, self.sources = data, data.sources
+        self.storage = storage or StorageClient(data.storage)
+        self.indexes = [open_index(source, self.storage) for source in self.sources]
+        self.order = _build_order(data, self.indexes, seed, lanes)
         self._window_bytes, self._read_threads = window_bytes, read_threads
         self._maker_options: dict[str, Any] = {
             "seed": seed,
-            "image_size": image_size,
-            "augmentation": augmentation,
             "tokenize": tokenize,
             "mask_sampler": mask_sampler,
-            "max_pixels": max_pixels,
         }
 
     @property
@@ -116,7 +92,7 @@ class Stream:
         """
         for source, index in zip(self.sources, self.indexes, strict=True):
             largest = index.largest_category
-            if source.kind == "text" or largest is None or not 0 < categories <= largest:
+            if not source.has_category or largest is None or not 0 < categories <= largest:
                 continue
             raise ValueError(
                 f"source {source.name!r} ({source.index}) has samples of category {largest}; set "
@@ -125,8 +101,8 @@ class Stream:
 
     def view_shape(self, samples: int) -> tuple[int, ...]:
         """Shape of the views of that many samples: (views, samples, S, S, 3)."""
-        size = self._maker_options["image_size"]
-        return (self._maker_options["augmentation"].views, samples, size, size, 3)
+        size = self.data.image_size
+        return (self.data.augmentation.views, samples, size, size, 3)
 
     def describe(self) -> dict[str, dict[str, int | float | str]]:
         """Per source: kind, samples, shards, bytes and share of the stream."""
@@ -195,10 +171,10 @@ class Stream:
             window_bytes=self._window_bytes,
             threads=self._read_threads,
         )
-        return SampleBuilder(self.sources, self.indexes, self.order, reader, **self._maker_options)
+        return SampleBuilder(self.data, self.indexes, self.order, reader, **self._maker_options)
 
 
-def open_index(source: Source, storage: Storage) -> Index:
+def open_index(source: Source, storage: StorageClient) -> Index:
     """Open the index of a source; ValueError where it is missing, empty or of another kind."""
     try:
         index = Index(source.index, storage)
@@ -219,8 +195,8 @@ def open_index(source: Source, storage: Storage) -> Index:
             "made only other sizes are noticed; index them again", source.name, source.index,
         )  # fmt: skip
     for name, needs, members in (
-        ("caption", source.kind != "category", index.text_member),
-        ("category", source.kind != "text", index.category_member),
+        ("caption", source.has_text, index.text_member),
+        ("category", source.has_category, index.category_member),
     ):
         if needs and not all(members[i] for i in np.flatnonzero(index.counts)):
             raise ValueError(
@@ -234,17 +210,14 @@ def open_index(source: Source, storage: Storage) -> Index:
     return index
 
 
-def _build_order(
-    sources: Sequence[Source], indexes: Sequence[Index], seed: int, lanes: int, chunk_bytes: int
-) -> Order:
-    weighted = [source.weight is not None for source in sources]
-    if any(weighted) != all(weighted):
-        raise ValueError("some sources have a weight and some have not: give all or none")
-    samples = [index.samples for index in indexes]
-    if all(weighted):
-        weights = integer_weights([1_000_000] * len(sources), [s.weight or 0.0 for s in sources])
+def _build_order(data: Data, indexes: Sequence[Index], seed: int, lanes: int) -> Order:
+    shares = [source.weight for source in data.sources if source.weight is not None]
+    if shares:  # then every source has one
+        weights = integer_weights([1_000_000] * len(shares), shares)
     else:
-        weights = integer_weights(samples, [source.epochs for source in sources])
+        samples = [index.samples for index in indexes]
+        weights = integer_weights(samples, [source.epochs for source in data.sources])
+    chunk_bytes = round(data.chunk_mebibytes * MIB)
     mixture = Mixture(weights)
     orders = [
         SourceOrder(
@@ -351,14 +324,14 @@ class Loader:
         for fault in part.faults:
             self._note_fault(fault)
         self._seen += len(part)
-        if self._seen >= self.stream.bad_window:
+        if self._seen >= self.stream.data.bad_window:
             self._seen = self._replaced = 0
 
     def _note_fault(self, fault: Fault) -> None:
         self.faults[fault.cause] += 1
         log.warning("position %d: %s", fault.position, fault)
         self._replaced += fault.outcome == "replaced"
-        window, rate = self.stream.bad_window, self.stream.max_bad_rate
+        window, rate = self.stream.data.bad_window, self.stream.data.max_bad_rate
         if self._replaced > rate * window:
             raise TooManyBadSamples(
                 f"{self._replaced} of the last {window} samples of this rank could not be used, "

@@ -1,22 +1,23 @@
 """Two random-resized crops per image, and the parameters of the photometric work to come.
 
 The crops are cut here, as uint8 channels-last, by one resize each; colour, blur and solarisation
-are only drawn here and applied on the device.  Strengths after BYOL (Grill et al. 2020, appendix
-B), which SiameseIM and M3I (Table 7) name without numbers: the second view is blurred and
-solarised differently from the first.
+are only drawn here and applied on the device.  Strengths (`config.Augmentation`) after BYOL (Grill
+et al. 2020, appendix B), which SiameseIM and M3I (Table 7) name without numbers: the second view is
+blurred and solarised differently from the first.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, fields
 from typing import NamedTuple
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+
+from m3i_scale.config import Augmentation, Photometric
 
 _CROP_TRIES = 10
 CROP_DRAWS = 2 * _CROP_TRIES + 3  # area and ratio of each try; top, left; flip
@@ -29,75 +30,6 @@ _RESIZE: dict[str, Callable[..., Tensor]] = {
     "bilinear": torch._C._nn._upsample_bilinear2d_aa,
     "bicubic": torch._C._nn._upsample_bicubic2d_aa,
 }
-
-
-def _check_probability(name: str, value: float) -> None:
-    if not 0.0 <= value <= 1.0:
-        raise ValueError(f"{name} is {value}: a probability lies in [0, 1]")
-
-
-@dataclass(frozen=True)
-class Photometric:
-    """Photometric strengths of one view (torchvision's ColorJitter conventions)."""
-
-    jitter_probability: float = 0.8
-    brightness: float = 0.4
-    contrast: float = 0.4
-    saturation: float = 0.2
-    hue: float = 0.1
-    grayscale_probability: float = 0.2
-    blur_probability: float = 0.5
-    blur_sigma: tuple[float, float] = (0.1, 2.0)
-    solarize_probability: float = 0.0
-    solarize_threshold: float = 128.0
-
-    def __post_init__(self) -> None:
-        for item in fields(self):
-            if item.name.endswith("probability"):
-                _check_probability(item.name, getattr(self, item.name))
-        for name in ("brightness", "contrast", "saturation"):
-            if not 0.0 <= getattr(self, name) <= 1.0:
-                raise ValueError(f"{name} is {getattr(self, name)}: it must lie in [0, 1]")
-        if not 0.0 <= self.hue <= 0.5:
-            raise ValueError(f"hue is {self.hue}: it must lie in [0, 0.5]")
-        if not 0.0 < self.blur_sigma[0] <= self.blur_sigma[1]:
-            raise ValueError(f"blur_sigma is {self.blur_sigma}: give 0 < low <= high, in pixels")
-
-
-NO_PHOTOMETRIC = Photometric(
-    jitter_probability=0.0, grayscale_probability=0.0, blur_probability=0.0
-)
-
-
-@dataclass(frozen=True)
-class Augmentation:
-    """How the two views of an image are made: Table 7's operations, BYOL's strengths.
-
-    The crop scale is MoCo v2's; BYOL's begins at 0.08.
-    """
-
-    scale: tuple[float, float] = (0.2, 1.0)  # share of the image's area
-    ratio: tuple[float, float] = (3 / 4, 4 / 3)  # width / height
-    flip_probability: float = 0.5
-    interpolation: str = "bicubic"  # or "bilinear"
-    views: int = 2  # 1: view b is view a itself
-    view_a: Photometric = field(default_factory=lambda: Photometric(blur_probability=1.0))
-    view_b: Photometric = field(
-        default_factory=lambda: Photometric(blur_probability=0.1, solarize_probability=0.2)
-    )
-
-    def __post_init__(self) -> None:
-        if not 0.0 < self.scale[0] <= self.scale[1] <= 1.0:
-            raise ValueError(f"scale is {self.scale}: give 0 < low <= high <= 1")
-        if not 0.0 < self.ratio[0] <= self.ratio[1]:
-            raise ValueError(f"ratio is {self.ratio}: give 0 < low <= high")
-        _check_probability("flip_probability", self.flip_probability)
-        if self.views not in (1, 2):
-            raise ValueError(f"views is {self.views}: a batch holds 1 or 2 different views")
-        if self.interpolation not in ("bilinear", "bicubic"):
-            raise ValueError(
-                f"interpolation is {self.interpolation!r}: it must be 'bilinear' or 'bicubic'"
-            )
 
 
 class Crop(NamedTuple):
@@ -210,10 +142,7 @@ class Randomness:
 __all__ = [
     "CROP_DRAWS",
     "DRAWS_PER_VIEW",
-    "NO_PHOTOMETRIC",
-    "Augmentation",
     "Crop",
-    "Photometric",
     "Randomness",
     "central_crop",
     "channels_first",

@@ -31,7 +31,7 @@ def statement(config: Config, sources: Sequence[Mapping[str, Any]]) -> dict[str,
     stated: dict[str, Any] = {
         "seed": config.seed,
         "optimizer.global_batch_size": config.optimizer.global_batch_size,
-        "data.lanes": config.data.lanes or config.optimizer.global_batch_size,
+        "data.lanes": config.lanes,
         "data.chunk_mebibytes": data["chunk_mebibytes"],
         "data.image_size": data["image_size"],
         "data.mean": data["mean"],

@@ -9,6 +9,8 @@ from functools import cached_property
 import numpy as np
 from numpy.typing import NDArray
 
+from m3i_scale.config import Input
+
 
 @dataclass(frozen=True)
 class PatchMask:
@@ -25,9 +27,19 @@ class PatchMask:
 
     rows: int
     columns: int
-    ratio: float = 0.5
-    kind: str = "block"
+    ratio: float
+    kind: str
     aspect: tuple[float, float] = (0.3, 1 / 0.3)
+
+    @classmethod
+    def of(cls, spec: Input, image_size: int) -> PatchMask:
+        """The masks that the input of an objective wants for square images of that size.
+
+        Raises:
+            ValueError: the mask would hide all patches, or none.
+        """
+        side = image_size // spec.patch
+        return cls(side, side, spec.ratio, spec.mask)
 
     def __post_init__(self) -> None:
         if self.kind not in ("block", "random"):

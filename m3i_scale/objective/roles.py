@@ -118,5 +118,4 @@ def count_hidden_tokens(spec: Input, image_size: int, tokens_per_patch: int) -> 
     """
     if spec.corruption == "none":
         return 0
-    side = image_size // spec.patch
-    return PatchMask(side, side, spec.ratio, spec.mask).hidden * tokens_per_patch**2
+    return PatchMask.of(spec, image_size).hidden * tokens_per_patch**2

@@ -30,6 +30,7 @@ from zlib import crc32
 
 from tqdm import tqdm
 
+from m3i_scale.config import SourceKind
 from m3i_scale.data import labels
 from m3i_scale.data.files import written
 from m3i_scale.data.order import hash64
@@ -122,7 +123,9 @@ def build_shards(
         causes = "\n".join(describe_problems(left_out, examples, "not written"))
         raise ValueError(f"none of the {len(listing.records):,} images could be used:\n{causes}")
     first = listing.records[0]
-    kind = "text" if first.category is None else "category" if first.text is None else "both"
+    kind: SourceKind = (
+        "text" if first.category is None else "category" if first.text is None else "both"
+    )
     summary = index_shards(
         [str(path) for path in paths],
         str(index),

@@ -6,10 +6,11 @@ import argparse
 import csv
 import json
 import os
-from typing import Any
+from typing import Any, get_args
 
 from m3i_scale.arguments import count, count_or_zero, percent, share
-from m3i_scale.data.storage import Storage
+from m3i_scale.config import SourceKind, Storage
+from m3i_scale.data.storage import StorageClient
 from m3i_scale.shards.sources import expand_path
 
 Subparsers = Any  # argparse's own type for this is private
@@ -85,7 +86,7 @@ def _add_index(actions: Subparsers) -> None:
     parser.add_argument(
         "--kind",
         required=True,
-        choices=("text", "category", "both"),
+        choices=get_args(SourceKind),
         help="what every sample must have beside its image: a caption (text), a class label "
         "(category), or both; samples without it are left out and counted. Give the kind under "
         "which data.sources of the configuration will name this index",
@@ -253,7 +254,7 @@ def _add_common(parser: argparse.ArgumentParser) -> None:
 def _add_storage(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--storage-options",
-        type=json.loads,
+        type=_file_system_options,
         default={},
         metavar="JSON",
         help='per protocol, e.g. \'{"s3": {"endpoint_url": "https://..."}}\'',
@@ -261,5 +262,15 @@ def _add_storage(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--allow-pipe", action="store_true", help="run shards named pipe:<command>")
 
 
-def _storage(args: argparse.Namespace) -> Storage:
-    return Storage(options=args.storage_options, allow_pipe=args.allow_pipe)
+def _file_system_options(text: str) -> dict[str, Any]:
+    options = json.loads(text)
+    if not isinstance(options, dict) or not all(isinstance(v, dict) for v in options.values()):
+        raise ValueError
+    return options
+
+
+_file_system_options.__name__ = "JSON"  # argparse: invalid JSON value
+
+
+def _storage(args: argparse.Namespace) -> StorageClient:
+    return StorageClient(Storage(options=args.storage_options, allow_pipe=args.allow_pipe))

@@ -28,8 +28,9 @@ import matplotlib
 import webdataset
 from PIL import Image, ImageDraw, ImageFont
 
+from m3i_scale import paths
+from m3i_scale.config import Source, SourceKind
 from m3i_scale.data.index import FORMAT
-from m3i_scale.data.source import Source
 from m3i_scale.shards.indexing import index_shards
 
 BLOCKS: dict[str, tuple[int, int]] = {
@@ -53,6 +54,8 @@ BLOCKS: dict[str, tuple[int, int]] = {
     "Mathematical Alphanumeric Symbols": (0x1D400, 0x1D7FF),
 }
 OTHER = "Other"
+# The sources, by name.
+KINDS: dict[str, SourceKind] = {"text": "text", "category": "category", "heldout": "both"}
 DEMO_BLOCKS = ("Basic Latin", "Arrows")
 _HELD_OUT = "STIX"
 # Fonts whose character map is TeX's own, or which draw placeholders.
@@ -259,8 +262,8 @@ def load(folder: str | Path) -> GlyphData:
     if not (folder / "glyphs.json").exists():
         raise ValueError(f"{folder} holds no glyph data: make it with `m3i glyphs --out {folder}`")
     text, category, heldout = (
-        Source(name, str(folder / f"{name}.parquet"), kind)
-        for name, kind in (("text", "text"), ("category", "category"), ("heldout", "both"))
+        Source(name=name, index=paths.literal(str(folder / f"{name}.parquet")), kind=kind)
+        for name, kind in KINDS.items()
     )
     categories = json.loads((folder / "glyphs.json").read_text())["categories"]
     return GlyphData(text, category, heldout, tuple(categories))
@@ -269,13 +272,12 @@ def load(folder: str | Path) -> GlyphData:
 def _write(folder: Path, name: str, records: list[dict[str, object]], shards: int) -> None:
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
-    paths = [str(folder / f"{name}-{shard:03d}.tar") for shard in range(shards)]
-    for shard, path in enumerate(paths):
+    tars = [str(folder / f"{name}-{shard:03d}.tar") for shard in range(shards)]
+    for shard, path in enumerate(tars):
         with webdataset.TarWriter(path, mtime=0) as tar:
             for record in records[shard::shards]:
                 tar.write(record)
-    kind = "both" if name == "heldout" else name
-    index_shards(paths, f"{folder}.parquet", kind=kind, progress=False)
+    index_shards(tars, f"{folder}.parquet", kind=KINDS[name], progress=False)
 
 
 def _records(

@@ -15,17 +15,17 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from tqdm import tqdm
 
+from m3i_scale.config import SourceKind
 from m3i_scale.data import labels
 from m3i_scale.data.bad_sample import remedy
 from m3i_scale.data.files import written
 from m3i_scale.data.index import FORMAT, ShardIndex, read_notes, write_index
 from m3i_scale.data.retry import cause_of
 from m3i_scale.data.storage import (
-    Storage,
+    StorageClient,
     is_local,
     local_path,
     parent,
-    retrying,
 )
 from m3i_scale.shards.scan import Findings, Wanted, index_shard, wanted_for
 from m3i_scale.shards.sources import check_name, find_files, last_change, missing
@@ -77,12 +77,12 @@ def index_shards(
     shards: Sequence[str],
     output: str,
     *,
-    kind: str,
+    kind: SourceKind,
     text_member: str | None = None,
     category_member: str | None = None,
     classes: Mapping[str, int] | None = None,
     processes: int = 1,
-    storage: Storage | None = None,
+    storage: StorageClient | None = None,
     skip_unreached: bool = False,
     progress: bool = True,
 ) -> IndexSummary:
@@ -110,7 +110,7 @@ def index_shards(
     if not is_local(output):
         raise ValueError(f"cannot write the index to {output}: write it to a path and copy it")
     check_name(output)
-    storage = storage or Storage()
+    storage = storage or StorageClient()
     wanted = wanted_for(kind, text_member, category_member, classes)
     urls = find_files(shards, (".tar",), storage)
     for url in urls:
@@ -152,7 +152,7 @@ def _unreached_message(unreached: Sequence[tuple[str, Path]], total: int) -> str
 _FAILED = ".failed"
 
 
-def _scan_to_part(url: str, *, folder: Path, wanted: Wanted, storage: Storage) -> Path:
+def _scan_to_part(url: str, *, folder: Path, wanted: Wanted, storage: StorageClient) -> Path:
     """Index one shard into its own small file in `folder`, unless an earlier run did.
 
     The part of a shard that could not be read ends in `.failed`: later runs try that one again.
@@ -167,11 +167,8 @@ def _scan_to_part(url: str, *, folder: Path, wanted: Wanted, storage: Storage) -
     if done.exists():
         return done
     try:
-        shard, findings = retrying(
-            lambda: _scan(url, size, wanted, storage),
-            f"indexing {url}",
-            attempts=storage.attempts,
-            first_wait=storage.first_wait,
+        shard, findings = storage.retry(
+            lambda: _scan(url, size, wanted, storage), f"indexing {url}"
         )
     except OSError as error:
         shard = _unreached(url, error, findings)
@@ -179,7 +176,9 @@ def _scan_to_part(url: str, *, folder: Path, wanted: Wanted, storage: Storage) -
     return _save(done, shard, findings)
 
 
-def _scan(url: str, size: int, wanted: Wanted, storage: Storage) -> tuple[ShardIndex, Findings]:
+def _scan(
+    url: str, size: int, wanted: Wanted, storage: StorageClient
+) -> tuple[ShardIndex, Findings]:
     findings = Findings()
     with storage.open(url) as file:
         return index_shard(url, file, size, wanted, findings), findings

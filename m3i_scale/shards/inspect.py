@@ -13,14 +13,13 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
+from m3i_scale.config import MAX_PIXELS, Source
 from m3i_scale.data.bad_sample import BadSample, explain
-from m3i_scale.data.decode import MAX_PIXELS
 from m3i_scale.data.index import Index
 from m3i_scale.data.labels import names_by_number
 from m3i_scale.data.make import Fault, Sample
 from m3i_scale.data.sequential import central_square, source_of, walk
-from m3i_scale.data.source import Source
-from m3i_scale.data.storage import Storage
+from m3i_scale.data.storage import StorageClient
 
 __all__ = ["CheckReport", "check", "show", "source_of"]
 
@@ -48,7 +47,7 @@ def check(
     index: str,
     *,
     categories: int | None = None,
-    storage: Storage | None = None,
+    storage: StorageClient | None = None,
     progress: bool = True,
     max_pixels: int = MAX_PIXELS,
 ) -> CheckReport:
@@ -59,7 +58,7 @@ def check(
     source, report, repairs = source_of(index, storage), CheckReport(), list[Fault]()
     for shard, key, cause in Index(index, storage).problems():
         report.add(cause, shard, key)
-    _check_lengths(Index(index, storage), storage or Storage(), report)
+    _check_lengths(Index(index, storage), storage or StorageClient(), report)
     total = Index(index, storage).samples
     found = walk(source, storage=storage, max_pixels=max_pixels, faults=repairs)
     for raw, sample in tqdm(found, total=total, unit="sample", disable=not progress):
@@ -75,7 +74,7 @@ def check(
     return report
 
 
-def _check_lengths(index: Index, storage: Storage, report: CheckReport) -> None:
+def _check_lengths(index: Index, storage: StorageClient, report: CheckReport) -> None:
     """Note shards that have grown, shrunk or gone since: what was appended is in no sample."""
     for number in np.flatnonzero(index.counts).tolist():
         try:
@@ -93,7 +92,7 @@ def show(
     count: int = 48,
     seed: int = 0,
     classes: Mapping[int, str] | None = None,
-    storage: Storage | None = None,
+    storage: StorageClient | None = None,
 ) -> None:
     """Draw a contact sheet of `count` samples with their targets, and histograms, to a PNG.
 
@@ -124,7 +123,7 @@ def show(
 
 
 def _spread(
-    source: Source, count: int, seed: int, storage: Storage | None
+    source: Source, count: int, seed: int, storage: StorageClient | None
 ) -> Iterator[Sample | BadSample]:
     total = Index(source.index, storage).samples
     runs = max(1, count // 4)

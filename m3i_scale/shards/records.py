@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from m3i_scale.data import labels
-from m3i_scale.data.storage import Storage, join, parent
+from m3i_scale.data.storage import StorageClient, join, parent
 from m3i_scale.shards import scan, tables
 from m3i_scale.shards.annotations import Annotation, annotate, of_values
 from m3i_scale.shards.groups import IMAGE, Group, Member, gather, is_hidden
@@ -100,7 +100,7 @@ def list_records(
 def _files(source: str) -> list[str]:
     endings = (*_ARCHIVES, *tables.ENDINGS)
     try:
-        files = find_files([source], endings, Storage())
+        files = find_files([source], endings, StorageClient())
     except ValueError as error:
         where = Path(source)
         what = "there is no image" if where.is_dir() else f"{source} is neither a folder"
@@ -210,7 +210,7 @@ def _from_table(source: str, columns: Columns) -> Iterator[_Found]:
 
 
 def _from_tar(archive: str) -> Iterator[_Found]:
-    storage = Storage()
+    storage = StorageClient()
     with storage.open(archive) as file:
         for group in gather(scan.find_groups(file, storage.size(archive), scan.KEPT)):
             image = group.image()
@@ -252,7 +252,7 @@ def open_zip(archive: str) -> zipfile.ZipFile:
 @lru_cache(maxsize=4)
 def _open_zip(archive: str, _: int) -> zipfile.ZipFile:
     try:
-        return zipfile.ZipFile(Storage().open(archive))
+        return zipfile.ZipFile(StorageClient().open(archive))
     except zipfile.BadZipFile as error:
         raise ValueError(
             f"{archive} is not a zip that can be read ({error}): fetch it again"

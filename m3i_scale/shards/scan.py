@@ -15,8 +15,9 @@ import tarfile
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import IO, Any
+from typing import IO, Any, get_args
 
+from m3i_scale.config import SourceKind
 from m3i_scale.data import captions, labels
 from m3i_scale.data.bad_sample import BadSample
 from m3i_scale.data.index import ShardIndex, check_of, header_identity
@@ -146,14 +147,14 @@ class Wanted:
 
 
 def wanted_for(
-    kind: str,
+    kind: SourceKind,
     text_member: str | None = None,
     category_member: str | None = None,
     classes: Mapping[str, int] | None = None,
 ) -> Wanted:
     """What samples of a source of `kind` text, category or both must have."""
-    if kind not in ("text", "category", "both"):
-        raise ValueError(f"kind is {kind!r}: it must be 'text', 'category' or 'both'")
+    if kind not in get_args(SourceKind):
+        raise ValueError(f"kind is {kind!r}: it must be one of {', '.join(get_args(SourceKind))}")
     return Wanted(kind != "category", kind != "text", text_member, category_member, classes)
 
 

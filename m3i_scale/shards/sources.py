@@ -12,7 +12,7 @@ from braceexpand import braceexpand
 from fsspec.core import split_protocol
 
 from m3i_scale import paths
-from m3i_scale.data.storage import Storage, is_local, local_path, parent
+from m3i_scale.data.storage import StorageClient, is_local, local_path, parent
 from m3i_scale.shards.groups import is_hidden
 
 _COMPRESSED = (".gz", ".tgz", ".bz2", ".tbz2", ".xz", ".txz", ".zst", ".lz4")
@@ -28,7 +28,9 @@ def expand_path(path: str) -> str:
     return path if os.path.lexists(path) else paths.expand(path)
 
 
-def find_files(patterns: Sequence[str], endings: Sequence[str], storage: Storage) -> list[str]:
+def find_files(
+    patterns: Sequence[str], endings: Sequence[str], storage: StorageClient
+) -> list[str]:
     """Paths and URLs of the files that `patterns` name, each once, in the order of the patterns.
 
     A pattern is a path or URL, a folder (of files with one of `endings`, or below it where it has
@@ -70,7 +72,7 @@ def _expand(pattern: str) -> Iterator[str]:
             ) from None
 
 
-def _matches(url: str, endings: Sequence[str], storage: Storage) -> list[str]:
+def _matches(url: str, endings: Sequence[str], storage: StorageClient) -> list[str]:
     storage.check(url)
     if is_local(url):
         return _local_matches(url, endings, storage)
@@ -85,7 +87,7 @@ def _matches(url: str, endings: Sequence[str], storage: Storage) -> list[str]:
     return found
 
 
-def _local_matches(url: str, endings: Sequence[str], storage: Storage) -> list[str]:
+def _local_matches(url: str, endings: Sequence[str], storage: StorageClient) -> list[str]:
     path = local_path(url)
     if os.path.isdir(path):
         return _in_folder(path, endings)

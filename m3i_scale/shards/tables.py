@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 
 from m3i_scale.data import captions, labels
 from m3i_scale.data.bad_sample import BadSample
-from m3i_scale.data.storage import Storage, is_local, local_path
+from m3i_scale.data.storage import StorageClient, is_local, local_path
 from m3i_scale.data.text import read_text
 
 ENDINGS = (".csv", ".tsv", ".parquet", ".jsonl", ".ndjson")
@@ -69,7 +69,7 @@ def open_table(path: str) -> Table:
     """
     if path.endswith(".parquet"):
         return _open_parquet(path)
-    with Storage().open(path) as file:
+    with StorageClient().open(path) as file:
         data = file.read()
     try:
         text = read_text(data)
@@ -166,7 +166,7 @@ def _open_parquet(path: str) -> Table:
 
 def parquet_file(path: str) -> pq.ParquetFile:
     """Open a Parquet file behind a path or URL."""
-    return pq.ParquetFile(local_path(path) if is_local(path) else Storage().open(path))
+    return pq.ParquetFile(local_path(path) if is_local(path) else StorageClient().open(path))
 
 
 @contextmanager

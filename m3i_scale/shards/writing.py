@@ -24,7 +24,7 @@ from PIL import Image
 from m3i_scale.data import decode
 from m3i_scale.data.bad_sample import BadSample
 from m3i_scale.data.files import written
-from m3i_scale.data.storage import Storage, is_local, join, local_path, parent
+from m3i_scale.data.storage import StorageClient, is_local, join, local_path, parent
 from m3i_scale.shards.records import Record, read_zip
 from m3i_scale.shards.tables import parquet_file
 
@@ -132,7 +132,7 @@ def _stamp(url: str) -> str:
 def _samples(
     shard: str, records: list[Record], recipe: Recipe, report: Report
 ) -> Iterator[dict[str, Any]]:
-    storage = Storage()
+    storage = StorageClient()
     for number, record in enumerate(records):
         try:
             data = _image_bytes(record, storage)
@@ -164,7 +164,7 @@ def _reason(error: Exception) -> str:
     return " ".join(text.split())[:200]
 
 
-def _image_bytes(record: Record, storage: Storage) -> bytes:
+def _image_bytes(record: Record, storage: StorageClient) -> bytes:
     if record.row >= 0:
         value = _row_group(record.url, record.group, record.column)[record.row]
         data = value.get("bytes") if isinstance(value, dict) else value

@@ -12,8 +12,8 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from m3i_scale.config import Config
-from m3i_scale.data import Source, Storage
+from m3i_scale.config import Config, Source
+from m3i_scale.data import StorageClient
 from m3i_scale.models.tokenizer import Tokenizer, load_tokenizer
 from m3i_scale.objective.m3i import M3I
 from m3i_scale.transfer import knn, labels, linear_probe, zero_shot
@@ -63,7 +63,7 @@ class Evaluation(NamedTuple):
     query_texts: Tensor | None  # (Q, T); None without a text tower
     captions: list[str]  # the candidates of zero-shot, empty without a text tower
     caption_embeddings: Tensor | None  # (M, T)
-    storage: Storage  # where the images can be read again
+    storage: StorageClient  # where the images can be read again
 
 
 def evaluate(
@@ -151,7 +151,7 @@ def markdown(rows: Sequence[TaskScore]) -> str:
 
 
 def _open(
-    gallery: Sequence[str], queries: Sequence[str], storage: Storage
+    gallery: Sequence[str], queries: Sequence[str], storage: StorageClient
 ) -> tuple[list[Source], list[Source]]:
     both = set(map(os.path.realpath, gallery)) & set(map(os.path.realpath, queries))
     if both:

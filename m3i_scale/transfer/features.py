@@ -9,15 +9,14 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import replace
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from m3i_scale.config import Data, Objective
-from m3i_scale.data import Source, Storage
+from m3i_scale.config import Data, Objective, Source
+from m3i_scale.data import StorageClient
 from m3i_scale.data.index import Index
 from m3i_scale.data.make import Sample
 from m3i_scale.data.sequential import central_square, source_of, walk
@@ -121,7 +120,7 @@ def encode_sources(
     *,
     batch: int = 64,
     limit: int | None = None,
-    storage: Storage | None = None,
+    storage: StorageClient | None = None,
     progress: str | None = None,
 ) -> tuple[Known, dict[str, Encoded]]:
     """Encode the first `limit` samples of every source (all if None) with every set of networks.
@@ -168,30 +167,29 @@ def encode_sources(
     return known, {name: _join(encoded) for name, encoded in parts.items()}
 
 
-def read_image(place: Place, size: int, storage: Storage | None = None) -> Tensor:
+def read_image(place: Place, size: int, storage: StorageClient | None = None) -> Tensor:
     """Read one image again: uint8 (S, S, 3), its largest central square."""
     _, sample = next(walk(place.source, start=place.number, limit=1, storage=storage))
     assert isinstance(sample, Sample)  # it was usable before
     return central_square(sample.image, size)
 
 
-def open_storage(data: Data) -> Storage:
-    """Storage as the run reads its shards, without the cache: evaluation reads everything once."""
-    spec = data.storage
-    return Storage(attempts=spec.retries + 1, options=spec.options, allow_pipe=spec.allow_pipe)
+def open_storage(data: Data) -> StorageClient:
+    """Read shards as the run does, without its cache: evaluation reads everything once."""
+    return StorageClient(data.storage.model_copy(update={"cache": None}))
 
 
-def open_source(path: str, storage: Storage | None = None) -> Source:
+def open_source(path: str, storage: StorageClient | None = None) -> Source:
     """The source behind an index file, of the kind that its samples allow.
 
     Raises:
         ValueError: there is no such index, or it holds no usable sample.
     """
-    return replace(source_of(path, storage), name=path)
+    return source_of(path, storage).model_copy(update={"name": path})
 
 
 def _usable(
-    sources: Sequence[Source], limit: int | None, storage: Storage | None
+    sources: Sequence[Source], limit: int | None, storage: StorageClient | None
 ) -> Iterator[tuple[Place, Sample]]:
     for source in sources:
         for number, (_, sample) in enumerate(walk(source, limit=limit, storage=storage)):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from helpers.shards import category_source, text_source
-from m3i_scale.data import Source
+from m3i_scale.config import Source
 
 
 @pytest.fixture(scope="session")

@@ -12,9 +12,10 @@ import numpy as np
 import pytest
 import torch
 
-from helpers.shards import jpeg, text_members, text_source, write_tar
+from helpers.shards import jpeg, make_source, text_members, text_source, write_tar
 from helpers.streams import by_position, flat, make_stream
-from m3i_scale.data import Source, TooManyBadSamples
+from m3i_scale.config import Source
+from m3i_scale.data import TooManyBadSamples
 from m3i_scale.data.index import Index
 from m3i_scale.shards.indexing import index_shards
 
@@ -125,7 +126,7 @@ def test_bad_samples_are_replaced_counted_and_logged(tmp_path, cause, caplog):
     members = [(name, data) if name == f"{17:09d}.{kind}" else (name, old) for name, old in members]
     path = write_tar(tmp_path / "a.tar", members)
     index_shards([str(path)], str(tmp_path / "i.parquet"), kind="text", progress=False)
-    source = Source("pairs", str(tmp_path / "i.parquet"), "text")
+    source = make_source("pairs", str(tmp_path / "i.parquet"), "text")
     with caplog.at_level(logging.WARNING, logger="m3i_scale.data"):
         got, loader = epoch(source, max_pixels=10_000)
     assert dict(loader.faults) == {cause: 1}
@@ -142,7 +143,7 @@ def test_half_characters_in_json_are_dropped_and_counted(tmp_path):
     )]  # fmt: skip
     path = write_tar(tmp_path / "a.tar", members)
     index_shards([str(path)], str(tmp_path / "i.parquet"), kind="text", progress=False)
-    got, loader = epoch(Source("pairs", str(tmp_path / "i.parquet"), "text"))
+    got, loader = epoch(make_source("pairs", str(tmp_path / "i.parquet"), "text"))
     assert dict(loader.faults) == {"bad UTF-8": 1}
     assert len({key for key, _ in got.values()}) == 10
 
@@ -186,7 +187,7 @@ def test_pickles_in_shards_stay_bytes(tmp_path):
                 ("y.pickle", payload), ("y.jpg", jpeg(1)), ("y.txt", b"fine")]  # fmt: skip
     path = write_tar(tmp_path / "a.tar", members)
     index_shards([str(path)], str(tmp_path / "i.parquet"), kind="text", progress=False)
-    got, loader = epoch(Source("pairs", str(tmp_path / "i.parquet"), "text"))
+    got, loader = epoch(make_source("pairs", str(tmp_path / "i.parquet"), "text"))
     assert len(got) == 10
     assert sum(loader.faults.values()) >= 1
     assert not Path("/tmp/m3i-was-here").exists()
@@ -226,7 +227,7 @@ def test_long_names_in_every_tar_format(tmp_path, format):
                for kind, data in (("jpg", jpeg(n)), ("txt", b"c"))]  # fmt: skip
     index = index_of(tmp_path, members, format=format)
     assert index.samples == 3
-    source = Source("pairs", index.path, "text")
+    source = make_source("pairs", index.path, "text")
     assert len(epoch(source)[0]) == 3
 
 
@@ -265,7 +266,7 @@ def test_truncated_and_hopeless_archives_become_rows_of_problems(tmp_path):
     assert index.counts[2:].tolist() == [0, 0, 0]
     assert {"missing shard", "no member", "corrupt tar header"} <= set(summary.problems)
     assert good.exists()
-    assert len(epoch(Source("pairs", index.path, "text"))[0]) == index.samples
+    assert len(epoch(make_source("pairs", index.path, "text"))[0]) == index.samples
 
 
 def test_categories_and_captions_in_json(tmp_path):
@@ -277,7 +278,7 @@ def test_categories_and_captions_in_json(tmp_path):
         ]
     index = index_of(tmp_path, members, kind="both")
     assert (index.text_member[0], index.category_member[0]) == ("json:caption", "json:label")
-    stream = make_stream([Source("both", index.path, "both")])
+    stream = make_stream([make_source("both", index.path, "both")])
     batch = next(iter(stream.loader(start=0, micro_batch=4)))
     assert sorted(batch.category.tolist()) == [0, 1, 2, 3]
     assert flat(batch)["has_text"].all()

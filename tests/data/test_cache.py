@@ -16,11 +16,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from helpers.shards import text_members, write_tar
+from helpers.shards import make_source, text_members, write_tar
 from helpers.small import labelled_tree
-from helpers.streams import assert_same, by_position, make_stream
+from helpers.streams import assert_same, by_position, client, make_stream
 from m3i_scale.config import Config
-from m3i_scale.data import Source, Storage
 from m3i_scale.data.cache import DiskCache
 from m3i_scale.shards.indexing import index_shards
 
@@ -229,8 +228,7 @@ def test_the_end_of_a_file_is_not_taken_from_a_shortened_block(tmp_path):
 
 
 def test_another_version_of_a_file_is_another_file(tmp_path):
-    cache = DiskCache(tmp_path, 8 << 20, block_bytes=1 << 20)
-    storage = Storage(cache=cache)
+    storage = client(cache=str(tmp_path), cache_gibibytes=1 / 16)
     storage._fetch = lambda url, start, stop: b"old"[start:stop]
     assert storage.read("http://h/x", 0, 3, version="1") == b"old"
     storage._fetch = lambda url, start, stop: b"new"[start:stop]
@@ -351,11 +349,11 @@ def test_a_loader_counts_the_faults_of_the_cache_of_its_workers(tmp_path):
     index = str(tmp_path / "i.parquet")
     index_shards([f"http://127.0.0.1:{server.server_port}/0.tar"], index, kind="text",
                  progress=False)  # fmt: skip
-    cache = DiskCache(tmp_path / "cache", 64 << 20)
-    source = Source("pairs", index, "text")
+    caching = client(cache=str(tmp_path / "cache"), cache_gibibytes=1 / 16)
+    source = make_source("pairs", index, "text")
     expected = by_position([make_stream([source]).loader(start=0, micro_batch=4, end=12)])
     for damaged in (False, True):
-        loader = make_stream([source], storage=Storage(cache=cache)).loader(
+        loader = make_stream([source], storage=caching).loader(
             start=0, micro_batch=4, end=12, workers=1
         )
         assert_same(by_position([loader]), expected)

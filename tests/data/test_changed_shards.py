@@ -10,10 +10,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from helpers.shards import jpeg, write_tar
+from helpers.shards import jpeg, make_source, write_tar
 from helpers.streams import make_stream
 from m3i_scale.cli import main
-from m3i_scale.data import Source
 from m3i_scale.data import index as index_file
 from m3i_scale.data.index import Index
 from m3i_scale.data.sequential import walk
@@ -82,14 +81,14 @@ def test_the_stream_replaces_counts_and_stops_with_the_remedy(tmp_path, caplog):
     index = indexed(tmp_path, rows)
     rows[-2:] = [("19.txt", b"a corrected caption"), ("19.cls", b"12")]
     write_tar(tmp_path / "s" / "0.tar", rows)
-    loader = make_stream([Source("s", index, "both")], max_bad_rate=1.0).loader(
+    loader = make_stream([make_source("s", index, "both")], max_bad_rate=1.0).loader(
         start=0, micro_batch=10, end=20
     )
     batches = list(loader)
     assert dict(loader.faults) == {MISMATCH: 1}
     assert "now they have" in caplog.text
     assert {int(category) for batch in batches for category in batch.category} == {1}
-    strict = make_stream([Source("s", index, "both")], max_bad_rate=0.0).loader(
+    strict = make_stream([make_source("s", index, "both")], max_bad_rate=0.0).loader(
         start=0, micro_batch=10, end=20
     )
     with pytest.raises(RuntimeError, match=f"1 {MISMATCH}: .*index it again"):

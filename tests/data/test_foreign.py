@@ -15,10 +15,10 @@ from PIL import Image
 
 from helpers.ranks import run_ranks
 from helpers.run_folder import captioned_config
-from helpers.shards import caption, jpeg, text_members, write_tar
+from helpers.shards import caption, jpeg, make_source, text_members, write_tar
 from helpers.streams import make_stream
 from m3i_scale.cli import main
-from m3i_scale.data import Source, TooManyBadSamples
+from m3i_scale.data import TooManyBadSamples
 from m3i_scale.data.decode import BadSample, decode_category, decode_image, decode_text
 from m3i_scale.data.index import Index
 from m3i_scale.shards.build import build_shards
@@ -46,7 +46,7 @@ def test_folders_capitals_and_every_format(tmp_path):
         members += [(f"{name}.{kind}", picture(number, form)), (f"{name}.TXT", b"c%d" % number)]
     index = indexed(tmp_path, [write_tar(tmp_path / "a.tar", members)], "text")
     assert index.samples == 5
-    loader = make_stream([Source("s", index.path, "text")]).loader(start=0, micro_batch=5)
+    loader = make_stream([make_source("s", index.path, "text")]).loader(start=0, micro_batch=5)
     batch = next(iter(loader))
     assert len(set(batch.key)) == 5
     assert not loader.faults
@@ -146,7 +146,7 @@ def test_random_damage_to_shards_stops_neither_index_nor_stream(tmp_path):
             assert "no usable sample" in str(error)  # noqa: PT017
             continue
         path.write_bytes(bytes(data))
-        stream = make_stream([Source("s", index.path, "text")], max_bad_rate=1.0)
+        stream = make_stream([make_source("s", index.path, "text")], max_bad_rate=1.0)
         try:
             batches = list(stream.loader(start=0, micro_batch=4, end=12))
         except TooManyBadSamples:

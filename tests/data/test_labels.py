@@ -9,9 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from helpers.shards import jpeg, write_tar
+from helpers.shards import jpeg, make_source, write_tar
 from helpers.streams import make_stream
-from m3i_scale.data import Source
 from m3i_scale.data.bad_sample import BadSample
 from m3i_scale.data.captions import read_captions
 from m3i_scale.data.decode import decode_category, decode_text
@@ -162,7 +161,7 @@ def test_index_build_and_stream_agree_about_labels(tmp_path):
     assert index.classes == read_classes(tmp_path / "i.classes.json") == {"cat": 8, "dog": 9}
     assert index.largest_category == 9
     assert [sample.category for _, sample in walk(source_of(output))] == EXPECTED
-    stream = make_stream([Source("s", output, "category")])
+    stream = make_stream([make_source("s", output, "category")])
     batch = next(iter(stream.loader(start=0, micro_batch=7)))
     assert sorted(batch.category.tolist()) == sorted(EXPECTED)
     built = build_shards(str(tar), tmp_path / "built", progress=False)
@@ -189,7 +188,7 @@ def test_a_stream_refuses_a_classifier_that_is_too_small(tmp_path):
     members = [m for n in range(8) for m in ((f"{n}.jpg", jpeg(n)), (f"{n}.cls", b"%d" % n))]
     tar, output = write_tar(tmp_path / "a.tar", members), str(tmp_path / "i.parquet")
     index_shards([str(tar)], output, kind="category", progress=False)
-    stream = make_stream([Source("birds", output, "category")])
+    stream = make_stream([make_source("birds", output, "category")])
     stream.require_categories(8)
     with pytest.raises(ValueError, match=r"'birds' .* category 7; set model\.categories to 8"):
         stream.require_categories(7)

@@ -11,12 +11,12 @@ import numpy as np
 import pytest
 from PIL import Image, features
 
-from helpers.shards import write_tar
+from helpers.shards import make_source, write_tar
 from helpers.small import labelled_tree
 from helpers.streams import make_stream
 from m3i_scale.cli import main
 from m3i_scale.config import Config
-from m3i_scale.data import Source, TooManyBadSamples
+from m3i_scale.data import TooManyBadSamples
 from m3i_scale.data.decode import BadSample, decode_image
 from m3i_scale.shards.indexing import index_shards
 from m3i_scale.shards.writing import Recipe, encode
@@ -185,7 +185,7 @@ def test_a_stream_of_them_replaces_none(tmp_path: Path):
                for kind, data in (("png", picture), ("cls", b"%d" % n))]  # fmt: skip
     path = write_tar(tmp_path / "a.tar", members)
     index_shards([str(path)], str(tmp_path / "i.parquet"), kind="category", progress=False)
-    source = Source("notes", str(tmp_path / "i.parquet"), "category")
+    source = make_source("notes", str(tmp_path / "i.parquet"), "category")
     loader = make_stream([source]).loader(start=0, micro_batch=6, end=len(DAMAGED_PNG))
     assert sorted(int(c) for batch in loader for c in batch.category) == [*range(len(DAMAGED_PNG))]
     assert not loader.faults

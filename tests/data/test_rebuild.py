@@ -13,8 +13,9 @@ from pathlib import Path
 import pytest
 
 from helpers.shards import jpeg, text_members, write_tar
+from m3i_scale.config import Storage
 from m3i_scale.data.sequential import walk
-from m3i_scale.data.storage import Storage
+from m3i_scale.data.storage import StorageClient
 from m3i_scale.shards import build, indexing
 from m3i_scale.shards.build import Recipe, build_shards
 from m3i_scale.shards.indexing import index_shards
@@ -205,7 +206,7 @@ def test_workers_end_with_their_parent(tmp_path, number, whole_group, code):
     assert not list((tmp_path / "out").glob("*.tmp"))
 
 
-class Outage(Storage):
+class Outage(StorageClient):
     """Storage that cannot read one shard while `down`."""
 
     down = True
@@ -218,7 +219,7 @@ class Outage(Storage):
 
 def test_an_outage_is_no_result(tmp_path, monkeypatch):
     paths = [str(write_tar(tmp_path / f"{n}.tar", text_members(3 * n, 3))) for n in range(3)]
-    storage, output = Outage(attempts=2, first_wait=0.01), str(tmp_path / "i.parquet")
+    storage, output = Outage(Storage(retries=1), first_wait=0.01), str(tmp_path / "i.parquet")
     options = {"kind": "text", "storage": storage, "progress": False}
     with pytest.raises(indexing.ShardsUnreached, match=r"(?s)1 of 3 shards.*1\.tar: unreadable"):
         index_shards(paths, output, **options)

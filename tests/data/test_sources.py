@@ -16,14 +16,14 @@ from helpers.shards import jpeg, text_members, write_tar
 from m3i_scale.cli import main
 from m3i_scale.data.labels import read_classes
 from m3i_scale.data.sequential import walk
-from m3i_scale.data.storage import Storage
+from m3i_scale.data.storage import StorageClient
 from m3i_scale.shards.build import build_shards
 from m3i_scale.shards.inspect import source_of
 from m3i_scale.shards.sources import expand_path, find_files
 
 
 def names(*patterns: str, endings: tuple[str, ...] = (".tar",)) -> list[str]:
-    return [os.path.basename(path) for path in find_files(patterns, endings, Storage())]
+    return [os.path.basename(path) for path in find_files(patterns, endings, StorageClient())]
 
 
 @pytest.fixture

@@ -15,10 +15,9 @@ from pathlib import Path
 import aiohttp
 import pytest
 
-from helpers.shards import category_members, text_members, write_tar
-from helpers.streams import assert_same, by_position, make_stream
-from m3i_scale.data import Source, Storage, TooManyBadSamples
-from m3i_scale.data.cache import DiskCache
+from helpers.shards import category_members, make_source, text_members, write_tar
+from helpers.streams import assert_same, by_position, client, make_stream
+from m3i_scale.data import StorageClient, TooManyBadSamples
 from m3i_scale.data.index import Index
 from m3i_scale.data.storage import StorageError
 from m3i_scale.shards.indexing import index_shards
@@ -119,9 +118,9 @@ def s3():
     server.stop()
 
 
-def fast(options=None, **more) -> Storage:
+def fast(options=None, **more) -> StorageClient:
     http_timeout = {"client_kwargs": {"timeout": aiohttp.ClientTimeout(sock_read=0.5)}}
-    return Storage(first_wait=0.01, options=options or {"http": http_timeout}, **more)
+    return client(options=options or {"http": http_timeout}, **more)
 
 
 def test_flaky_http_delivers_every_byte(flaky):
@@ -137,7 +136,7 @@ def test_flaky_http_delivers_every_byte(flaky):
 
 
 def test_what_is_not_there_fails_at_once_and_what_stays_broken_after_all_attempts(flaky):
-    storage = Storage(attempts=3, first_wait=30)
+    storage = client(retries=2, first_wait=30)
     with pytest.raises(FileNotFoundError):  # at once: the second attempt would come after 30 s
         storage.read(f"{flaky.url}/none", 0, 10)
     assert flaky.requests == 0
@@ -145,12 +144,12 @@ def test_what_is_not_there_fails_at_once_and_what_stays_broken_after_all_attempt
         file.write(b"0" * 100)
     flaky.every = 1
     with pytest.raises(StorageError, match="failed 2 times"):
-        Storage(attempts=2, first_wait=0.01).read(f"{flaky.url}/x", 0, 10)
+        client(retries=1).read(f"{flaky.url}/x", 0, 10)
 
 
 def test_local_files(tmp_path):
     (tmp_path / "x").write_bytes(b"0123456789")
-    storage = Storage()
+    storage = StorageClient()
     assert storage.read(str(tmp_path / "x"), 2, 5) == b"234"
     assert storage.read(f"file://{tmp_path}/x", 8, 20) == b"89"
     with pytest.raises(FileNotFoundError):
@@ -161,10 +160,10 @@ def test_a_stream_over_flaky_http_is_the_stream_over_local_files(flaky, tmp_path
     paths = [write_tar(tmp_path / "www" / f"{n}.tar", text_members(9 * n, 9)) for n in range(3)]
     index_shards([str(p) for p in paths], str(tmp_path / "www" / "i.parquet"), kind="text",
                  progress=False)  # fmt: skip
-    local = make_stream([Source("pairs", str(tmp_path / "www" / "i.parquet"), "text")])
+    local = make_stream([make_source("pairs", str(tmp_path / "www" / "i.parquet"), "text")])
     expected = by_position([local.loader(start=0, micro_batch=9, end=54)])
     flaky.every = 3
-    remote = make_stream([Source("pairs", f"{flaky.url}/i.parquet", "text")], storage=fast())
+    remote = make_stream([make_source("pairs", f"{flaky.url}/i.parquet", "text")], storage=fast())
     got = by_position([remote.loader(start=0, micro_batch=9, end=54, workers=2)])
     assert_same(got, expected)
     assert flaky.faults
@@ -183,21 +182,19 @@ def test_index_and_stream_on_s3(s3, tmp_path):
     summary = index_shards(["s3://bucket/shards/*.tar"], index, kind="category", processes=2,
                            storage=storage, progress=False)  # fmt: skip
     assert (summary.shards, summary.samples, summary.problems) == (3, 21, {})
-    cache = DiskCache(tmp_path / "cache", 64 << 20)
-    cached = make_stream(
-        [Source("labels", index, "category")], storage=fast(options=s3, cache=cache)
-    )
+    caching = fast(options=s3, cache=str(tmp_path / "cache"), cache_gibibytes=1 / 16)
+    cached = make_stream([make_source("labels", index, "category")], storage=caching)
     got = by_position([cached.loader(start=0, micro_batch=7, end=21, workers=2)])
     index_shards([str(tmp_path / f"{n}.tar") for n in range(3)], str(tmp_path / "here.parquet"),
                  kind="category", progress=False)  # fmt: skip
-    local = make_stream([Source("labels", str(tmp_path / "here.parquet"), "category")])
+    local = make_stream([make_source("labels", str(tmp_path / "here.parquet"), "category")])
     expected = by_position([local.loader(start=0, micro_batch=7, end=21)])
     strip = lambda rows: {  # noqa: E731  (the keys differ by the name of the shard alone)
         n: (key.split("/")[-1], row) for n, (key, row) in rows.items()
     }
     assert_same(strip(got), strip(expected))
     stored = sum((tmp_path / f"{n}.tar").stat().st_size for n in range(3))
-    assert stored < cache.used() < 1.001 * stored  # and the checksums
+    assert stored < caching.cache.used() < 1.001 * stored  # and the checksums
     filesystem.rm("bucket/shards", recursive=True)  # from now on only the cache has the bytes
     again = by_position([cached.loader(start=0, micro_batch=7, end=21)])
     assert_same(strip(again), strip(expected))
@@ -208,18 +205,18 @@ def test_pipe_is_refused_unless_allowed(tmp_path, monkeypatch):
     tar = write_tar(tmp_path / "a.tar", text_members(0, 4))
     url = f"pipe:touch {marker}; cat {tar}"
     with pytest.raises(ValueError, match="allow_pipe"):
-        Storage().read(url, 0, 10)
+        StorageClient().read(url, 0, 10)
     index = str(tmp_path / "i.parquet")
     with pytest.raises(ValueError, match="allow_pipe"):
         index_shards([url], index, kind="text", progress=False)
     assert not marker.exists()
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
-    trusting = Storage(allow_pipe=True)
+    trusting = client(allow_pipe=True)
     index_shards([url], index, kind="text", storage=trusting, progress=False)
     assert marker.exists()
     with pytest.raises(ValueError, match="allow_pipe"):
-        make_stream([Source("p", index, "text")])
-    stream = make_stream([Source("p", index, "text")], storage=trusting)
+        make_stream([make_source("p", index, "text")])
+    stream = make_stream([make_source("p", index, "text")], storage=trusting)
     assert len(next(iter(stream.loader(start=0, micro_batch=4)))) == 4
 
 
@@ -264,7 +261,7 @@ def scripted(tmp_path):
     server.server_close()
 
 
-def read_and_size(storage: Storage, url: str):
+def read_and_size(storage: StorageClient, url: str):
     return (lambda: storage.read(url, 10, 90), lambda: storage.size(url),
             lambda: storage.open(url).read(90)[10:])  # fmt: skip
 
@@ -273,7 +270,7 @@ def read_and_size(storage: Storage, url: str):
 @pytest.mark.parametrize("status", [408, 425, 429, 500, 502, 503, 504])
 def test_a_server_that_is_busy_for_a_while_is_asked_again(scripted, status, way):
     scripted.answers = [(status, {})] * 4
-    got = read_and_size(Storage(first_wait=0.01), scripted.url)[way]()
+    got = read_and_size(client(), scripted.url)[way]()
     assert got == (5000 if way == 1 else scripted.data[10:90])
 
 
@@ -285,7 +282,7 @@ def test_a_server_that_is_busy_for_a_while_is_asked_again(scripted, status, way)
 )  # fmt: skip
 def test_what_stays_so_has_its_own_error(scripted, status, error, way):
     scripted.answers = [(status, {})] * 100
-    storage = Storage(attempts=3, first_wait=0.01 if status == 503 else 30)
+    storage = client(retries=2, first_wait=0.01 if status == 503 else 30)
     with pytest.raises(error, match=r"503|404|410|401|403|x\.tar") as caught:
         read_and_size(storage, scripted.url)[way]()
     assert type(caught.value) is error
@@ -295,14 +292,14 @@ def test_a_server_that_is_not_there_is_no_missing_file():
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         url = f"http://127.0.0.1:{taken.getsockname()[1]}/x.tar"
-        for way in read_and_size(Storage(attempts=2, first_wait=0.01), url):
+        for way in read_and_size(client(retries=1), url):
             with pytest.raises(StorageError, match="failed 2 times"):
                 way()
 
 
 def test_a_busy_server_is_asked_no_more_than_once_an_attempt(scripted):
     scripted.answers = [(503, {})] * 2
-    Storage(first_wait=0.01).read(scripted.url, 10, 90)
+    client().read(scripted.url, 10, 90)
     assert len(scripted.asked) == 3
 
 
@@ -315,7 +312,7 @@ def test_retry_after_is_respected_within_a_bound(scripted, monkeypatch):
     past = "Wed, 21 Oct 2015 07:28:00 GMT"
     asked = ["7", later, "86400", "soon", past, "-3"]
     scripted.answers = [(503, {"Retry-After": text}) for text in asked]
-    Storage(attempts=7, first_wait=0.01).read(scripted.url, 10, 90)
+    client(retries=6).read(scripted.url, 10, 90)
     assert waits[0] == 7
     assert 17 < waits[1] <= 20
     assert waits[2] == 60
@@ -325,19 +322,21 @@ def test_retry_after_is_respected_within_a_bound(scripted, monkeypatch):
 def test_reasons_have_names_in_the_stream(scripted, tmp_path, caplog):
     scripted.data = write_tar(tmp_path / "a.tar", text_members(0, 6)).read_bytes()
     index = str(tmp_path / "i.parquet")
-    storage = Storage(attempts=2, first_wait=0.01)
+    storage = client(retries=1)
     index_shards([scripted.url], index, kind="text", storage=storage, progress=False)
     for status, cause in (
         (404, "missing shard"), (403, "forbidden shard"), (503, "unreadable shard")
     ):  # fmt: skip
         scripted.answers = [(status, {})] * 1000
-        stream = make_stream([Source("pairs", index, "text")], storage=storage, max_bad_rate=0.0)
+        stream = make_stream(
+            [make_source("pairs", index, "text")], storage=storage, max_bad_rate=0.0
+        )
         with pytest.raises(TooManyBadSamples, match=f"{cause}: .*{scripted.url}"):
             list(stream.loader(start=0, micro_batch=6, end=6))
 
 
 def test_a_folder_in_place_of_a_shard_has_its_own_name(tmp_path):
-    source = Source("pairs", str(tmp_path / "i.parquet"), "text")
+    source = make_source("pairs", str(tmp_path / "i.parquet"), "text")
     path = write_tar(tmp_path / "a.tar", text_members(0, 6))
     index_shards([str(path)], source.index, kind="text", progress=False)
     path.unlink()
@@ -349,16 +348,16 @@ def test_a_folder_in_place_of_a_shard_has_its_own_name(tmp_path):
 def test_an_index_that_is_a_folder_or_private_is_refused_with_its_name(tmp_path):
     (tmp_path / "i.parquet").mkdir()
     with pytest.raises(ValueError, match=r"source 'pairs': .*i\.parquet"):
-        make_stream([Source("pairs", str(tmp_path / "i.parquet"), "text")])
+        make_stream([make_source("pairs", str(tmp_path / "i.parquet"), "text")])
 
 
 def test_a_remote_index_that_is_made_again_is_not_taken_from_the_cache(flaky, tmp_path):
-    cache = DiskCache(tmp_path / "cache", 64 << 20)
+    cache = {"cache": str(tmp_path / "cache"), "cache_gibibytes": 1 / 16}
     for count in (4, 9):
         path = write_tar(tmp_path / "www" / "a.tar", text_members(0, count))
         index_shards([str(path)], str(tmp_path / "www" / "i.parquet"), kind="text",
                      progress=False)  # fmt: skip
-        assert Index(f"{flaky.url}/i.parquet", fast(cache=cache)).samples == count
+        assert Index(f"{flaky.url}/i.parquet", fast(**cache)).samples == count
 
 
 @pytest.mark.parametrize("name", [b"d\xe9", b"\x83h"])
@@ -371,14 +370,14 @@ def test_names_that_are_not_utf_8_are_refused_with_the_name(tmp_path, name):
         with pytest.raises(ValueError, match=r"the path '.*\\udc.*' is not UTF-8"):
             index_shards(shards, output, kind="text", progress=False)
     with pytest.raises(ValueError, match="is not UTF-8"):
-        Storage().read(str(path), 0, 10)
+        StorageClient().read(str(path), 0, 10)
     with pytest.raises(ValueError, match="is not UTF-8"):
-        make_stream([Source("pairs", f"{folder}/i.parquet", "text")])
+        make_stream([make_source("pairs", f"{folder}/i.parquet", "text")])
 
 
 def test_a_pipe_that_fails_is_an_unreadable_shard_and_leaves_nothing(tmp_path, monkeypatch):
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
-    storage = Storage(allow_pipe=True)
+    storage = client(allow_pipe=True)
     with pytest.raises(StorageError, match="ended with status 3"):
         storage.read("pipe:echo half; exit 3", 0, 10)
     assert not [path for path in tmp_path.rglob("*") if path.is_file()]

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 import torch
 
-from helpers.shards import text_source
+from helpers.shards import make_source, text_source
 from helpers.streams import assert_same, by_position, make_stream
-from m3i_scale.data import NO_PHOTOMETRIC, Augmentation, Source
+from m3i_scale.config import Augmentation, Photometric
 
 
 @pytest.fixture(scope="module")
@@ -107,12 +107,13 @@ def test_seed_changes_order_and_augmentation_epoch_changes_augmentation(sources,
 
 
 def test_views_without_flip_and_photometric_are_plain_crops(sources):
+    uncoloured = Photometric(jitter_probability=0, grayscale_probability=0, blur_probability=0)
     plain = Augmentation(
         scale=(1.0, 1.0),
         ratio=(1.25, 1.25),
         flip_probability=0.0,
-        view_a=NO_PHOTOMETRIC,
-        view_b=NO_PHOTOMETRIC,
+        view_a=uncoloured,
+        view_b=uncoloured,
     )
     batch = next(iter(make_stream(sources, augmentation=plain).loader(start=0, micro_batch=8)))
     assert torch.equal(batch.view_a, batch.view_b)
@@ -127,7 +128,10 @@ def test_views_without_flip_and_photometric_are_plain_crops(sources):
 
 def test_weights_and_epochs(sources, tmp_path):
     pairs, labels = sources
-    weighted = [Source("pairs", pairs.index, "text", 1.0), Source("l", labels.index, "category", 3)]
+    weighted = [
+        make_source("pairs", pairs.index, "text", 1.0),
+        make_source("l", labels.index, "category", 3),
+    ]
     stream = make_stream(weighted)
     share = {name: row["share"] for name, row in stream.describe().items()}
     assert share == {"pairs": 0.25, "l": 0.75}
@@ -158,25 +162,25 @@ def test_bad_slices_are_refused(sources, options, message):
 
 def test_bad_sources_are_refused(sources, tmp_path):
     pairs, labels = sources
-    with pytest.raises(ValueError, match="no source"):
+    with pytest.raises(ValueError, match="sources"):
         make_stream([])
     with pytest.raises(ValueError, match="m3i shards index"):
-        make_stream([Source("gone", str(tmp_path / "gone.parquet"), "text")])
+        make_stream([make_source("gone", str(tmp_path / "gone.parquet"), "text")])
     with pytest.raises(ValueError, match="without a category"):
-        make_stream([Source("pairs", pairs.index, "category")])
-    with pytest.raises(ValueError, match="give all or none"):
-        make_stream([Source("pairs", pairs.index, "text", 1.0), labels])
+        make_stream([make_source("pairs", pairs.index, "category")])
+    with pytest.raises(ValueError, match="to all of them or to none"):
+        make_stream([make_source("pairs", pairs.index, "text", 1.0), labels])
     with pytest.raises(ValueError, match="kind"):
-        Source("x", pairs.index, "video")
+        make_source("x", pairs.index, "video")
     (tmp_path / "no.parquet").write_bytes(b"no Parquet at all, whatever it is called")
     with pytest.raises(ValueError, match="is not an index"):
-        make_stream([Source("no", str(tmp_path / "no.parquet"), "text")])
+        make_stream([make_source("no", str(tmp_path / "no.parquet"), "text")])
 
 
 def test_index_and_shards_can_move_together(tmp_path):
     source = text_source(tmp_path / "here", [4])
     (tmp_path / "here").rename(tmp_path / "there")
-    moved = Source("pairs", source.index.replace("/here/", "/there/"), "text")
+    moved = make_source("pairs", source.index.replace("/here/", "/there/"), "text")
     assert len(next(iter(make_stream([moved]).loader(start=0, micro_batch=4)))) == 4
 
 

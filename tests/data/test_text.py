@@ -9,9 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from helpers.shards import jpeg, write_tar
+from helpers.shards import jpeg, make_source, write_tar
 from helpers.streams import make_stream
-from m3i_scale.data import Source
 from m3i_scale.data.bad_sample import BadSample
 from m3i_scale.data.decode import decode_category, decode_text
 from m3i_scale.shards.indexing import index_shards
@@ -109,7 +108,7 @@ def test_a_stream_counts_them_and_names_the_remedy(tmp_path):
                for kind, data in (("jpg", jpeg(n)), ("txt", caption))]  # fmt: skip
     path = write_tar(tmp_path / "a.tar", members)
     index_shards([str(path)], str(tmp_path / "i.parquet"), kind="text", progress=False)
-    source = Source("pairs", str(tmp_path / "i.parquet"), "text")
+    source = make_source("pairs", str(tmp_path / "i.parquet"), "text")
     loader = make_stream([source], max_bad_rate=1.0).loader(start=0, micro_batch=5, end=15)
     keys = {key[-2:] for batch in loader for key in batch.key}
     assert dict(loader.faults) == {"bad UTF-8": 1}

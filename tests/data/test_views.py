@@ -7,12 +7,11 @@ import pytest
 import torch
 from torchvision.transforms.v2 import functional as V
 
+from m3i_scale.config import Augmentation, Photometric
 from m3i_scale.data.batch import PHOTOMETRIC_FIELDS
 from m3i_scale.data.views import (
     DRAWS_PER_VIEW,
-    Augmentation,
     Crop,
-    Photometric,
     Randomness,
     channels_first,
     draw_crop,
@@ -88,9 +87,10 @@ def test_photometric_draws():
         ({"scale": (0.0, 1.0)}, "scale"),
         ({"scale": (0.5, 0.2)}, "scale"),
         ({"ratio": (2.0, 1.0)}, "ratio"),
-        ({"flip_probability": 1.5}, "flip_probability is 1.5"),
-        ({"interpolation": "nearest"}, "interpolation is 'nearest'"),
-        ({"views": 3}, "views is 3"),
+        ({"view_b": {"blur_sigma": (2.0, 0.1)}}, "blur_sigma"),
+        ({"flip_probability": 1.5}, "flip_probability"),
+        ({"interpolation": "nearest"}, "interpolation"),
+        ({"views": 3}, "views"),
     ],
 )
 def test_bad_augmentation(options, message):

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from m3i_scale.data import Source
+from m3i_scale.config import Source, SourceKind
 from m3i_scale.shards.indexing import index_shards
 
 THINGS, CATEGORIES = 6, 5  # of `write_images`
@@ -56,6 +56,11 @@ def category_members(first: int, count: int) -> list[tuple[str, bytes]]:
     return members
 
 
+def make_source(name: str, index: str, kind: SourceKind, weight: float | None = None) -> Source:
+    """A source of the mixture."""
+    return Source(name=name, index=index, kind=kind, weight=weight)
+
+
 def text_source(folder: Path, counts: list[int], name: str = "pairs") -> Source:
     """A text source of shards with the given numbers of samples."""
     return _source(folder, counts, name, "text")
@@ -66,7 +71,7 @@ def category_source(folder: Path, counts: list[int], name: str = "labels") -> So
     return _source(folder, counts, name, "category")
 
 
-def _source(folder: Path, counts: list[int], name: str, kind: str) -> Source:
+def _source(folder: Path, counts: list[int], name: str, kind: SourceKind) -> Source:
     members = text_members if kind == "text" else category_members
     paths, first = [], 0
     for number, count in enumerate(counts):
@@ -75,7 +80,7 @@ def _source(folder: Path, counts: list[int], name: str, kind: str) -> Source:
         first += count
     index = str(folder / f"{name}.parquet")
     index_shards(paths, index, kind=kind, progress=False)
-    return Source(name, index, kind)
+    return make_source(name, index, kind)
 
 
 def caption(number: int) -> str:
@@ -83,7 +88,7 @@ def caption(number: int) -> str:
     return f"Thing {'abcdef'[number % THINGS]}, style {number % 4}"
 
 
-def write_images(folder: Path, name: str, numbers: Iterable[int], kind: str) -> str:
+def write_images(folder: Path, name: str, numbers: Iterable[int], kind: SourceKind) -> str:
     """An index of images that are functions of their number, some captioned, some classified."""
     shard = write_tar(folder / f"{name}.tar", _members(numbers, kind))
     index = folder / f"{name}.parquet"

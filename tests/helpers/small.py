@@ -135,7 +135,7 @@ def _random_sample(position: int, image_size: int, patch: int) -> dict[str, torc
         "token_mask": np.arange(8) < length,
         "has_text": np.bool_(has_text),
         "category": np.int64(rng.integers(5) if position % 2 else -1),
-        "mask": PatchMask(side, side)(rng),
+        "mask": PatchMask(side, side, 0.5, "block")(rng),
         "position": np.int64(position),
     }
     return {key: torch.as_tensor(value) for key, value in drawn.items()}

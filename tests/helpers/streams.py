@@ -9,7 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from m3i_scale.data import Augmentation, Source, Stream
+from m3i_scale.config import Data, Source, Storage
+from m3i_scale.data import StorageClient, Stream
 from m3i_scale.data.batch import Batch
 
 Delivered = dict[int, tuple[str, dict[str, Tensor]]]
@@ -29,18 +30,23 @@ def sample_mask(rng: np.random.Generator) -> np.ndarray:
     return rng.random((2, 2)) < 0.5
 
 
-def make_stream(sources: Sequence[Source], **options: Any) -> Stream:
-    """A stream of images of 16 pixels, in small chunks; `options` are the stream's own."""
-    chosen: dict[str, Any] = {
-        "seed": 3,
-        "image_size": 16,
-        "augmentation": Augmentation(),
-        "tokenize": tokenize,
-        "mask_sampler": sample_mask,
-        "lanes": 8,
-        "chunk_bytes": 8192,
-    }
-    return Stream(sources, **{**chosen, **options})
+def client(*, first_wait: float = 0.01, **settings: Any) -> StorageClient:
+    """A client with settings of `config.Storage` that loses no time between attempts."""
+    return StorageClient(Storage(**settings), first_wait=first_wait)
+
+
+def make_stream(
+    sources: Sequence[Source], storage: StorageClient | None = None, **options: Any
+) -> Stream:
+    """A stream of images of 16 pixels, in small chunks.
+
+    `options` are settings of `config.Data`, or arguments of the stream.
+    """
+    settings: dict[str, Any] = {"image_size": 16, "chunk_mebibytes": 8192 / 2**20}
+    settings |= {name: options.pop(name) for name in [*options] if name in Data.model_fields}
+    chosen: dict[str, Any] = {"seed": 3, "lanes": settings.get("lanes", 8), "tokenize": tokenize}
+    data = Data(sources=list(sources), **settings)
+    return Stream(data, storage=storage, mask_sampler=sample_mask, **{**chosen, **options})
 
 
 def flat(batch: Batch) -> dict[str, Tensor]:

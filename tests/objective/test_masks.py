@@ -17,7 +17,7 @@ def test_every_mask_hides_exactly_the_ratio(kind: str, rows: int, columns: int, 
 
 
 def test_a_mask_is_a_function_of_its_generator():
-    sampler = PatchMask(12, 12)
+    sampler = PatchMask(12, 12, 0.5, "block")
     first, second = (sampler(np.random.default_rng(3)) for _ in range(2))
     np.testing.assert_array_equal(first, second)
 
@@ -33,7 +33,7 @@ def test_blocks_are_contiguous_where_single_patches_are_not():
 
 
 def test_every_patch_is_hidden_about_equally_often():
-    sampler = PatchMask(12, 12)
+    sampler = PatchMask(12, 12, 0.5, "block")
     hidden = 1 - np.mean([sampler(np.random.default_rng(seed)) for seed in range(2000)], axis=0)
     assert hidden.mean() == pytest.approx(0.5)
     assert hidden.min() > 0.35
@@ -43,8 +43,8 @@ def test_every_patch_is_hidden_about_equally_often():
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        ((4, 4, 0.0), "some must be hidden"),
-        ((4, 4, 0.99), "some must be hidden"),
+        ((4, 4, 0.0, "block"), "some must be hidden"),
+        ((4, 4, 0.99, "block"), "some must be hidden"),
         ((4, 4, 0.5, "stripes"), "stripes"),
     ],
 )

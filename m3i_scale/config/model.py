@@ -1,0 +1,90 @@
+"""The networks as configuration: backbone, decoder, text tower, heads."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import Field
+
+from m3i_scale.config.types import Count, Node, PathText
+
+# ruff: noqa: RUF012  (pydantic copies defaults)
+
+
+class Backbone(Node):
+    """The image encoder by name; `options` go to its constructor, which knows their names."""
+
+    name: str
+    """`intern_image_t` to `intern_image_g`, `vit_b16`, or `intern_image`, `vit` with options."""
+    options: dict[str, Any] = {}
+    """Arguments of the backbone's constructor; they override those that the name stands for."""
+
+
+class Decoder(Node):
+    """Image decoder (Table 7). `head`: how its last layer starts (docs/paper.md: why at zero)."""
+
+    depth: Count = 4
+    """Transformer blocks."""
+    width: Count = 768
+    """Features of a token."""
+    heads: Count = 16
+    """Attention heads."""
+    ffn: Count = 3072
+    """Hidden features of each MLP."""
+    head: Literal["zero", "xavier"] = "zero"
+    """How the last layer starts."""
+    checkpoint_blocks: bool = False
+    """Recompute blocks in the backward pass to save memory."""
+
+
+class TextTower(Node):
+    """BERT-shaped text encoder and its tokenizer (a tokenizer.json path or a Hub name)."""
+
+    tokenizer: PathText
+    """Path of a tokenizer.json (`m3i tokenizer`), or a name on the Hugging Face Hub."""
+    vocab_size: Count = 30522
+    """Rows of the embedding: the tokenizer's number of tokens, or more."""
+    depth: Count = 12
+    """Transformer blocks."""
+    width: Count = 768
+    """Features of a token."""
+    heads: Count = 12
+    """Attention heads."""
+    ffn: Count = 3072
+    """Hidden features of each MLP."""
+    max_length: Count = 64
+    """Tokens of a caption; longer captions are cut."""
+    embed_dim: Count = 768
+    """Features of the caption's vector, in which images and texts are compared."""
+    checkpoint_blocks: bool = False
+    """Recompute blocks in the backward pass to save memory."""
+
+
+class GlobalHead(Node):
+    """Projector and predictor (MLPs) of `global` targets, and of dense ones with a projector.
+
+    Built only where such a target is present; one pair serves all global targets, another all
+    dense ones.
+    """
+
+    hidden: Count = 4096
+    """Hidden features of the MLPs."""
+    width: Count = 256
+    """Features of projections."""
+    predictor: bool = True
+    """Whether the student has an MLP behind its projector (BYOL, SimSiam, MoCo v3)."""
+
+
+class Model(Node):
+    """All networks."""
+
+    backbone: Backbone
+    """The image encoder."""
+    decoder: Decoder = Decoder()
+    """The image decoder of dense targets."""
+    text: TextTower | None = None
+    """The text encoder; needed for text targets."""
+    categories: Annotated[int, Field(ge=0)] = 0
+    """Number of categories; needed for category targets."""
+    global_head: GlobalHead = GlobalHead()
+    """Projector and predictor."""
