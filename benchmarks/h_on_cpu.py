@@ -119,7 +119,14 @@ def compare(options: argparse.Namespace, folder: Path) -> None:
     # Of the first process and of the one that went on.
     first, second = (json.loads(path.read_text()) for path in sorted(folder.glob("memory-*.json")))
     # One rank; of the GPU only the time would depend.
-    plan = make_plan(config, trace(config, kernels=False), Cluster(gpu("h100"), 1, 1))
+    traced = trace(
+        config.model,
+        config.objective,
+        config.data.image_size,
+        precision=config.engine.precision,
+        kernels=False,
+    )
+    plan = make_plan(config, traced, Cluster(gpu("h100"), 1, 1))
     held, planned = second["held"], plan.state
     passing = max(sum(plan.passing.values()), plan.update)
     rows = [(kind, held[kind], planned[kind]) for kind in held]

@@ -48,7 +48,14 @@ def traced(file: str, overrides: list[str]) -> tuple[Config, Trace]:
 
 @cache
 def _networks(file: str, overrides: tuple[str, ...]) -> Trace:
-    return trace(load_config(ROOT / file, list(overrides)), kernels=False)
+    config = load_config(ROOT / file, list(overrides))
+    return trace(
+        config.model,
+        config.objective,
+        config.data.image_size,
+        precision=config.engine.precision,
+        kernels=False,
+    )
 
 
 def row(name: str, found: dict[str, Any]) -> Row:

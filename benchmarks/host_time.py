@@ -275,7 +275,7 @@ def networks_alone(config: Any, world: Any, stream: Any, clock: Clock) -> float:
     """Seconds of a forward and a backward pass of the plain networks; the better of two."""
     import torch
 
-    from m3i_scale.engine.zero import DTYPES
+    from m3i_scale.models.precision import DTYPES
     from m3i_scale.objective.collectives import alone
     from m3i_scale.objective.inputs import build_input
     from m3i_scale.objective.m3i import M3I

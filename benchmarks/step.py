@@ -243,7 +243,7 @@ def summarise(
 
     name = torch.cuda.get_device_name() if world.device.type == "cuda" else "cpu"
     images = config.optimizer.global_batch_size * len(seconds) / sum(seconds)
-    flops = step_flops(config)
+    flops = step_flops(config.model, config.objective, config.data.image_size)
     rate = images * flops.model / world.size
     # The peak is that of half-precision products; nothing else can be a share of it.
     peak = dense_bf16_peak(name) if config.engine.precision != "fp32" else None

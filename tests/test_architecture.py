@@ -30,7 +30,8 @@ ALLOWED: dict[str, set[str]] = {
     "cluster": {"config"},
     "profiling": {"config", "objective", "models", "m3i_kernels"},
     "engine": {"config", "objective", "models", "cluster", "profiling", "m3i_kernels"},
-    "planner": {"config", "objective", "profiling", "cluster", "engine", "m3i_kernels"} | LEAVES,
+    "planner": {"config", "objective", "models", "profiling", "cluster", "engine", "m3i_kernels"}
+    | LEAVES,
     "transfer": {"config", "objective", "models", "data", "m3i_kernels"} | LEAVES,
     # Starts training and evaluation as processes; of the engine it asks which checkpoints are
     # complete and what an exit code means.

@@ -105,7 +105,14 @@ def plan(config_file: str) -> int:
     from m3i_scale.planner.gpus import gpu
     from m3i_scale.profiling.trace import trace
 
-    seen = trace(load_config(config_file, []), kernels=True)  # the same for any micro-batch
+    config = load_config(config_file, [])
+    seen = trace(  # the same for any micro-batch
+        config.model,
+        config.objective,
+        config.data.image_size,
+        precision=config.engine.precision,
+        kernels=True,
+    )
     for micro in sizes():
         changes = [f"optimizer.global_batch_size={micro}", f"optimizer.max_micro_batch={micro}"]
         config = load_config(config_file, changes)

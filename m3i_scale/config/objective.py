@@ -329,6 +329,19 @@ class Objective(Node):
         return any(not target.dense for target in self.targets)
 
     @property
+    def has_teacher(self) -> bool:
+        """Whether the teacher makes some target; else a run has none."""
+        return any(target.encoded and target.encoder == "teacher" for target in self.targets)
+
+    @property
+    def contrastive(self) -> bool:
+        """Whether a target has a softmax over the samples of a micro-step."""
+        return any(
+            target.regularisation == "negatives" and target.representation != "category"
+            for target in self.targets
+        )
+
+    @property
     def two_views(self) -> bool:
         """Whether anything uses another view of image i or j than the input's."""
         mixed_with_itself = self.input.corruption == "mix" and self.input.pairing == "self"

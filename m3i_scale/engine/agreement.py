@@ -115,12 +115,6 @@ def _shortest(keys: Sequence[str]) -> list[str]:
     return list(keys) if len(keys) <= 4 else sorted(_roots(keys))
 
 
-def contrastive(config: Config) -> bool:
-    """Whether a target has a softmax over the samples of a micro-step."""
-    targets = config.objective.targets
-    return any(t.regularisation == "negatives" and t.representation != "category" for t in targets)
-
-
 def candidates_phrase(
     old: Mapping[str, Any], ranks: int, candidates: int, *, contrastive: bool
 ) -> str | None:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from m3i_scale.cluster.launch import World
-from m3i_scale.config import Config
+from m3i_scale.config import Config, Objective
 from m3i_scale.engine import shards
 from m3i_scale.engine.checkpoint import CheckpointError
 from m3i_scale.engine.health import Health, RunningMean
@@ -25,7 +25,8 @@ from m3i_scale.engine.schedules import BatchSplit, Schedule, momentum_ends
 from m3i_scale.engine.state import Progress, snapshot
 from m3i_scale.engine.stop import StopFlag
 from m3i_scale.engine.watchdog import Watchdog
-from m3i_scale.engine.zero import DTYPES, Sharded, module_stack_kept, set_learning_rate
+from m3i_scale.engine.zero import Sharded, module_stack_kept, set_learning_rate
+from m3i_scale.models.precision import DTYPES
 from m3i_scale.objective.balance import LossBalance
 from m3i_scale.objective.inputs import MixedBatch, build_input
 from m3i_scale.objective.momentum import ema_coefficient
@@ -225,7 +226,7 @@ def _batches(run: Run) -> Iterable[Any]:
 def _prepare(run: Run, batch: Any) -> MixedBatch:
     """Move a batch to the device, distort and mix it there."""
     config = run.config
-    _require_categories(batch, config)
+    _require_categories(batch, config.objective, config.model.categories)
     prepared = build_input(
         batch.to(run.world.device),
         config.objective.input,
@@ -241,13 +242,12 @@ def _prepare(run: Run, batch: Any) -> MixedBatch:
     return prepared
 
 
-def _require_categories(batch: Any, config: Config) -> None:
+def _require_categories(batch: Any, objective: Objective, categories: int) -> None:
     """Refuse a label that the classifier has no row for, while the batch is on the CPU.
 
     On a GPU it would end in an assertion of the device, without a name.
     """
-    categories = config.model.categories
-    if "category" not in config.objective.representations or not len(batch):
+    if "category" not in objective.representations or not len(batch):
         return
     labels = batch.category.numpy()
     largest = int(labels.max())

@@ -23,7 +23,6 @@ from tqdm import tqdm
 
 from m3i_scale.cluster.launch import World
 from m3i_scale.config import Config, dump_config
-from m3i_scale.profiling.flops import step_flops
 from m3i_scale.profiling.peaks import dense_bf16_peak
 
 log = logging.getLogger(__name__)
@@ -177,13 +176,12 @@ class Speed(NamedTuple):
         return {"machine/tflops_per_rank": rate / 1e12} | share
 
 
-def measure_speed(config: Config, device: torch.device) -> Speed:
-    """Count the FLOPs of a configuration, and look up what the device could do at most."""
-    peak = None
+def peak_flops(device: torch.device, precision: str) -> float | None:
+    """FLOP/s that a device could make at most in a precision, where it is known."""
     # The known peaks are of half-precision products; nothing else can be a share of them.
-    if device.type == "cuda" and config.engine.precision != "fp32":
-        peak = dense_bf16_peak(torch.cuda.get_device_name(device))
-    return Speed(step_flops(config).model, peak)
+    if device.type == "cuda" and precision != "fp32":
+        return dense_bf16_peak(torch.cuda.get_device_name(device))
+    return None
 
 
 def memory(device: torch.device) -> list[float]:

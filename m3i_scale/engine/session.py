@@ -14,13 +14,14 @@ from m3i_scale.engine import agreement, run_folder
 from m3i_scale.engine.checkpoint import CheckpointReader
 from m3i_scale.engine.lock import RunLock
 from m3i_scale.engine.loop import Run, Stream, UnstableError, pretrain
-from m3i_scale.engine.metrics import MetricLog, measure_speed, write_provenance
+from m3i_scale.engine.metrics import MetricLog, Speed, peak_flops, write_provenance
 from m3i_scale.engine.saver import Saver, newest_good
 from m3i_scale.engine.schedules import make_schedule, split_batch
 from m3i_scale.engine.state import restore
 from m3i_scale.engine.stop import StopFlag
 from m3i_scale.engine.zero import build, deepspeed_config
 from m3i_scale.objective.balance import LossBalance
+from m3i_scale.profiling.flops import step_flops
 
 log = logging.getLogger(__name__)
 
@@ -119,7 +120,7 @@ def open_run(
     }
     reader = newest_good(saver.folder, resume, world)
     if reader is not None:
-        _compare(reader, stated, accept, config, world)
+        _compare(reader, stated, accept, world, contrastive=config.objective.contrastive)
     sharded = build(config, world, split)
     balance = config.objective.balance
     weighing = LossBalance(active=False)
@@ -138,7 +139,7 @@ def open_run(
             batch=spec.global_batch_size, epoch_samples=epoch_samples
         ),
         stated=stated,
-        speed=measure_speed(config, world.device) if world.is_main else None,
+        speed=_speed(config, world) if world.is_main else None,
     )
     if reader is not None:
         run.progress = restore(reader, sharded, world, run.balance, config.seed)
@@ -150,17 +151,24 @@ def open_run(
     return run
 
 
+def _speed(config: Config, world: World) -> Speed:
+    flops = step_flops(config.model, config.objective, config.data.image_size)
+    return Speed(flops.model, peak_flops(world.device, config.engine.precision))
+
+
 def begin(run: Run) -> None:
     """Make the run folder this run's: lineage, provenance, other lineages set aside (collective).
 
     Raises:
         ConfigError: the folder cannot be written.
     """
-    saver = run.saver
+    saver, config = run.saver, run.config
+    clip_norm = config.optimizer.clip_norm
+    settings = deepspeed_config(config.engine, run.split, clip_norm=clip_norm)
 
     def work() -> None:
         saver.lineage = run_folder.begin(run.folder, saver.last_good, run.progress.step)
-        write_provenance(run.folder, run.config, deepspeed_config(run.config, run.split))
+        write_provenance(run.folder, config, settings)
 
     from_rank_0(run.world, work, run.folder)
 
@@ -185,15 +193,16 @@ def _compare(
     reader: CheckpointReader,
     stated: dict[str, Any],
     accept: Sequence[str],
-    config: Config,
     world: World,
+    *,
+    contrastive: bool,
 ) -> None:
     """Refuse a checkpoint of another order; say what differs and is accepted."""
     said = agreement.require_agreement(
         reader.path, reader.state.get("order"), stated["order"], accept
     )
     moved = agreement.candidates_phrase(
-        reader.state, world.size, stated["candidates"], contrastive=agreement.contrastive(config)
+        reader.state, world.size, stated["candidates"], contrastive=contrastive
     )
     if world.is_main:
         for phrase in [*said, *filter(None, [moved])]:

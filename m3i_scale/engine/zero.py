@@ -13,14 +13,12 @@ from torch import nn
 
 from m3i_scale.cluster.launch import World
 from m3i_scale.cluster.numerics import set_numerics
-from m3i_scale.config import Config, ConfigError, Zero
+from m3i_scale.config import Config, ConfigError, Engine, Optimizer, Zero
 from m3i_scale.config.load import merge
 from m3i_scale.engine import quick, shards
 from m3i_scale.engine.momentum import ShardedTeacher, Teacher, WholeTeacher, start_equal
 from m3i_scale.engine.schedules import BatchSplit
 from m3i_scale.objective.m3i import M3I
-
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
 class Sharded(NamedTuple):
@@ -31,15 +29,14 @@ class Sharded(NamedTuple):
     teacher: Teacher | None
 
 
-def deepspeed_config(config: Config, split: BatchSplit) -> dict[str, Any]:
+def deepspeed_config(spec: Engine, split: BatchSplit, *, clip_norm: float | None) -> dict[str, Any]:
     """The configuration handed to DeepSpeed; `engine.zero.extra` is merged in last."""
-    precision = config.engine.precision
     generated: dict[str, Any] = {
         "train_batch_size": split.batch,
         "train_micro_batch_size_per_gpu": split.micro,
         "gradient_accumulation_steps": split.accumulation,
-        "gradient_clipping": config.optimizer.clip_norm or 0.0,
-        "zero_optimization": _zero_section(config.engine.zero),
+        "gradient_clipping": clip_norm or 0.0,
+        "zero_optimization": _zero_section(spec.zero),
         "zero_allow_untested_optimizer": True,
         # Both are bf16 unless said otherwise, which would round what is accumulated and reduced.
         "data_types": {"grad_accum_dtype": "fp32"},
@@ -48,9 +45,9 @@ def deepspeed_config(config: Config, split: BatchSplit) -> dict[str, Any]:
         "timers": {"throughput": {"enabled": False}},
         "steps_per_print": 10**12,
     }
-    if precision != "fp32":
-        generated[precision] = {"enabled": True}
-    settings = merge(generated, config.engine.zero.extra)
+    if spec.precision != "fp32":
+        generated[spec.precision] = {"enabled": True}
+    settings = merge(generated, spec.zero.extra)
     offload = settings["zero_optimization"].get("offload_optimizer") or {}
     if offload.get("device") == "nvme":
         raise ConfigError(
@@ -91,7 +88,7 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, An
 
 def build(config: Config, world: World, split: BatchSplit) -> Sharded:
     """Construct the networks partitioned from the start, and the engine around them."""
-    settings = deepspeed_config(config, split)
+    settings = deepspeed_config(config.engine, split, clip_norm=config.optimizer.clip_norm)
     set_numerics(deterministic=config.engine.deterministic)
     quick.prepare()
     # The same weights whatever the number of ranks: all ranks draw the same, and keep their slice.
@@ -107,7 +104,9 @@ def build(config: Config, world: World, split: BatchSplit) -> Sharded:
     _gather_blocks_at_once(model)
     engine, _, _, _ = deepspeed.initialize(
         model=model,
-        optimizer=_adamw(config, model, world),
+        optimizer=_adamw(
+            config.optimizer, model, world, offload=config.engine.zero.offload_optimizer
+        ),
         config=settings,
     )
     # DeepSpeed gathers these one by one after every step. Left alone they are gathered with the
@@ -140,15 +139,16 @@ def _networks(config: Config) -> M3I:
         raise ConfigError(f"the networks cannot be built: {error}") from error
 
 
-def _adamw(config: Config, model: nn.Module, world: World) -> torch.optim.Optimizer:
-    spec = config.optimizer
+def _adamw(
+    spec: Optimizer, model: nn.Module, world: World, *, offload: bool
+) -> torch.optim.Optimizer:
     groups = parameter_groups(model, spec.weight_decay)
     options: dict[str, Any] = {
         "lr": spec.learning_rate,
         "betas": spec.betas,
         "eps": spec.epsilon,
     }
-    if config.engine.zero.offload_optimizer:
+    if offload:
         from deepspeed.ops.adam import DeepSpeedCPUAdam
 
         return DeepSpeedCPUAdam(groups, adamw_mode=True, **options)

@@ -112,7 +112,7 @@ class M3I(nn.Module):
         # The views of image i in the input, and (encoder, view) of every encoding of a clean view.
         self.shown: list[View] = ["a", "b"] if objective.input.both_views else ["a"]
         self.encodings = _encodings(objective, self.shown)
-        if any(encoder == "teacher" for encoder, _ in self.encodings):
+        if objective.has_teacher:
             self.teacher = Encoder(model, objective).requires_grad_(False)
         backbone = self.student.backbone
         if not objective.pooled:

@@ -73,13 +73,19 @@ def run(options: argparse.Namespace) -> int:
     unit = gpu(options.gpu)
     if options.network:
         unit = unit._replace(across=options.network * 1e9)
-    length = run_length(config, options.samples)
+    length = run_length(config.optimizer, options.samples)
     assumed = Assumptions(
         utilisation=options.utilisation,
         host=options.host_factor,
         sample_bytes=options.sample_bytes,
     )
-    traced = trace(config, kernels=config.engine.kernels != "reference")
+    traced = trace(
+        config.model,
+        config.objective,
+        config.data.image_size,
+        precision=config.engine.precision,
+        kernels=config.engine.kernels != "reference",
+    )
     cluster = Cluster(unit, options.nodes, options.gpus_per_node)
     plan = make_plan(config, traced, cluster, assumed)
     advice = [] if plan.fits else list(remedies(config, traced, plan))

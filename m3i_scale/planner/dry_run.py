@@ -6,9 +6,9 @@ from collections.abc import Iterator
 
 from torch import nn
 
-from m3i_scale.engine import agreement
 from m3i_scale.engine.loop import Run
 from m3i_scale.engine.schedules import momentum_ends
+from m3i_scale.engine.zero import deepspeed_config
 from m3i_scale.objective.momentum import turnovers
 from m3i_scale.planner.estimate import lasting_memory
 from m3i_scale.profiling.trace import Weight
@@ -34,9 +34,10 @@ def _networks(run: Run) -> Iterator[str]:
 
 def _memory(run: Run) -> Iterator[str]:
     """What lives as long as the run, as `m3i plan` counts it."""
-    ranks, precision = run.world.size, run.config.engine.precision
-    device, host = lasting_memory(run.config, _weights(run), ranks, run.split)
-    yield f"memory per rank on {ranks} ranks in {precision}, without activations"
+    ranks, spec = run.world.size, run.config.engine
+    settings = deepspeed_config(spec, run.split, clip_norm=run.config.optimizer.clip_norm)
+    device, host = lasting_memory(spec, _weights(run), ranks, settings)
+    yield f"memory per rank on {ranks} ranks in {spec.precision}, without activations"
     for kinds, where in ((device, ""), (host, " (host)")):
         for kind, size in kinds.items():
             if size:
@@ -61,7 +62,7 @@ def _length(run: Run) -> Iterator[str]:
     yield "length"
     parts = f"{plan.micro} x {plan.accumulation} accumulated x {run.world.size} ranks"
     yield f"  batch {plan.batch} = {parts}"
-    if plan.accumulation > 1 and agreement.contrastive(run.config):
+    if plan.accumulation > 1 and run.config.objective.contrastive:
         # Every micro-step has a softmax of its own: accumulation brings no further negatives.
         yield f"  negatives come from the {plan.micro * run.world.size} samples of a micro-step"
     yield f"  {schedule.total} steps ({run.config.optimizer.duration}), warm-up {schedule.warmup}"

@@ -14,15 +14,16 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from m3i_scale.config import Boltzmann, Config, Target
+from m3i_scale.config import Boltzmann, Config, Engine, Model, Objective, Target
 from m3i_scale.engine import memory
 from m3i_scale.engine.schedules import BatchSplit, split_batch
 from m3i_scale.engine.zero import deepspeed_config
+from m3i_scale.models.precision import DTYPES
 from m3i_scale.planner import host
 from m3i_scale.planner.gpus import Gpu
 from m3i_scale.planner.zero3_replay import Replay, Settings, uses
 from m3i_scale.profiling.flops import Flops, flops_of
-from m3i_scale.profiling.trace import DTYPES, Trace, Weight
+from m3i_scale.profiling.trace import Trace, Weight
 
 USABLE = 0.95  # of a GPU's memory; the driver and fragments have the rest
 HPZ = "node's copies (hpZ)"
@@ -176,9 +177,10 @@ def make_plan(
     batch = split_batch(
         config.optimizer.global_batch_size, config.optimizer.max_micro_batch, cluster.ranks
     )
-    deepspeed = deepspeed_config(config, batch)
-    widths = Widths.of(config, deepspeed)
-    state, offloaded = lasting_memory(config, traced.weights, cluster.ranks, batch)
+    engine, whole = config.engine, config.engine.teacher == "whole"
+    deepspeed = deepspeed_config(engine, batch, clip_norm=config.optimizer.clip_norm)
+    widths = Widths.of(engine.precision, deepspeed)
+    state, offloaded = lasting_memory(engine, traced.weights, cluster.ranks, deepspeed)
     flow = step_flow(config, traced, cluster.ranks, batch, deepspeed, checkpointed=checkpointed)
     acts = activations(traced, checkpointed)
     trained = sum(w.elements for w in traced.weights if w.trained)
@@ -203,7 +205,7 @@ def make_plan(
         passing=passing,
         update=max(
             0 if offloaded else min(group, owned) * widths.master,
-            refresh_size(config, traced.weights, cluster.ranks) * widths.compute,
+            refresh_size(traced.weights, cluster.ranks, whole=whole) * widths.compute,
         ),
         flow=flow,
         waiting_parameters=flow.waiting * widths.compute,
@@ -213,7 +215,7 @@ def make_plan(
             ranks=cluster.ranks,
             accumulation=batch.accumulation,
             collectives=flow.collectives,
-            whole_teacher=config.engine.teacher == "whole",
+            whole_teacher=whole,
             checkpointed=checkpointed,
         ),
         checkpoint=3 * trained * widths.master + 4 * averaged,
@@ -232,11 +234,11 @@ class Widths(NamedTuple):
     reduced: int  # gradients on the wire
 
     @classmethod
-    def of(cls, config: Config, deepspeed: dict[str, Any]) -> Widths:
-        """Of a configuration and DeepSpeed's own."""
+    def of(cls, precision: str, deepspeed: dict[str, Any]) -> Widths:
+        """Of a precision of computation and DeepSpeed's configuration."""
         bf16 = deepspeed.get("bf16", {}).get("bf16_master_weights_and_grads", False)
         return cls(
-            DTYPES[config.engine.precision].itemsize,
+            DTYPES[precision].itemsize,
             2 if bf16 else 4,
             DTYPES[deepspeed["data_types"]["grad_accum_dtype"]].itemsize,
             DTYPES[deepspeed["communication_data_type"]].itemsize,
@@ -258,9 +260,9 @@ def averaged_weights(weights: list[Weight]) -> list[Weight]:
     ]
 
 
-def refresh_size(config: Config, weights: list[Weight], ranks: int) -> int:
+def refresh_size(weights: list[Weight], ranks: int, *, whole: bool) -> int:
     """Elements of all ranks' shards of a whole teacher, which are gathered after every step."""
-    if config.engine.teacher == "sharded" or ranks == 1:
+    if not whole or ranks == 1:
         return 0
     return sum(ranks * shard(w.elements, ranks) for w in averaged_weights(weights))
 
@@ -298,14 +300,13 @@ def state_memory(
 
 
 def lasting_memory(
-    config: Config, weights: list[Weight], ranks: int, batch: BatchSplit
+    spec: Engine, weights: list[Weight], ranks: int, deepspeed: dict[str, Any]
 ) -> tuple[dict[str, float], dict[str, float]]:
     """Bytes per rank of what lives as long as the run, by kind: on the device, in the host."""
-    deepspeed = deepspeed_config(config, batch)
-    whole = config.engine.teacher == "whole"
-    state = state_memory(weights, ranks, Widths.of(config, deepspeed), deepspeed, whole=whole)
+    widths = Widths.of(spec.precision, deepspeed)
+    state = state_memory(weights, ranks, widths, deepspeed, whole=spec.teacher == "whole")
     movable = (memory.MASTER, memory.MOMENTS, memory.GRADIENTS)
-    offloaded = {k: state.pop(k) for k in movable if config.engine.zero.offload_optimizer}
+    offloaded = {k: state.pop(k) for k in movable if spec.zero.offload_optimizer}
     return state, offloaded
 
 
@@ -339,7 +340,7 @@ def step_flow(
     """
     if ranks == 1:
         return Flow([])
-    settings, widths = Settings.of(deepspeed), Widths.of(config, deepspeed)
+    settings, widths = Settings.of(deepspeed), Widths.of(config.engine.precision, deepspeed)
     hpz = deepspeed["zero_optimization"]["zero_hpz_partition_size"]
     whole = config.engine.teacher == "whole"
     weights = [w for w in traced.weights if not (whole and w.name.startswith("teacher."))]
@@ -366,7 +367,7 @@ def step_flow(
         )
         gather(phase, sizes, ranks, local=False)
         gather(f"{phase}, inside nodes", inside, hpz, local=True)
-    refreshed = refresh_size(config, traced.weights, ranks)
+    refreshed = refresh_size(traced.weights, ranks, whole=whole)
     gather("teacher after the update", Counter(), ranks, local=False)
     size = refreshed * widths.compute
     found[-1] = found[-1]._replace(size=size, sent=size * (ranks - 1) / ranks)
@@ -376,7 +377,7 @@ def step_flow(
     found.append(
         Traffic("reduce-scatter, gradients", size, size * (ranks - 1) / ranks, local=False)
     )
-    found += _contrast(config, traced, ranks, batch)
+    found += _contrast(config.model, config.objective, traced, ranks, batch)
     bucket = int(deepspeed["zero_optimization"]["reduce_bucket_size"])
     buckets = batch.accumulation * math.ceil(reduced / bucket)
     collectives = first.collectives + times * later.collectives + buckets + bool(refreshed)
@@ -388,18 +389,20 @@ def step_flow(
     )
 
 
-def _contrast(config: Config, traced: Trace, ranks: int, batch: BatchSplit) -> Iterator[Traffic]:
+def _contrast(
+    model: Model, objective: Objective, traced: Trace, ranks: int, batch: BatchSplit
+) -> Iterator[Traffic]:
     """Targets that are gathered from all ranks for a softmax, and their gradients."""
     gathered = reduced = 0.0
     texts = False  # were gathered for another group
-    for target in config.objective.targets:
+    for target in objective.targets:
         likelihood = target.likelihood
         if not isinstance(likelihood, Boltzmann) or likelihood.candidates != "global":
             continue
         if target.representation == "category":
             continue
         rows = ranks * batch.micro * batch.accumulation * (traced.tokens if target.dense else 1)
-        size = 4 * rows * _target_width(config, traced, target)
+        size = 4 * rows * _target_width(model, traced, target)
         text = target.representation == "text"  # image targets carry no gradient
         once = 0 if text and texts else 1
         gathered += once * (size + rows) + size * likelihood.symmetric
@@ -410,11 +413,11 @@ def _contrast(config: Config, traced: Trace, ranks: int, batch: BatchSplit) -> I
     yield Traffic("reduce-scatter, their gradients", reduced, reduced * share, local=False)
 
 
-def _target_width(config: Config, traced: Trace, target: Target) -> int:
+def _target_width(model: Model, traced: Trace, target: Target) -> int:
     if target.representation == "text":
-        assert config.model.text is not None
-        return config.model.text.embed_dim
-    return traced.width if target.dense else config.model.global_head.width
+        assert model.text is not None
+        return model.text.embed_dim
+    return traced.width if target.dense else model.global_head.width
 
 
 def _seconds(traffic: Traffic, cluster: Cluster, assumed: Assumptions) -> float:

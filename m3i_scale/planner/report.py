@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from m3i_scale.config import Config
+from m3i_scale.config import Optimizer
 from m3i_scale.planner.estimate import USABLE, Plan, activations
 from m3i_scale.profiling.trace import Trace
 
@@ -20,18 +20,18 @@ class Length(NamedTuple):
     batch: int
 
 
-def run_length(config: Config, epoch_samples: int | None) -> Length:
-    """Optimiser steps of the configuration.
+def run_length(spec: Optimizer, epoch_samples: int | None) -> Length:
+    """Optimiser steps of a run.
 
     Raises:
         ValueError: the length is stated in epochs and nobody said how many samples one has.
     """
-    span = config.optimizer.duration
+    span = spec.duration
     if span.unit == "epochs" and epoch_samples is None:
         raise ValueError(
             f"optimizer.duration is {span}; say how many samples an epoch has, with --samples"
         )
-    batch = config.optimizer.global_batch_size
+    batch = spec.global_batch_size
     return Length(span.steps(batch=batch, epoch_samples=epoch_samples or 0), batch)
 
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from m3i_scale.config import Config
+from m3i_scale.config import Model, Objective
 from m3i_scale.profiling.trace import Trace, trace
 
 
@@ -51,8 +51,10 @@ class Flops:
         return self.model + sum(part.recomputed for part in self.parts.values())
 
 
-def step_flops(config: Config) -> Flops:
+def step_flops(model: Model, objective: Objective, image_size: int) -> Flops:
     """Count the FLOPs that one sample costs in one optimiser step.
+
+    Arguments as of `trace`; the number depends neither on precision nor on kernels.
 
     May be called anywhere, also beside a running training: it uses no process group, and neither
     memory nor random generators of a device.
@@ -60,7 +62,7 @@ def step_flops(config: Config) -> Flops:
     Raises:
         ValueError: the networks cannot be built.
     """
-    return flops_of(trace(config, kernels=False))
+    return flops_of(trace(model, objective, image_size, precision="bf16", kernels=False))
 
 
 def flops_of(traced: Trace) -> Flops:

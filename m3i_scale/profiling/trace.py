@@ -22,13 +22,13 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from m3i_scale.config import Config, Model
+from m3i_scale.config import Input, Model, Objective
 from m3i_scale.models.layers import residual_blocks
+from m3i_scale.models.precision import DTYPES
 from m3i_scale.objective.collectives import alone
 from m3i_scale.objective.inputs import MixedBatch
 from m3i_scale.objective.m3i import M3I
 
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 BACKWARD = 2  # FLOPs of a backward pass, in forward passes
 ROWS = 2  # one pair; everything recorded here is proportional to the number of samples
 
@@ -76,26 +76,32 @@ class Trace:
     recomputed: dict[str, float] = field(default_factory=lambda: defaultdict(float))
 
 
-def trace(config: Config, *, kernels: bool) -> Trace:
-    """Run the networks of a configuration once on fake tensors.
+def trace(
+    model: Model, objective: Objective, image_size: int, *, precision: str, kernels: bool
+) -> Trace:
+    """Run the networks once on fake tensors.
 
     Args:
-        config: all of it; checkpointing is off during the pass, and told by `Block.recomputed`.
+        model: the networks; checkpointing is off during the pass, `Block.recomputed` tells it.
+        objective: what they are trained for.
+        image_size: side of the views in pixels.
+        precision: of computation, as `config.Engine.precision`.
         kernels: count the memory of the Triton kernels, not of the plain torch operators.
 
     Raises:
         ValueError: the networks cannot be built, or `kernels` is asked for without Triton.
     """
-    dtype = DTYPES[config.engine.precision]
+    dtype = DTYPES[precision]
+    length = model.text.max_length if model.text else 0
     # Drawing initial weights advances the default generator even where there are none.
     # No collectives: this may run beside a training, on one rank only.
     with torch.random.fork_rng(devices=[]), _operators(kernels), alone():
         with torch.device("meta"):
-            spec, size = _unchecked(config.model), config.data.image_size
-            model = M3I(spec, config.objective, size).to(dtype)
+            networks = M3I(_unchecked(model), objective, image_size).to(dtype)
         with FakeTensorMode(allow_non_fake_inputs=True):
-            record = _Record(model.to_empty(device="cpu"), _recomputed(config.model))
-            record.run(lambda: model.forward(_mixed_batch(config, dtype)))
+            record = _Record(networks.to_empty(device="cpu"), _recomputed(model))
+            batch = _mixed_batch(objective.input, image_size, length, dtype)
+            record.run(lambda: networks.forward(batch))
     return record.trace
 
 
@@ -324,9 +330,8 @@ def _recomputed(model: Model) -> tuple[str, ...]:
     )
 
 
-def _mixed_batch(config: Config, dtype: torch.dtype) -> MixedBatch:
-    size, spec = config.data.image_size, config.objective.input
-    side, length = size // spec.patch, config.model.text.max_length if config.model.text else 0
+def _mixed_batch(spec: Input, size: int, length: int, dtype: torch.dtype) -> MixedBatch:
+    side = size // spec.patch
     image = torch.empty(ROWS, 3, size, size, dtype=dtype)
     box, flag = torch.empty(ROWS, 4), torch.empty(ROWS, dtype=torch.bool)
     number = torch.empty(ROWS, dtype=torch.int64)

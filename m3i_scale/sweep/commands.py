@@ -119,11 +119,17 @@ def _run(sweep: Sweep, chosen: Sequence[Cell]) -> int:
     return 1 if failed else 0
 
 
-def _report(sweep: Sweep, grid: Sequence[Cell]) -> int:
+def _flops(cell: Cell) -> float:
     from m3i_scale.profiling.flops import step_flops
+
+    config = cell.config
+    return step_flops(config.model, config.objective, config.data.image_size).model
+
+
+def _report(sweep: Sweep, grid: Sequence[Cell]) -> int:
     from m3i_scale.sweep import plot, results, tables
 
-    found = results.collect(sweep, grid, lambda cell: step_flops(cell.config).model)
+    found = results.collect(sweep, grid, _flops)
     if not any(row.seeds for row in found.rows):
         raise ConfigError(f"no run of {sweep.own_folder} is finished; there is nothing to compare")
     folder = sweep.own_folder

@@ -23,7 +23,7 @@ from torch import Tensor
 from m3i_scale.config import Config
 from m3i_scale.models.backbone import Backbone, build_backbone
 from m3i_scale.models.weights import load_published, load_weights
-from m3i_scale.transfer.loading import Weights, Which, has_teacher, stored_kinds
+from m3i_scale.transfer.loading import Weights, Which, stored_kinds
 
 Part = Literal["backbone", "all"]
 BACKBONE = "student.backbone."
@@ -146,7 +146,7 @@ def _entries(weights: Weights, config: Config, which: Which, part: Part) -> dict
     shapes = {name: shape for name, shape in weights.shapes.items() if name.startswith(prefix)}
     if not shapes:
         raise ValueError(f"{weights.path} holds no parameter named {prefix}*")
-    kinds = stored_kinds(shapes, which, has_teacher=has_teacher(config))
+    kinds = stored_kinds(shapes, which, has_teacher=config.objective.has_teacher)
     return {
         name.removeprefix(prefix): Entry(kinds[name], name, list(shape))
         for name, shape in shapes.items()

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from m3i_scale.config import Data, Objective, Source
+from m3i_scale.config import Data, Source
 from m3i_scale.data import StorageClient
 from m3i_scale.data.index import Index
 from m3i_scale.data.make import Sample
@@ -70,15 +70,6 @@ class Pixels(NamedTuple):
         return ((x - mean) / std).permute(0, 3, 1, 2)
 
 
-def pools_tokens(objective: Objective) -> bool:
-    """Whether the objective trains the backbone's attention pooling.
-
-    It does so through targets of the pooled vector. Where all targets are dense the pooling keeps
-    its initialisation, and the mean of the tokens is the feature to judge.
-    """
-    return any(not target.dense for target in objective.targets)
-
-
 @torch.inference_mode()
 def encode_images(networks: M3I, images: Tensor) -> Encoded:
     """Encode prepared images (B, 3, S, S), whole and clean: all tokens are pooled.
@@ -93,7 +84,8 @@ def encode_images(networks: M3I, images: Tensor) -> Encoded:
         text = normalise(networks.text_projection(pooled), "l2").float().cpu()
     if hasattr(networks, "category_head"):
         category = networks.category_head(pooled).float().cpu()
-    feature = pooled if pools_tokens(networks.objective) else tokens.float().mean(1)
+    # Where all targets are dense nothing trains the pooling: the mean of the tokens is the feature.
+    feature = pooled if networks.objective.pooled else tokens.float().mean(1)
     return Encoded(feature.float().cpu(), text, category)
 
 

@@ -84,7 +84,7 @@ def build_trained(config: Config, weights: Weights, which: Which = "student") ->
     own = {name: p for name, p in networks.named_parameters() if p.requires_grad}
     shapes = {name: list(parameter.shape) for name, parameter in own.items()}
     _require_equal(shapes, weights)
-    kinds = stored_kinds(shapes, which, has_teacher=has_teacher(config))
+    kinds = stored_kinds(shapes, which, has_teacher=config.objective.has_teacher)
     with torch.no_grad():
         for name, parameter in own.items():
             parameter.copy_(weights.tensor(kinds[name], name))
@@ -105,14 +105,6 @@ def stored_kinds(names: Mapping[str, Any], which: Which, *, has_teacher: bool) -
     return {
         name: "teacher" if averaged and name.startswith(ENCODER) else "weight" for name in names
     }
-
-
-def has_teacher(config: Config) -> bool:
-    """Whether a run of this configuration keeps a teacher."""
-    return any(
-        target.encoder == "teacher" and target.representation in ("features", "global")
-        for target in config.objective.targets
-    )
 
 
 def _require_equal(shapes: Mapping[str, list[int]], weights: Weights) -> None:

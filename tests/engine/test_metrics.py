@@ -6,10 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from m3i_scale.config import Config
 from m3i_scale.engine import metrics
-from m3i_scale.engine.metrics import MetricLog, Speed, machine_values, measure_speed
-from m3i_scale.profiling.flops import step_flops
+from m3i_scale.engine.metrics import MetricLog, Speed, machine_values, peak_flops
 
 CPU = torch.device("cpu")
 
@@ -39,19 +37,16 @@ def test_share_of_the_peak_counts_a_ranks_part_of_the_model_flops():
     assert values == {"machine/tflops_per_rank": 150.0, "machine/mfu": pytest.approx(0.15)}
 
 
-def test_where_no_peak_is_known_no_share_is_invented(small: Config):
-    speed = measure_speed(small, CPU)
-    assert speed == (step_flops(small).model, None)
+def test_where_no_peak_is_known_no_share_is_invented():
+    speed = Speed(3e12, peak_flops(CPU, "bf16"))
     assert list(speed.values(1.0, 1)) == ["machine/tflops_per_rank"]
 
 
-def test_a_gpus_peak_is_that_of_its_name(small_tree, monkeypatch):
+def test_a_gpus_peak_is_that_of_its_name(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H200")
     cuda = torch.device("cuda", 0)
-    small_tree["engine"] = {"precision": "bf16"}
-    assert measure_speed(Config.model_validate(small_tree), cuda).peak == 989.4e12
-    small_tree["engine"] = {"precision": "fp32"}
-    assert measure_speed(Config.model_validate(small_tree), cuda).peak is None
+    assert peak_flops(cuda, "bf16") == peak_flops(cuda, "fp16") == 989.4e12
+    assert peak_flops(cuda, "fp32") is None
 
 
 def test_a_line_that_a_crash_cut_short_is_dropped(tmp_path: Path):

@@ -61,7 +61,14 @@ def test_memory_is_that_of_the_plan(small_tree, engine):
     small_tree["engine"] = engine
     config = Config.model_validate(small_tree)
     cluster = Cluster(gpu("h100"), 1, 2)
-    plan = make_plan(config, trace(config, kernels=False), cluster)
+    traced = trace(
+        config.model,
+        config.objective,
+        config.data.image_size,
+        precision=config.engine.precision,
+        kernels=False,
+    )
+    plan = make_plan(config, traced, cluster)
     said = report(small_tree, ranks=2)
     for where, kinds in (("", plan.state), (" (host)", plan.offloaded)):
         total = sum(kinds.values()) / 2**30

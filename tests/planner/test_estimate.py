@@ -148,7 +148,14 @@ def measured(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 
 def plan_of(name: str, folder: Path) -> Plan:
     config = small_config(folder, MEDIUM | CASES[name])
-    return make_plan(config, trace(config, kernels=False), Cluster(gpu("h100"), 1, RANKS))
+    traced = trace(
+        config.model,
+        config.objective,
+        config.data.image_size,
+        precision=config.engine.precision,
+        kernels=False,
+    )
+    return make_plan(config, traced, Cluster(gpu("h100"), 1, RANKS))
 
 
 @pytest.mark.distributed

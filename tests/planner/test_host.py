@@ -49,7 +49,15 @@ def test_too_few_measurements_are_refused():
 def seen(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Trace]:
     path = tmp_path_factory.mktemp("host") / "small.yaml"
     path.write_text(SMALL)
-    return str(path), trace(load_config(path, []), kernels=False)
+    config = load_config(path, [])
+    traced = trace(
+        config.model,
+        config.objective,
+        config.data.image_size,
+        precision=config.engine.precision,
+        kernels=False,
+    )
+    return str(path), traced
 
 
 def plan_of(seen: tuple[str, Trace], ranks: int = 8, **changes: Any) -> Plan:

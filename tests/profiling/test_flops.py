@@ -17,7 +17,8 @@ from m3i_scale.profiling.trace import count_flops
 
 
 def flops_of(overrides: dict[str, Any], tmp_path: Any) -> Flops:
-    return step_flops(small_config(tmp_path, overrides))
+    config = small_config(tmp_path, overrides)
+    return step_flops(config.model, config.objective, config.data.image_size)
 
 
 @pytest.mark.parametrize(
