@@ -1,4 +1,7 @@
-"""Numbers on the command line: `type=` functions of argparse, which refuse the impossible ones.
+"""Numbers and paths on the command line: `type=` functions of argparse.
+
+They refuse the impossible with a sentence. The name of a YAML file needs none of them: who reads it
+expands it.
 
 A leaf module that imports nothing heavy.
 """
@@ -7,6 +10,10 @@ from __future__ import annotations
 
 import argparse
 import math
+import os
+from pathlib import Path
+
+from m3i_scale import paths
 
 
 def count(text: str) -> int:
@@ -41,6 +48,19 @@ def percent(text: str) -> int:
     if value > 100:
         raise argparse.ArgumentTypeError(f"{text!r} must be from 1 to 100")
     return value
+
+
+def path(text: str) -> str:
+    """A path or URL with ~ and $VARIABLES replaced; what exists by the letter is taken so."""
+    try:
+        return text if os.path.lexists(text) else paths.expand(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+
+
+def local_path(text: str) -> Path:
+    """The same of a file or folder of this machine."""
+    return Path(path(text))
 
 
 def _whole(text: str, least: int) -> int:

@@ -18,7 +18,7 @@ from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 from m3i_scale import paths
-from m3i_scale.arguments import count, count_or_zero
+from m3i_scale.arguments import count, count_or_zero, local_path, path
 
 if TYPE_CHECKING:
     from m3i_scale.config import Config, Source
@@ -110,12 +110,7 @@ def _words(error: BaseException) -> str:
 
 
 def parse(words: Sequence[str]) -> argparse.Namespace:
-    """Read a command line; `a.b=value` may stand on both sides of options.
-
-    Raises:
-        ValueError: a path names a variable that is not set.
-    """
-    words = [_expand_path(word) for word in words]
+    """Read a command line; `a.b=value` may stand on both sides of options."""
     parser = build_parser(words)
     options, more = parser.parse_known_args(words)
     odd = [word for word in more if not re.match(r"[^-=][^=]*=", word)]
@@ -124,19 +119,6 @@ def parse(words: Sequence[str]) -> argparse.Namespace:
     if more:
         options.overrides = [*options.overrides, *more]
     return options
-
-
-def _expand_path(word: str) -> str:
-    """A word, or the value in `--option=value`, with the ~ or $NAME that it begins with expanded.
-
-    A shell has done that already but in `--option=~/path`; a Slurm array or a program may not use
-    one.
-    """
-    option, equals, value = word.partition("=") if word.startswith("--") else ("", "", word)
-    begins = re.match(r"(~[\w.-]*|\$[A-Za-z_]\w*|\$\{\w+\})(/|$)", value)
-    if not begins:
-        return word
-    return f"{option}{equals}{paths.expand(begins[1])}{value[len(begins[1]) :]}"
 
 
 def build_parser(words: Sequence[str]) -> argparse.ArgumentParser:
@@ -204,9 +186,13 @@ def _add_tokenizer(commands: Any) -> None:
         "train a WordPiece tokenizer on the captions of indexed shards",
         "The result is a tokenizer.json, and a function of the captions alone.",
     )
-    parser.add_argument("index", nargs="+", metavar="INDEX", help="index files with captions")
+    parser.add_argument(
+        "index", nargs="+", type=path, metavar="INDEX", help="index files with captions"
+    )
     parser.add_argument("--vocab-size", type=count, required=True, help="most tokens")
-    parser.add_argument("--out", required=True, metavar="FILE", help="the tokenizer.json to write")
+    parser.add_argument(
+        "--out", required=True, type=path, metavar="FILE", help="the tokenizer.json to write"
+    )
     parser.add_argument("--limit", type=count, metavar="N", help="read N samples of each index")
 
 
@@ -238,7 +224,9 @@ def _captions(source: Source, limit: int | None) -> list[str]:
 
 
 def _add_run(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--run", dest="folder", required=True, type=Path, help="folder of the run")
+    parser.add_argument(
+        "--run", dest="folder", required=True, type=local_path, help="folder of the run"
+    )
     parser.add_argument(
         "--step", type=count_or_zero, help="of the checkpoint (default: the newest)"
     )
@@ -266,6 +254,7 @@ def _add_eval(commands: Any) -> None:
     parser.add_argument(
         "--gallery",
         nargs="+",
+        type=path,
         required=True,
         metavar="INDEX",
         help="images with known labels",
@@ -273,6 +262,7 @@ def _add_eval(commands: Any) -> None:
     parser.add_argument(
         "--queries",
         nargs="+",
+        type=path,
         required=True,
         metavar="INDEX",
         help="held-out images to classify",
@@ -388,7 +378,9 @@ def _add_export(commands: Any) -> None:
         help="the image encoder, or all networks (default: backbone)",
     )
     parser.add_argument("--dtype", choices=("fp32", "bf16"), default="fp32", help="(default fp32)")
-    parser.add_argument("--out", required=True, type=Path, metavar="FILE", help="file to write")
+    parser.add_argument(
+        "--out", required=True, type=local_path, metavar="FILE", help="file to write"
+    )
 
 
 def export_run(options: argparse.Namespace) -> int:

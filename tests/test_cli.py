@@ -226,8 +226,16 @@ def test_paths_behind_an_equals_sign_are_expanded(monkeypatch, capsys):
     monkeypatch.delenv("NOWHERE", raising=False)
     words = ["plan", "--config=~/c.yaml", "--out=$SCRATCH/o", "folder=~/runs"]
     options = parse(words)
-    assert (options.config, str(options.out)) == ("/h/c.yaml", "/s/o")
-    assert options.overrides == ["folder=~/runs"]  # the configuration's own rule
+    assert str(options.out) == "/s/o"
+    # The configuration's own rule expands these, once.
+    assert (options.config, options.overrides) == ("~/c.yaml", ["folder=~/runs"])
+    options = parse(
+        ["eval", "--run=~/r", "--gallery", "~/g", "$SCRATCH/g", "--queries", "s3://b/$SCRATCH"]
+    )
+    assert (str(options.folder), options.gallery) == ("/h/r", ["/h/g", "/s/g"])
+    assert options.queries == ["s3://b//s"]
+    options = parse(["export", "--run", "~/r", "--out=~/b.safetensors"])
+    assert (str(options.folder), str(options.out)) == ("/h/r", "/h/b.safetensors")
     assert parse(["shards", "index", "${SCRATCH}/*.tar", "--kind", "text", "-o", "~/i"]).shards == [
         "/s/*.tar"
     ]

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
-from m3i_scale.arguments import count, positive, share
+from m3i_scale.arguments import count, local_path, positive, share
 from m3i_scale.config import Config, ConfigError, load_config
 from m3i_scale.paths import require_writable
 from m3i_scale.planner.gpus import GPUS, gpu
@@ -39,7 +38,9 @@ def register(commands: Any) -> None:
     parser.add_argument(
         "--sweep", metavar="N,N,...", help="numbers of GPUs, multiples of --gpus-per-node"
     )
-    parser.add_argument("--out", type=Path, metavar="FOLDER", help="for plan.txt and scaling.png")
+    parser.add_argument(
+        "--out", type=local_path, metavar="FOLDER", help="for plan.txt and scaling.png"
+    )
     parser.add_argument(
         "--utilisation", type=share, default=default.utilisation, metavar="SHARE",
         help="of the peak, reached while computing (%(default)s)",

@@ -37,7 +37,7 @@ from m3i_scale.data.order import hash64
 from m3i_scale.data.storage import is_local
 from m3i_scale.shards.indexing import IndexSummary, describe_problems, index_shards
 from m3i_scale.shards.records import Listing, Record, list_records
-from m3i_scale.shards.sources import check_name, expand_path
+from m3i_scale.shards.sources import check_name
 from m3i_scale.shards.tables import Columns
 from m3i_scale.shards.workers import process_map
 from m3i_scale.shards.writing import FORMAT, Recipe, Report, write_shard
@@ -207,7 +207,6 @@ def _differences(folder: Path, note: Path, plan: dict[str, Any]) -> list[str]:
 
 
 def _absolute(source: str) -> str:
-    source = expand_path(source)
     return os.path.abspath(source) if is_local(source) else source
 
 

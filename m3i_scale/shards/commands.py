@@ -8,10 +8,9 @@ import json
 import os
 from typing import Any, get_args
 
-from m3i_scale.arguments import count, count_or_zero, percent, share
+from m3i_scale.arguments import count, count_or_zero, path, percent, share
 from m3i_scale.config import SourceKind, Storage
 from m3i_scale.data.storage import StorageClient
-from m3i_scale.shards.sources import expand_path
 
 Subparsers = Any  # argparse's own type for this is private
 
@@ -33,10 +32,13 @@ def _add_build(actions: Subparsers) -> None:
     )
     parser.add_argument(
         "source",
+        type=path,
         help="a folder of images; or tables (.csv, .tsv, .jsonl, .parquet) or archives (.tar, "
         ".zip) as a path, a glob or braces in quotes: 'dir/{000..127}.tar'",
     )
-    parser.add_argument("folder", help="where the shards go; the index is <folder>.parquet")
+    parser.add_argument(
+        "folder", type=path, help="where the shards go; the index is <folder>.parquet"
+    )
     parser.add_argument("--shard-samples", type=count, default=10_000, help="at most (%(default)s)")
     parser.add_argument("--shard-mib", type=count, default=1024, help="about at most (%(default)s)")
     parser.add_argument(
@@ -60,7 +62,7 @@ def _build(args: argparse.Namespace) -> int:
 
     summary = build_shards(
         args.source,
-        expand_path(args.folder),
+        args.folder,
         shard_samples=args.shard_samples,
         shard_bytes=args.shard_mib << 20,
         recipe=Recipe(args.resize, args.reencode, args.quality),
@@ -80,9 +82,12 @@ def _add_index(actions: Subparsers) -> None:
     parser.add_argument(
         "shards",
         nargs="+",
+        type=path,
         help=".tar files: paths, URLs, folders, globs, or braces in quotes: 's3://b/{000..127}.tar'",
     )
-    parser.add_argument("--out", "--output", "-o", required=True, help="the Parquet file to write")
+    parser.add_argument(
+        "--out", "--output", "-o", required=True, type=path, help="the Parquet file to write"
+    )
     parser.add_argument(
         "--kind",
         required=True,
@@ -113,7 +118,7 @@ def _index(args: argparse.Namespace) -> int:
 
     summary = index_shards(
         args.shards,
-        expand_path(args.out),
+        args.out,
         kind=args.kind,
         text_member=args.caption,
         category_member=args.category,
@@ -128,9 +133,13 @@ def _index(args: argparse.Namespace) -> int:
 
 def _add_check(actions: Subparsers) -> None:
     parser = actions.add_parser("check", help="read and decode every sample; list the bad ones")
-    parser.add_argument("index", help="the Parquet index")
+    parser.add_argument("index", type=path, help="the Parquet index")
     parser.add_argument(
-        "--out", "--output", "-o", help="write cause, shard and key of bad samples as CSV"
+        "--out",
+        "--output",
+        "-o",
+        type=path,
+        help="write cause, shard and key of bad samples as CSV",
     )
     parser.add_argument(
         "--categories",
@@ -147,14 +156,12 @@ def _check(args: argparse.Namespace) -> int:
     from m3i_scale.shards.inspect import check
 
     options = {} if args.max_pixels is None else {"max_pixels": args.max_pixels}
-    report = check(
-        expand_path(args.index), categories=args.categories, storage=_storage(args), **options
-    )
+    report = check(args.index, categories=args.categories, storage=_storage(args), **options)
     print(report)
     if report.largest_category >= 0:
         print(f"  the largest category is {report.largest_category:,}")
     if args.out:
-        with open(expand_path(args.out), "w", newline="", encoding="utf-8") as file:
+        with open(args.out, "w", newline="", encoding="utf-8") as file:
             csv.writer(file).writerows([("cause", "shard", "key"), *report.bad])
     else:
         for cause, shard, key in report.bad[:20]:
@@ -166,14 +173,22 @@ def _check(args: argparse.Namespace) -> int:
 
 def _add_show(actions: Subparsers) -> None:
     parser = actions.add_parser("show", help="draw a contact sheet with captions and histograms")
-    parser.add_argument("index", help="the Parquet index")
+    parser.add_argument("index", type=path, help="the Parquet index")
     parser.add_argument(
-        "--out", "--output", "-o", default="shards.png", help="PNG to write (%(default)s)"
+        "--out",
+        "--output",
+        "-o",
+        type=path,
+        default="shards.png",
+        help="PNG to write (%(default)s)",
     )
     parser.add_argument("--count", type=count, default=48, help="samples to draw (%(default)s)")
     parser.add_argument("--seed", type=count_or_zero, default=0, help="which ones (%(default)s)")
     parser.add_argument(
-        "--classes", metavar="FILE", help="class list to name categories by (default: the index's)"
+        "--classes",
+        type=path,
+        metavar="FILE",
+        help="class list to name categories by (default: the index's)",
     )
     _add_storage(parser)
     parser.set_defaults(run=_show)
@@ -184,22 +199,21 @@ def _show(args: argparse.Namespace) -> int:
     from m3i_scale.shards.inspect import show
 
     classes = _class_list(args.classes)
-    output = expand_path(args.out)
     show(
-        expand_path(args.index),
-        output,
+        args.index,
+        args.out,
         count=args.count,
         seed=args.seed,
         classes=names_by_number(classes) if classes else None,
         storage=_storage(args),
     )
-    print(output)
+    print(args.out)
     return 0
 
 
 def _add_glyphs(subparsers: Subparsers) -> None:
     parser = subparsers.add_parser("glyphs", help="draw the small data set of the demo")
-    parser.add_argument("--out", default="data_demo/glyphs", help="folder (%(default)s)")
+    parser.add_argument("--out", type=path, default="data_demo/glyphs", help="folder (%(default)s)")
     parser.add_argument("--image-size", type=count, default=80, help="pixels (%(default)s)")
     parser.add_argument("--seed", type=count_or_zero, default=0)
     parser.add_argument("--all", action="store_true", help="all named glyphs, about 46,000")
@@ -219,7 +233,7 @@ def _glyphs(args: argparse.Namespace) -> int:
 
     blocks = None if args.all else DEMO_BLOCKS
     data = build(
-        expand_path(args.out),
+        args.out,
         image_size=args.image_size,
         seed=args.seed,
         blocks=blocks,
@@ -234,16 +248,17 @@ def _glyphs(args: argparse.Namespace) -> int:
 def _add_class_list(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--classes",
+        type=path,
         metavar="FILE",
         help="class list that numbers the labels that are names (the classes.json of the training "
         "set, for a validation set); by default names are numbered in sorted order",
     )
 
 
-def _class_list(path: str | None) -> dict[str, int] | None:
+def _class_list(file: str | None) -> dict[str, int] | None:
     from m3i_scale.data.labels import read_classes
 
-    return read_classes(expand_path(path)) if path else None
+    return read_classes(file) if file else None
 
 
 def _add_common(parser: argparse.ArgumentParser) -> None:

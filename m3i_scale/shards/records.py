@@ -17,7 +17,7 @@ from m3i_scale.data.storage import StorageClient, join, parent
 from m3i_scale.shards import scan, tables
 from m3i_scale.shards.annotations import Annotation, annotate, of_values
 from m3i_scale.shards.groups import IMAGE, Group, Member, gather, is_hidden
-from m3i_scale.shards.sources import expand_path, find_files, missing
+from m3i_scale.shards.sources import find_files, missing
 from m3i_scale.shards.tables import Columns
 
 _EXTENSIONS = tuple(f".{name}" for name in IMAGE)
@@ -85,7 +85,7 @@ def list_records(
     Raises:
         ValueError: there is no sample, fewer than half would remain, or a file cannot be read.
     """
-    source, columns = expand_path(source), columns or Columns()
+    columns = columns or Columns()
     if Path(source).is_dir():
         found = list(_from_folder(source, columns))
         if not found:

@@ -1,4 +1,4 @@
-"""Paths as people write them -> files: ~ and $VARIABLES, {000..127}, globs, folders, typos."""
+"""Paths as people write them -> files: {000..127}, globs, folders, typos."""
 
 from __future__ import annotations
 
@@ -11,21 +11,11 @@ from pathlib import Path
 from braceexpand import braceexpand
 from fsspec.core import split_protocol
 
-from m3i_scale import paths
 from m3i_scale.data.storage import StorageClient, is_local, local_path, parent
 from m3i_scale.shards.groups import is_hidden
 
 _COMPRESSED = (".gz", ".tgz", ".bz2", ".tbz2", ".xz", ".txz", ".zst", ".lz4")
 _CHAINS = ("zip", "tar", "simplecache", "filecache", "blockcache", "libarchive")
-
-
-def expand_path(path: str) -> str:
-    """`path` with ~ and $VARIABLES replaced; what exists by the letter is taken by the letter.
-
-    Raises:
-        ValueError: a variable is not set; the message names it.
-    """
-    return path if os.path.lexists(path) else paths.expand(path)
 
 
 def find_files(
@@ -43,7 +33,7 @@ def find_files(
     found = [
         url
         for pattern in patterns
-        for part in _expand(expand_path(str(pattern)))
+        for part in _expand(str(pattern))
         for url in _matches(part, endings, storage)
     ]
     compressed = next((url for url in found if url.endswith(_COMPRESSED)), None)

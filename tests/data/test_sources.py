@@ -6,6 +6,7 @@ import csv
 import json
 import os
 import zipfile
+from argparse import ArgumentTypeError
 from pathlib import Path
 
 import pyarrow as pa
@@ -13,13 +14,14 @@ import pyarrow.parquet as pq
 import pytest
 
 from helpers.shards import jpeg, text_members, write_tar
+from m3i_scale.arguments import path
 from m3i_scale.cli import main
 from m3i_scale.data.labels import read_classes
 from m3i_scale.data.sequential import walk
 from m3i_scale.data.storage import StorageClient
 from m3i_scale.shards.build import build_shards
 from m3i_scale.shards.inspect import source_of
-from m3i_scale.shards.sources import expand_path, find_files
+from m3i_scale.shards.sources import find_files
 
 
 def names(*patterns: str, endings: tuple[str, ...] = (".tar",)) -> list[str]:
@@ -73,14 +75,14 @@ def test_what_matches_nothing_is_told_apart(tars, pattern, said):
 def test_home_and_variables(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.setenv("SCRATCH", "/scratch/me")
-    assert expand_path("~/a.tar") == f"{tmp_path}/a.tar"
-    assert expand_path("$SCRATCH/${SCRATCH}x") == "/scratch/me//scratch/mex"
-    assert expand_path("s3://b/$SCRATCH") == "s3://b//scratch/me"
-    assert expand_path("pipe:cat $HOME/x") == "pipe:cat $HOME/x"
-    with pytest.raises(ValueError, match="variable NOT_SET is not set"):
-        expand_path("$NOT_SET/a.tar")
-    with pytest.raises(ValueError, match="no user 'nobody-here'"):
-        expand_path("~nobody-here/a.tar")
+    assert path("~/a.tar") == f"{tmp_path}/a.tar"
+    assert path("$SCRATCH/${SCRATCH}x") == "/scratch/me//scratch/mex"
+    assert path("s3://b/$SCRATCH") == "s3://b//scratch/me"
+    assert path("pipe:cat $HOME/x") == "pipe:cat $HOME/x"
+    with pytest.raises(ArgumentTypeError, match="variable NOT_SET is not set"):
+        path("$NOT_SET/a.tar")
+    with pytest.raises(ArgumentTypeError, match="no user 'nobody-here'"):
+        path("~nobody-here/a.tar")
 
 
 def test_the_commands_expand_paths(tmp_path, monkeypatch, capsys):
@@ -93,7 +95,18 @@ def test_the_commands_expand_paths(tmp_path, monkeypatch, capsys):
     assert main(["shards", "build", "$DATA", "~/built", "-j1"]) == 0
     assert main(["shards", "check", "~/i.parquet"]) == 0
     assert main(["tokenizer", "~/i.parquet", "--vocab-size", "90", "--out=~/t.json"]) == 0
-    assert main(["shards", "check", "$GONE/i.parquet"]) == 2
+    # What a variable stands for is not expanded again, nor is what exists by the letter.
+    (tmp_path / "$odd").mkdir()
+    (tmp_path / "c" / "0.tar").rename(tmp_path / "$odd" / "0.tar")
+    monkeypatch.setenv("DATA", str(tmp_path / "$odd"))
+    for name in ("$DATA/*.tar", f"{tmp_path}/$odd"):
+        assert main(["shards", "index", name, "-o", "~/$$i.parquet", "--kind", "text", "-j1"]) == 0
+    assert main(["shards", "check", "~/$$i.parquet"]) == 0
+    assert (
+        main(["tokenizer", f"{tmp_path}/$i.parquet", "--vocab-size", "90", "--out=~/t.json"]) == 0
+    )
+    with pytest.raises(SystemExit, match="2"):
+        main(["shards", "check", "$GONE/i.parquet"])
     assert "GONE is not set" in capsys.readouterr().err
     assert not list((tmp_path / "cwd").iterdir())
 

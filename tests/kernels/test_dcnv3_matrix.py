@@ -331,8 +331,9 @@ def _geometry(**changes: Any) -> dict[str, Geometry]:
     ],
 )
 def test_rule(change: dict[str, Any], expected: str) -> None:
-    assert choice.choose(**(RULE | change)) == expected
-    assert (choice.obstacle(**(RULE | change)) is None) == (expected == "matrix")
+    call = choice.Call(**(RULE | change))
+    assert choice.choose(call) == expected
+    assert (choice.obstacle(call) is None) == (expected == "matrix")
 
 
 def test_forced_where_it_cannot_run() -> None:

@@ -15,6 +15,7 @@ raises `ValueError`; nothing falls back. The choice is logged once for each shap
 import importlib
 import logging
 import re
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -52,18 +53,10 @@ def asked(algorithm: str) -> str:
     return _algorithm if algorithm == "auto" else algorithm
 
 
-def choose(
-    size: tuple[int, int],
-    channels: int,
-    dtypes: set[torch.dtype],
-    geometry: Geometry,
-    mask_is_logits: bool,
-    triton_version: tuple[int, int],
-    capability: tuple[int, int] | None,
-) -> str:
-    """Return `"matrix"` or `"gather"` for maps of `size` (H, W) and `channels` per group.
+class Call(NamedTuple):
+    """What the rule depends on.
 
-    Args:
+    Attributes:
         size: (H, W) of the input.
         channels: D = C / G.
         dtypes: of x, offset, mask and center_scale.
@@ -72,38 +65,41 @@ def choose(
         triton_version: (major, minor).
         capability: compute capability of an NVIDIA GPU, None for any other device.
     """
-    reason = obstacle(size, channels, dtypes, geometry, mask_is_logits, triton_version, capability)
-    return "gather" if reason else "matrix"
+
+    size: tuple[int, int]
+    channels: int
+    dtypes: set[torch.dtype]
+    geometry: Geometry
+    mask_is_logits: bool
+    triton_version: tuple[int, int]
+    capability: tuple[int, int] | None
 
 
-def obstacle(
-    size: tuple[int, int],
-    channels: int,
-    dtypes: set[torch.dtype],
-    geometry: Geometry,
-    mask_is_logits: bool,
-    triton_version: tuple[int, int],
-    capability: tuple[int, int] | None,
-) -> str | None:
-    """Say why the matrix kernel cannot run, or return None; arguments as in `choose`."""
-    height, width = size
+def choose(call: Call) -> str:
+    """Return `"matrix"` or `"gather"`."""
+    return "gather" if obstacle(call) else "matrix"
+
+
+def obstacle(call: Call) -> str | None:
+    """Say why the matrix kernel cannot run, or return None."""
+    geometry, (height, width) = call.geometry, call.size
     positions = height * (width + width % 2)
     if geometry.kernel_size != (3, 3) or geometry.remove_center:
         return "it needs 3 x 3 points"
     if geometry.stride != (1, 1) or geometry.padding != geometry.dilation:
         return "it needs stride 1 and padding = dilation"
-    if not mask_is_logits:
+    if not call.mask_is_logits:
         return "it needs mask_is_logits=True"
-    if channels != CHANNELS:
-        return f"it needs {CHANNELS} channels per group, not {channels}"
+    if call.channels != CHANNELS:
+        return f"it needs {CHANNELS} channels per group, not {call.channels}"
     if not MIN_POSITIONS <= positions <= MAX_POSITIONS:
         return f"it needs {MIN_POSITIONS} to {MAX_POSITIONS} positions, not {height} x {width}"
-    if dtypes != {torch.bfloat16}:
+    if call.dtypes != {torch.bfloat16}:
         return "it needs all tensors in bfloat16"
-    if triton_version < _TRITON:
-        return "it needs Triton 3.8, not {}.{}".format(*triton_version)
-    if capability is None or capability < _CAPABILITY:
-        return "it needs an NVIDIA GPU of compute capability 8.0 or later"
+    if call.triton_version < _TRITON:
+        return "it needs Triton {}.{}, not {}.{}".format(*_TRITON, *call.triton_version)
+    if call.capability is None or call.capability < _CAPABILITY:
+        return "it needs an NVIDIA GPU of compute capability {}.{} or later".format(*_CAPABILITY)
     return None
 
 
@@ -124,9 +120,16 @@ def resolve(
     dtypes = {t.dtype for t in (x, offset, mask, center_scale) if t is not None}
     _, H, W, C = x.shape
     reason = obstacle(
-        (H, W), C // geometry.groups, dtypes, geometry, mask_is_logits,
-        triton_version(), capability_of(x.device),
-    )  # fmt: skip
+        Call(
+            size=(H, W),
+            channels=C // geometry.groups,
+            dtypes=dtypes,
+            geometry=geometry,
+            mask_is_logits=mask_is_logits,
+            triton_version=triton_version(),
+            capability=capability_of(x.device),
+        )
+    )
     if algorithm == "matrix" and reason:
         raise ValueError(
             f'algorithm is "matrix", but that DCNv3 kernel cannot run here: {reason}; '
