@@ -122,10 +122,6 @@ def open_run(
     if reader is not None:
         _compare(reader, stated, accept, world, contrastive=config.objective.contrastive)
     sharded = build(config, world, split)
-    balance = config.objective.balance
-    weighing = LossBalance(active=False)
-    if balance is not None:
-        weighing = LossBalance(balance.gamma, balance.decay, maximum=balance.maximum)
     run = Run(
         config=config,
         world=world,
@@ -133,7 +129,7 @@ def open_run(
         sharded=sharded,
         split=split,
         schedule=schedule,
-        balance=weighing,
+        balance=LossBalance(config.objective.balance),
         saver=saver,
         save_every=config.checkpoint.every.steps(
             batch=spec.global_batch_size, epoch_samples=epoch_samples

@@ -20,9 +20,8 @@ class ImageDecoder(nn.Module):
 
     Every token carries the embedding of its position in the grid of the input view (see
     `positions`), mapped to the decoder's width by one learned layer: mask tokens that of the
-    target patch they stand for, visible tokens their own. Defaults are those of InternImage-H
-    (arXiv 2211.09807, Table 7). The head starts from Glorot's distribution (`xavier`), or at
-    `zero`, as the first predictions then are.
+    target patch they stand for, visible tokens their own. The head starts from Glorot's
+    distribution (`xavier`), or at `zero`, as the first predictions then are.
     """
 
     def __init__(
@@ -30,11 +29,11 @@ class ImageDecoder(nn.Module):
         in_width: int,
         *,
         out_width: int,
-        width: int = 1024,
-        depth: int = 4,
-        heads: int = 16,
-        ffn: int = 4096,
-        head: str = "xavier",
+        width: int,
+        depth: int,
+        heads: int,
+        ffn: int,
+        head: str,
         checkpoint_blocks: bool = False,
     ) -> None:
         super().__init__()

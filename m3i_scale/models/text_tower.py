@@ -23,7 +23,7 @@ class BertEncoder(BertModel):
 class TextTower(nn.Module):
     """BERT encoder; the first token's last state is projected linearly to `embed_dim`.
 
-    Defaults are BERT-Base. Dropout is off by default: the paper states none, and with it losses
+    Dropout is off by default: the paper states none, and with it losses
     would depend on how a batch is spread over ranks.
     """
 
@@ -31,12 +31,12 @@ class TextTower(nn.Module):
         self,
         vocab_size: int,
         *,
-        embed_dim: int = 768,
-        width: int = 768,
-        depth: int = 12,
-        heads: int = 12,
-        ffn: int = 3072,
-        max_length: int = 512,
+        embed_dim: int,
+        width: int,
+        depth: int,
+        heads: int,
+        ffn: int,
+        max_length: int,
         dropout: float = 0.0,
         pad_id: int = 0,
         checkpoint_blocks: bool = False,

@@ -12,6 +12,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from m3i_scale.config import Balance
+
 
 class GradientProbe:
     """Measures the gradient of each loss at the features, in one backward pass.
@@ -72,24 +74,21 @@ UNUSUAL = 50.0
 class LossBalance:
     """lambda and the two moving averages it comes from.
 
-    lambda is 1 until both were measured, and always where there is nothing to balance (`active`
-    False: the weights of the groups are used as they are), and never above `maximum`.
+    lambda is 1 until both were measured, and always without settings (the weights of the groups are
+    used as they are), and never above `settings.maximum`.
     """
 
-    gamma: float = 1.0
-    decay: float = 0.99
-    active: bool = True
-    maximum: float | None = None
+    settings: Balance | None
     g_ssp: float | None = None
     g_sp: float | None = None
 
     @property
     def supervised_weight(self) -> float:
         """lambda = gamma g_ssp / g_sp."""
-        if not (self.active and self.g_ssp and self.g_sp):
+        if not (self.settings and self.g_ssp and self.g_sp):
             return 1.0
-        weight = self.gamma * self.g_ssp / self.g_sp
-        return weight if self.maximum is None else min(weight, self.maximum)
+        weight, most = self.settings.gamma * self.g_ssp / self.g_sp, self.settings.maximum
+        return weight if most is None else min(weight, most)
 
     def update(self, g_ssp: float, g_sp: float) -> None:
         """Take in the norms of one step; a side that is zero or not finite leaves its average."""
@@ -97,9 +96,10 @@ class LossBalance:
         self.g_sp = self._average(self.g_sp, g_sp)
 
     def _average(self, old: float | None, new: float) -> float | None:
-        if not (math.isfinite(new) and new > 0):
+        if self.settings is None or not (math.isfinite(new) and new > 0):
             return old
-        return new if old is None else self.decay * old + (1 - self.decay) * new
+        decay = self.settings.decay
+        return new if old is None else decay * old + (1 - decay) * new
 
     def state_dict(self) -> dict[str, float | None]:
         """The moving averages, for the checkpoint."""

@@ -4,7 +4,7 @@ import torch
 from m3i_scale.models.image_decoder import ImageDecoder
 from m3i_scale.models.positions import grid_positions, position_embedding
 
-SIZES = {"out_width": 6, "width": 32, "depth": 2, "heads": 4, "ffn": 50}
+SIZES = {"out_width": 6, "width": 32, "depth": 2, "heads": 4, "ffn": 50, "head": "xavier"}
 
 
 @pytest.fixture
@@ -89,6 +89,6 @@ def test_bfloat16(decoder, inputs):
 
 def test_bad_sizes():
     with pytest.raises(ValueError, match=r"width=30.*heads=4"):
-        ImageDecoder(12, out_width=6, width=30, heads=4, ffn=60)
+        ImageDecoder(12, **SIZES | {"width": 30})
     with pytest.raises(ValueError, match=r"width=30.*position embedding=4"):
-        ImageDecoder(12, out_width=6, width=30, heads=3, ffn=60)
+        ImageDecoder(12, **SIZES | {"width": 30, "heads": 3})

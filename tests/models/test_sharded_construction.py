@@ -31,8 +31,8 @@ def build() -> nn.ModuleList:
         [
             intern_image,
             build_backbone("vit", width=32, depth=1, heads=4, pool_heads=4, embed_dim=20),
-            ImageDecoder(32, out_width=32, width=32, depth=1, heads=4, ffn=64),
-            TextTower(50, width=32, depth=1, heads=4, ffn=64),
+            ImageDecoder(32, out_width=32, width=32, depth=1, heads=4, ffn=64, head="xavier"),
+            TextTower(50, embed_dim=768, width=32, depth=1, heads=4, ffn=64, max_length=512),
             CategoryHead(20, 5),
         ]
     )

@@ -2,6 +2,7 @@ import pytest
 import torch
 from transformers import BertConfig, BertModel
 
+from m3i_scale import config
 from m3i_scale.models.text_tower import TextTower
 
 TINY = {"embed_dim": 10, "width": 32, "depth": 2, "heads": 4, "ffn": 64, "max_length": 12}
@@ -39,8 +40,9 @@ def test_it_is_bert_with_a_projection(tower, batch):
 
 
 def test_default_is_bert_base():
+    shape = config.TextTower(tokenizer="any", max_length=512)
     with torch.device("meta"):
-        tower = TextTower(30522)
+        tower = TextTower(**shape.model_dump(exclude={"tokenizer"}))
     # BERT-Base has 109,482,240 parameters, 590,592 of them in the pooler left out here.
     assert sum(p.numel() for p in tower.bert.parameters()) == 109_482_240 - 590_592
 

@@ -3,11 +3,12 @@ from __future__ import annotations
 import pytest
 import torch
 
+from m3i_scale.config import Balance
 from m3i_scale.objective.balance import GradientProbe, LossBalance
 
 
 def test_lambda_is_one_until_both_norms_are_known():
-    balance = LossBalance(gamma=2.0)
+    balance = LossBalance(Balance(gamma=2.0))
     assert balance.supervised_weight == 1.0
     balance.update(3.0, 0.0)
     assert balance.supervised_weight == 1.0
@@ -16,28 +17,28 @@ def test_lambda_is_one_until_both_norms_are_known():
 
 
 def test_norms_are_moving_averages():
-    balance = LossBalance(gamma=1.0, decay=0.75)
+    balance = LossBalance(Balance(decay=0.75))
     balance.update(4.0, 1.0)
     balance.update(8.0, 3.0)
     assert balance.supervised_weight == pytest.approx((3 + 2) / (0.75 + 0.75))
 
 
 def test_what_is_not_finite_is_left_out():
-    balance = LossBalance()
+    balance = LossBalance(Balance())
     balance.update(4.0, 2.0)
     balance.update(float("nan"), float("inf"))
     assert balance.supervised_weight == 2.0
 
 
 def test_state_travels():
-    balance, other = LossBalance(), LossBalance()
+    balance, other = LossBalance(Balance()), LossBalance(Balance())
     balance.update(4.0, 2.0)
     other.load_state_dict(balance.state_dict())
     assert other.supervised_weight == balance.supervised_weight
 
 
 def test_inactive_is_always_one():
-    balance = LossBalance(active=False)
+    balance = LossBalance(None)
     balance.update(4.0, 2.0)
     assert balance.supervised_weight == 1.0
 
@@ -74,7 +75,7 @@ def test_probe_before_any_backward_pass_says_so():
 
 
 def test_lambda_stays_below_its_bound():
-    balance = LossBalance(gamma=1.0, maximum=20.0)
+    balance = LossBalance(Balance(maximum=20.0))
     balance.update(4.0, 1e-3)
     assert balance.supervised_weight == 20.0
     balance.g_sp = 1.0
