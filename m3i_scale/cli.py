@@ -17,7 +17,7 @@ from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
-from m3i_scale import paths
+from m3i_scale import __version__, paths
 from m3i_scale.arguments import count, count_or_zero, local_path, path
 
 if TYPE_CHECKING:
@@ -134,7 +134,7 @@ def build_parser(words: Sequence[str]) -> argparse.ArgumentParser:
         action="store_true",
         help="show where in the program an error arose (anywhere on the line)",
     )
-    parser.add_argument("--version", action=_Version, nargs=0, help="say which version this is")
+    parser.add_argument("--version", action="version", version=f"m3i_scale {__version__}")
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
     asked = next((word for word in words if not word.startswith("-")), None)
     for module, summaries in ELSEWHERE.items():
@@ -147,19 +147,6 @@ def build_parser(words: Sequence[str]) -> argparse.ArgumentParser:
     _add_eval(commands)
     _add_export(commands)
     return parser
-
-
-class _Version(argparse.Action):
-    """As argparse's own, but asks for the version only where it is wanted."""
-
-    def __call__(self, parser: argparse.ArgumentParser, *_: object) -> None:
-        from importlib import metadata
-
-        try:
-            print("m3i_scale", metadata.version("m3i-scale"))
-        except metadata.PackageNotFoundError:
-            print("m3i_scale, from a source tree that is not installed")
-        parser.exit()
 
 
 def _command(

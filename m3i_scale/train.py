@@ -13,6 +13,8 @@ import signal
 import sys
 from typing import TYPE_CHECKING
 
+from m3i_scale import __version__
+
 # What takes long to import is imported when the command line has been read: --help answers at once,
 # and Ctrl-C ends a start with one line.
 if TYPE_CHECKING:
@@ -52,19 +54,10 @@ def parse(arguments: list[str]) -> argparse.Namespace:
         choices=("run", "folder", "run_folder"),
         help="print this of the configuration, and stop",
     )
-    add("--version", action="version", version=_version())
+    add("--version", action="version", version=f"m3i-scale {__version__}")
     add("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)
     add("overrides", nargs="*", metavar="a.b=value", help="changes to the file")
     return parser.parse_intermixed_args(arguments)
-
-
-def _version() -> str:
-    from importlib import metadata
-
-    try:
-        return f"m3i-scale {metadata.version('m3i-scale')}"
-    except metadata.PackageNotFoundError:
-        return "m3i-scale, not installed as a package"
 
 
 def build_stream(config: Config) -> Stream:

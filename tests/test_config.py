@@ -100,6 +100,9 @@ def test_overrides_are_yaml(file: Path):
         ("model.text=null", "model.text.tokenizer"),
         ("model.categories=0", "model.categories"),
         ("data.sources.0.kind=category", "no data source of kind text"),
+        ("data.sources.0.weight=2", "some sources have a weight and some have not"),
+        ("data.augmentation.scale=[0.5, 0.2]", "[0.5, 0.2] runs backwards"),
+        ("data.augmentation.view_b.blur_sigma=[2, 1]", "[2, 1] runs backwards"),
         ("objective.targets.9.name=a", "'objective.targets' is a list with entries 0 to"),
         ("objective.targets.-1.name=a", "is a list with entries 0 to"),
         (

@@ -22,6 +22,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from m3i_scale.engine.files import write_whole
+
 FILE = "lineage.json"
 BEFORE = ""  # the attempt of checkpoints that were written before lineages were
 
@@ -112,12 +114,7 @@ def of_checkpoint(path: Path) -> Lineage | None:
 
 def write_file(path: Path, lineage: Lineage) -> None:
     """Write `lineage.json`, whole or not at all."""
-    new = path.with_suffix(".new")
-    with new.open("w") as file:
-        json.dump(lineage.as_json(), file, indent=1)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(new, path)
+    write_whole(path, json.dumps(lineage.as_json(), indent=1))
 
 
 def this_job(environment: Mapping[str, str] = os.environ) -> str | None:

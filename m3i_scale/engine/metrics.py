@@ -23,6 +23,7 @@ from tqdm import tqdm
 
 from m3i_scale.cluster.launch import World
 from m3i_scale.config import Config, dump_config
+from m3i_scale.engine.files import write_whole
 from m3i_scale.profiling.peaks import dense_bf16_peak
 
 log = logging.getLogger(__name__)
@@ -222,8 +223,8 @@ def machine_values(own: Tensor, device: torch.device) -> dict[str, float]:
 def write_provenance(folder: Path, config: Config, deepspeed_settings: dict[str, Any]) -> None:
     """Write beside a run: resolved configuration, DeepSpeed's, commit, versions, command line."""
     folder.mkdir(parents=True, exist_ok=True)
-    _replace(folder / "config.yaml", dump_config(config))
-    _replace(folder / "deepspeed.json", json.dumps(deepspeed_settings, indent=1))
+    write_whole(folder / "config.yaml", dump_config(config))
+    write_whole(folder / "deepspeed.json", json.dumps(deepspeed_settings, indent=1))
     origin = {
         "command": sys.argv,
         "commit": git_commit(),
@@ -232,14 +233,7 @@ def write_provenance(folder: Path, config: Config, deepspeed_settings: dict[str,
         "packages": {name: _version(name) for name in PACKAGES},
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
     }
-    _replace(folder / "origin.json", json.dumps(origin, indent=1))
-
-
-def _replace(path: Path, text: str) -> None:
-    """Write a file whole or not at all: a full disk must not cost what an earlier start wrote."""
-    new = path.with_name(path.name + ".new")
-    new.write_text(text)
-    os.replace(new, path)
+    write_whole(folder / "origin.json", json.dumps(origin, indent=1))
 
 
 def git_commit() -> str | None:

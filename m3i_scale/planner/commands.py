@@ -106,8 +106,7 @@ def other_place(config: Config, traced: Any, plan: Any) -> Any | None:
     """The same plan with the teacher in its other place; None without a teacher, or on one rank."""
     from m3i_scale.planner.estimate import make_plan
 
-    has_teacher = any(weight.name.startswith("teacher.") for weight in traced.weights)
-    if not has_teacher or plan.cluster.ranks == 1:
+    if not config.objective.has_teacher or plan.cluster.ranks == 1:
         return None
     return make_plan(_teacher_elsewhere(config), traced, plan.cluster, plan.assumed)
 

@@ -256,7 +256,7 @@ def averaged_weights(weights: list[Weight]) -> list[Weight]:
     return [
         w
         for w in weights
-        if w.name.startswith("teacher.") and f"student.{w.name.removeprefix('teacher.')}" in trained
+        if w.of_teacher and f"student.{w.name.removeprefix('teacher.')}" in trained
     ]
 
 
@@ -277,7 +277,7 @@ def state_memory(
     zero = deepspeed["zero_optimization"]
     owned = sum(shard(w.elements, ranks) for w in weights if w.trained)
     frozen = sum(
-        shard(w.elements, ranks) * (ranks if whole and w.name.startswith("teacher.") else 1)
+        shard(w.elements, ranks) * (ranks if whole and w.of_teacher else 1)
         for w in weights
         if not w.trained
     )
@@ -293,7 +293,7 @@ def state_memory(
         memory.BUFFERS: zero["reduce_bucket_size"] * widths.reduced,
     }
     if hpz > 1:
-        gathered = (w for w in weights if not (whole and w.name.startswith("teacher.")))
+        gathered = (w for w in weights if not (whole and w.of_teacher))
         large = (w.elements for w in gathered if w.elements > threshold)
         state[HPZ] = sum(shard(elements, hpz) for elements in large) * widths.compute
     return state
@@ -343,7 +343,7 @@ def step_flow(
     settings, widths = Settings.of(deepspeed), Widths.of(config.engine.precision, deepspeed)
     hpz = deepspeed["zero_optimization"]["zero_hpz_partition_size"]
     whole = config.engine.teacher == "whole"
-    weights = [w for w in traced.weights if not (whole and w.name.startswith("teacher."))]
+    weights = [w for w in traced.weights if not (whole and w.of_teacher)]
     steps = uses(traced, checkpointed=checkpointed, teacher=not whole)
     replay = Replay(weights, steps, settings, traced=traced, hpz=hpz > 1)
     small = {w.name: w.elements for w in weights if w.elements <= settings.persistence_threshold}

@@ -59,7 +59,7 @@ def step_work(
         for block in traced.blocks
         if (block.recomputed if checkpointed is None else checkpointed)
     )
-    tensors = sum(w.trained or not (whole_teacher and _of_teacher(w.name)) for w in traced.weights)
+    tensors = sum(w.trained or not (whole_teacher and w.of_teacher) for w in traced.weights)
     return Work(
         accumulation * (forward + backward + again),
         accumulation * tensors,
@@ -70,7 +70,3 @@ def step_work(
 def seconds(work: Work) -> float:
     """CPU seconds of one core."""
     return sum(count * each for count, each in zip(work, SECONDS, strict=True))
-
-
-def _of_teacher(name: str) -> bool:
-    return name.startswith("teacher.")

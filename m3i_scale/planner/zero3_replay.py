@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
-from m3i_scale.profiling.trace import Trace, Weight
+from m3i_scale.profiling.trace import Trace, Weight, is_teachers
 
 
 class Settings(NamedTuple):
@@ -69,7 +69,7 @@ def uses(traced: Trace, *, checkpointed: bool | None = None, teacher: bool = Tru
     order; the one of a checkpointed block begins with its forward pass, which ends before the block
     is left. Inside of a leaf nothing is gathered or released.
     """
-    watched = [teacher or not c.module.startswith("teacher.") for c in traced.calls]
+    watched = [teacher or not is_teachers(c.module) for c in traced.calls]
     watched = [
         w and leaf_of(c.module, traced) is None for w, c in zip(watched, traced.calls, strict=True)
     ]
@@ -186,7 +186,7 @@ class Replay:
             group = [name for name in names if (name in self._secondary) == hop]
             for name in group:
                 # The student networks' first weights are prefetched during the encoder's last.
-                encoder = name.startswith("teacher.")
+                encoder = is_teachers(name)
                 counters["teacher" if encoder else phase][self._sizes[name]] += 1
             self._found.collectives += bool(group)
         self._available.update(names)

@@ -41,6 +41,11 @@ class Weight(NamedTuple):
     elements: int
     trained: bool
 
+    @property
+    def of_teacher(self) -> bool:
+        """Whether it is the teacher's."""
+        return is_teachers(self.name)
+
 
 class Call(NamedTuple):
     """A module is entered or left; `grad` where autograd records."""
@@ -48,6 +53,11 @@ class Call(NamedTuple):
     module: str
     enter: bool
     grad: bool
+
+
+def is_teachers(name: str) -> bool:
+    """Whether a parameter or module of that name is the teacher's."""
+    return name.startswith("teacher.")
 
 
 @dataclass
