@@ -25,15 +25,21 @@ from collections.abc import Iterator
 from itertools import islice
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
+
+if TYPE_CHECKING:
+    from m3i_scale.config import SourceKind
 
 # Set by `_adopt` in each worker.
 STREAM: Any
 ARGS: argparse.Namespace
 
-SOURCES = {"text": (427_000_000, 43_500), "category": (15_000_000, 1_500)}
+SOURCES: dict[SourceKind, tuple[int, int]] = {
+    "text": (427_000_000, 43_500),
+    "category": (15_000_000, 1_500),
+}
 START = 9_000_000_000
 
 

@@ -34,6 +34,7 @@ from functools import partial
 from itertools import count
 from multiprocessing import active_children
 from pathlib import Path
+from typing import Literal, get_args
 
 import numpy as np
 import torch
@@ -49,6 +50,7 @@ from m3i_scale.objective.masks import PatchMask
 from m3i_scale.shards.indexing import index_shards
 
 SIZE = 192
+Interpolation = Literal["bicubic", "bilinear"]
 
 
 def photograph(rng: np.random.Generator) -> bytes:
@@ -118,7 +120,9 @@ def _single(_: int) -> None:
     torch.set_num_threads(1)
 
 
-def stream(index: str, workers: int, batch: int, views: int, interpolation: str) -> Iterable:
+def stream(
+    index: str, workers: int, batch: int, views: Literal[1, 2], interpolation: Interpolation
+) -> Iterable:
     """This project's loader."""
     data = Data(
         sources=[Source(name="bench", index=index, kind="text")],
@@ -241,7 +245,7 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=2, help="0: skip what needs workers")
     parser.add_argument("--long", type=int, default=400, help="batches of the long run")
     parser.add_argument("--batch", type=int, default=64)
-    parser.add_argument("--interpolation", default="bicubic")
+    parser.add_argument("--interpolation", choices=get_args(Interpolation), default="bicubic")
     args = parser.parse_args()
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:

@@ -8,7 +8,7 @@ from pathlib import Path
 from helpers.run_folder import captioned_config
 from helpers.shards import write_images
 from helpers.small import small_targets
-from m3i_scale.config import dump_config
+from m3i_scale.config import SourceKind, dump_config
 
 STEPS = 24
 OVERRIDES = {
@@ -30,9 +30,10 @@ def write_workload(folder: Path) -> Path:
     Args:
         folder: also gets `heldout.parquet`, images that are not trained on.
     """
+    counts: dict[SourceKind, int] = {"text": 96, "category": 64}
     sources = [
         {"name": kind, "index": write_images(folder, kind, range(count), kind), "kind": kind}
-        for kind, count in (("text", 96), ("category", 64))
+        for kind, count in counts.items()
     ]
     write_images(folder, "heldout", range(100, 120), "category")
     config = captioned_config(folder, OVERRIDES | {"data.sources": sources})
