@@ -68,7 +68,8 @@ def package_of(name: str) -> str | None:
     parts = name.split(".")
     if parts[0] == "m3i_kernels":
         return "m3i_kernels"
-    return parts[1] if parts[0] == "m3i_scale" and len(parts) > 1 else None
+    ours = parts[0] == "m3i_scale" and len(parts) > 1 and not parts[1].startswith("__")
+    return parts[1] if ours else None
 
 
 @pytest.mark.parametrize(
