@@ -33,6 +33,8 @@ ALLOWED: dict[str, set[str]] = {
     "planner": {"config", "objective", "models", "profiling", "cluster", "engine", "m3i_kernels"}
     | LEAVES,
     "transfer": {"config", "objective", "models", "data", "m3i_kernels"} | LEAVES,
+    # Other people's libraries and weights, for the networks of `models`.
+    "integrations": {"config", "models", "m3i_kernels"} | LEAVES,
     # Starts training and evaluation as processes; of the engine it asks which checkpoints are
     # complete and what an exit code means.
     "sweep": {"config", "profiling", "engine"} | LEAVES,

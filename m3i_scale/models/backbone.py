@@ -64,6 +64,17 @@ def build_backbone(name: str, **options: Any) -> Backbone:
     of every size comes with the fused map and without a classifier. Raises ValueError for unknown
     names, unknown options and missing ones.
     """
+    build, merged = backbone_options(name, options)
+    return build(**merged)
+
+
+def backbone_options(
+    name: str, options: Mapping[str, Any]
+) -> tuple[Callable[..., Any], dict[str, Any]]:
+    """The class that `build_backbone` calls for a name and options, and the arguments it gives.
+
+    Raises ValueError as `build_backbone`.
+    """
     if name not in _BACKBONES:
         raise ValueError(f"backbone {name!r}: {_suggest(name, list(_BACKBONES))}")
     build, defaults = _BACKBONES[name]
@@ -75,7 +86,7 @@ def build_backbone(name: str, **options: Any) -> Backbone:
     missing = [p for p in parameters.values() if p.default is p.empty and p.name not in merged]
     if missing:
         raise ValueError(f"backbone {name} needs {', '.join(p.name for p in missing)}")
-    return build(**merged)
+    return build, merged
 
 
 def _suggest(word: str, valid: Any) -> str:

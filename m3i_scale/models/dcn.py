@@ -53,8 +53,9 @@ class DCNv3(nn.Module):
         self.center_feature_scale = center_feature_scale
         self.fused_offset_branch = fused_offset_branch
         if center_feature_scale:
-            self.center_feature_scale_proj_weight = nn.Parameter(torch.zeros(groups, channels))
-            self.center_feature_scale_proj_bias = nn.Parameter(torch.zeros(groups))
+            self.center_feature_scale_proj_weight = nn.Parameter(torch.empty(groups, channels))
+            self.center_feature_scale_proj_bias = nn.Parameter(torch.empty(groups))
+            self.reset_parameters()
         points = groups * (kernel_size**2 - int(remove_center))
         self.dw_conv = nn.Sequential(
             nn.Conv2d(
@@ -67,6 +68,12 @@ class DCNv3(nn.Module):
         self.mask = ZeroLinear(channels, points)
         self.input_proj = XavierLinear(channels, channels)
         self.output_proj = XavierLinear(channels, channels)
+
+    def reset_parameters(self) -> None:
+        """Set the gates of the centre to one half; the layers inside reset their own weights."""
+        if self.center_feature_scale:
+            nn.init.zeros_(self.center_feature_scale_proj_weight)
+            nn.init.zeros_(self.center_feature_scale_proj_bias)
 
     def forward(self, x: Tensor) -> Tensor:
         """Convolve x (N, H, W, C)."""

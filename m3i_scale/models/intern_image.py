@@ -157,9 +157,17 @@ class Block(nn.Module):
         self.drop_path = drop_path_layer(drop_path)
         self.res_post_norm1 = nn.Sequential(layer_norm(channels)) if res_post_norm else None
         self.res_post_norm2 = nn.Sequential(layer_norm(channels)) if res_post_norm else None
+        self.layer_scale = layer_scale
         for name in ("gamma1", "gamma2"):
-            gamma = None if layer_scale is None else torch.full((channels,), layer_scale)
-            self.register_parameter(name, None if gamma is None else nn.Parameter(gamma))
+            gamma = None if layer_scale is None else nn.Parameter(torch.empty(channels))
+            self.register_parameter(name, gamma)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Set the layer scale; the layers inside reset their own weights."""
+        if self.layer_scale is not None:
+            for gamma in self.parameters(recurse=False):
+                nn.init.constant_(gamma, self.layer_scale)
 
     def forward(self, x: Tensor) -> Tensor:
         """Apply to x (N, H, W, C)."""
@@ -326,14 +334,19 @@ class InternImage(nn.Module):
         """What `pool` adds to the features."""
         return self.clip_projector
 
-    def forward_stages(self, images: Tensor) -> list[Tensor]:
-        """Map images to four maps (N, H, W, C), strides 4 to 32, each before its downsampling."""
-        maps = []
+    def forward_maps(self, images: Tensor) -> list[Tensor]:
+        """Map images to the stem's map and those of the stages, all (N, H, W, C)."""
         x: Tensor | None = self.patch_embed(images)
+        assert x is not None
+        maps = [x]
         for level in self.levels:
             stage, x = level(x)
             maps.append(stage)
         return maps
+
+    def forward_stages(self, images: Tensor) -> list[Tensor]:
+        """Map images to four maps (N, H, W, C), strides 4 to 32, each before its downsampling."""
+        return self.forward_maps(images)[1:]
 
     def grid_size(self, height: int, width: int) -> tuple[int, int]:
         """Return rows and columns of the stride-16 map of an image of height x width pixels."""
@@ -349,30 +362,43 @@ class InternImage(nn.Module):
                 "this InternImage has no fused map: build it with use_clip_projector=True"
             )
         self.grid_size(*images.shape[-2:])
-        x3, x4 = (x.permute(0, 3, 1, 2) for x in self.forward_stages(images)[2:])
-        fused = self.dcnv3_head_x4(x4) + self.dcnv3_head_x3(x3)  # (B, D, H / 16, W / 16)
-        return fused.flatten(2).transpose(1, 2)
+        return self.fuse(*self.forward_stages(images)[2:]).flatten(2).transpose(1, 2)
+
+    def fuse(self, stage3: Tensor, stage4: Tensor) -> Tensor:
+        """Maps (B, H, W, C) of the last two stages -> the fused stride-16 map (B, D, H, W)."""
+        if any(
+            coarse * 2 != fine
+            for coarse, fine in zip(stage4.shape[1:3], stage3.shape[1:3], strict=True)
+        ):
+            raise ValueError("image height and width must be multiples of 32 for the fused map")
+        x3, x4 = (x.permute(0, 3, 1, 2) for x in (stage3, stage4))
+        return self.dcnv3_head_x4(x4) + self.dcnv3_head_x3(x3)
 
     def pool(self, tokens: Tensor, keep: Tensor | None = None) -> Tensor:
         """Pool tokens (B, N, D), all or those where keep (B, N) is True, to (B, E)."""
         return self.clip_projector(tokens, keep)
 
     def forward_embedding(self, images: Tensor) -> Tensor:
-        """Map images (B, 3, H, W) to the pooled vector (B, E) that the classifier sees (H, G).
+        """Map images (B, 3, H, W) to the vector (B, E) that the classifier sees.
 
-        With `num_classes=0` that is the output of the pooling itself.
+        In H and G with `num_classes=0` that is the output of the pooling itself.
         """
-        pooled = self.pool(self.features(images))
+        if self.use_clip_projector:
+            self.grid_size(*images.shape[-2:])
+        return self.embed(self.forward_stages(images))
+
+    def embed(self, stages: Sequence[Tensor]) -> Tensor:
+        """Of the maps of the four stages, the vector (B, E) that the classifier sees."""
+        if not self.use_clip_projector:
+            return self.conv_head(stages[3].permute(0, 3, 1, 2)).mean((2, 3))
+        pooled = self.pool(self.fuse(*stages[2:]).flatten(2).transpose(1, 2))
         return self.fc_norm(pooled) if self.num_classes else pooled
 
     def forward(self, images: Tensor) -> Tensor:
         """Map images (B, 3, H, W) to logits (B, num_classes)."""
         if not self.num_classes:
             raise ValueError("num_classes=0: this InternImage has no classifier")
-        if self.use_clip_projector:
-            return self.head(self.forward_embedding(images))
-        x = self.conv_head(self.forward_stages(images)[-1].permute(0, 3, 1, 2))
-        return self.head(x.mean((2, 3)))
+        return self.head(self.forward_embedding(images))
 
 
 def _check_depths_and_groups(channels: int, depths: Sequence[int], groups: Sequence[int]) -> None:

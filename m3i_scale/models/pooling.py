@@ -19,13 +19,19 @@ class CrossAttention(nn.Module):
         super().__init__()
         require_divisible("width", width, "heads", heads)
         self.heads = heads
-        self.q_bias = nn.Parameter(torch.zeros(width))
-        self.k_bias = nn.Parameter(torch.zeros(width))
-        self.v_bias = nn.Parameter(torch.zeros(width))
+        self.q_bias = nn.Parameter(torch.empty(width))
+        self.k_bias = nn.Parameter(torch.empty(width))
+        self.v_bias = nn.Parameter(torch.empty(width))
+        self.reset_parameters()
         self.q = XavierLinear(width, width, bias=False)
         self.k = XavierLinear(width, width, bias=False)
         self.v = XavierLinear(width, width, bias=False)
         self.proj = XavierLinear(width, out_width)
+
+    def reset_parameters(self) -> None:
+        """Set the biases to zero; the layers inside reset their own weights."""
+        for bias in (self.q_bias, self.k_bias, self.v_bias):
+            nn.init.zeros_(bias)
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, keep: Tensor | None = None) -> Tensor:
         """Attend from q (B, Q, D) to k, v (B, N, D) where keep (B, N) is True -> (B, Q, E)."""

@@ -1,6 +1,7 @@
 """Reading published weights by name. Reading never executes a file's content."""
 
 import os
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,22 +14,32 @@ from torch import Tensor, nn
 # Where `.pth` files keep the weights, and the prefix of each name in files from the Hub.
 WEIGHT_KEYS = ("model", "module")
 HUB_PREFIX = "model."
+# What Hub files call the layer scale of a block, with which the names of `InternImage` come back.
+_HUB_SCALE = re.compile(r"\.layer_scale([12])$")
+
+
+def hub_name(name: str) -> str:
+    """What a Hub file calls the tensor that `InternImage` calls `name`."""
+    return HUB_PREFIX + re.sub(r"\.gamma([12])$", r".layer_scale\1", name)
+
+
+def plain_name(name: str) -> str:
+    """What `InternImage` calls the tensor `name` of a Hub file: `hub_name` the other way."""
+    return _HUB_SCALE.sub(r".gamma\1", name.removeprefix(HUB_PREFIX))
 
 
 def load_published(path: str | os.PathLike[str]) -> dict[str, Tensor]:
     """Read the state dict of a published InternImage, on the CPU, under the names of `InternImage`.
 
     `.safetensors` files and `.pth`, `.pt`, `.bin` files (weights under `model` or `module`, or
-    bare) are read; the prefix `model.` of Hub files is removed. Raises ValueError for anything
-    else, including pickles that hold more than tensors and plain containers.
+    bare) are read; names of Hub files become those of `InternImage`. Raises ValueError for
+    anything else, including pickles that hold more than tensors and plain containers.
     """
     path = Path(path)
     if not path.is_file():
         raise ValueError(f"no weights at {path}: there is no such file")
     state = _read_safetensors(path) if path.suffix == ".safetensors" else _read_torch(path)
-    if state and all(name.startswith(HUB_PREFIX) for name in state):
-        state = {name.removeprefix(HUB_PREFIX): value for name, value in state.items()}
-    return state
+    return {plain_name(name): value for name, value in state.items()}
 
 
 def load_weights(

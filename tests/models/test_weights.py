@@ -5,7 +5,7 @@ import torch
 from safetensors.torch import save_file
 
 from m3i_scale.models.intern_image import InternImage
-from m3i_scale.models.weights import load_published, load_weights
+from m3i_scale.models.weights import hub_name, load_published, load_weights
 
 SMALL = {"channels": 16, "depths": [1, 1, 1, 1], "groups": [1, 2, 4, 8]}
 
@@ -31,6 +31,18 @@ def test_hub_files(published, tmp_path):
     assert_same(load_published(str(tmp_path / "model.safetensors")), state)
     torch.save({f"model.{k}": v for k, v in state.items()}, tmp_path / "pytorch_model.bin")
     assert_same(load_published(tmp_path / "pytorch_model.bin"), state)
+
+
+def test_hub_names_of_the_layer_scale(tmp_path):
+    model = InternImage(**SMALL, num_classes=5, layer_scale=1e-5, post_norm=True)
+    state = model.state_dict()
+    named = {hub_name(name): value for name, value in state.items()}
+    assert "model.levels.0.blocks.0.layer_scale2" in named
+    assert not any("gamma" in name for name in named)
+    save_file(named, tmp_path / "model.safetensors")
+    loaded = load_published(tmp_path / "model.safetensors")
+    assert_same(loaded, state)
+    assert load_weights(model, loaded) == []
 
 
 def assert_same(actual, expected):
