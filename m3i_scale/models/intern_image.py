@@ -251,6 +251,7 @@ class InternImage(nn.Module):
     """
 
     stride = 16
+    head: nn.Module
 
     def __init__(
         self,
