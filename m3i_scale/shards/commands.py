@@ -1,4 +1,4 @@
-"""The data commands of `m3i`: `m3i shards build|index|check|show` and `m3i glyphs`."""
+"""The data commands of `m3i`: `shards build|index|check|show`, `glyphs`, `tokenizer`."""
 
 from __future__ import annotations
 
@@ -8,8 +8,9 @@ import json
 import os
 from typing import Any, get_args
 
+from m3i_scale import paths
 from m3i_scale.arguments import count, count_or_zero, path, percent, share
-from m3i_scale.config import SourceKind, Storage
+from m3i_scale.config import Source, SourceKind, Storage
 from m3i_scale.data.storage import StorageClient
 
 Subparsers = Any  # argparse's own type for this is private
@@ -24,6 +25,7 @@ def register(subparsers: Subparsers) -> None:
     _add_check(actions)
     _add_show(actions)
     _add_glyphs(subparsers)
+    _add_tokenizer(subparsers)
 
 
 def _add_build(actions: Subparsers) -> None:
@@ -243,6 +245,48 @@ def _glyphs(args: argparse.Namespace) -> int:
     for source in (data.text, data.category, data.heldout):
         print(f"{source.index}: {Index(source.index).samples:,} glyphs")
     return 0
+
+
+def _add_tokenizer(subparsers: Subparsers) -> None:
+    parser = subparsers.add_parser(
+        "tokenizer",
+        help="train a WordPiece tokenizer on the captions of indexed shards",
+        description="Train a WordPiece tokenizer on the captions of indexed shards.\n\n"
+        "The result is a tokenizer.json, and a function of the captions alone.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument(
+        "index", nargs="+", type=path, metavar="INDEX", help="index files with captions"
+    )
+    parser.add_argument("--vocab-size", type=count, required=True, help="most tokens")
+    parser.add_argument(
+        "--out", required=True, type=path, metavar="FILE", help="the tokenizer.json to write"
+    )
+    parser.add_argument("--limit", type=count, metavar="N", help="read N samples of each index")
+    parser.set_defaults(run=_tokenizer)
+
+
+def _tokenizer(args: argparse.Namespace) -> int:
+    from m3i_scale.data.sequential import source_of
+    from m3i_scale.models.tokenizer import train_wordpiece
+
+    paths.require_folder_of(args.out)
+    sources = [source_of(path) for path in args.index]
+    for source in sources:
+        if source.kind == "category":
+            raise ValueError(f"{source.index} has no captions; name an index of kind text or both")
+    captions = [caption for source in sources for caption in _captions(source, args.limit)]
+    tokenizer = train_wordpiece(captions, args.vocab_size, args.out)
+    print(f"{args.out}: {tokenizer.vocab_size:,} tokens from {len(captions):,} captions")
+    return 0
+
+
+def _captions(source: Source, limit: int | None) -> list[str]:
+    from m3i_scale.data.make import Sample
+    from m3i_scale.data.sequential import walk
+
+    samples = (sample for _, sample in walk(source, limit=limit))
+    return [sample.text for sample in samples if isinstance(sample, Sample) and sample.text]
 
 
 def _add_class_list(parser: argparse.ArgumentParser) -> None:

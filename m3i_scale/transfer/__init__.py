@@ -9,8 +9,8 @@
     evaluation.py    all tasks, trained beside untrained networks: the table of `m3i eval`
     pictures.py      retrieval.png, curves.png
     export.py        one safetensors file per model
+    commands.py      `m3i eval`, `m3i export`
 
-The package imports models, objective, data and config, never the engine. Functions take a
-checkpoint as `loading.Weights`, a protocol that `m3i_scale.engine.checkpoint.CheckpointReader`
-follows; `cli.py` joins the two.
+Only commands.py imports the engine. Functions take a checkpoint as `loading.Weights`, a protocol
+that `m3i_scale.engine.checkpoint.CheckpointReader` follows; commands.py joins the two.
 """

@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from published import CLASSES, IMAGES, STYLES, random_model, write_published
 from safetensors.torch import load_file, save_file
 from transformers import (
     AutoBackbone,
@@ -27,6 +26,7 @@ from transformers import (
 from m3i_scale.integrations import hf
 from m3i_scale.models.intern_image import InternImage
 from m3i_scale.models.weights import hub_name
+from published import CLASSES, IMAGES, STYLES, random_model, write_published
 
 LEVELS = ["stage1", "stage2", "stage3", "stage4"]
 
