@@ -4,7 +4,7 @@
 
     config = m3i_scale.load_config("configs/demo.yaml", ["optimizer.warmup=0 steps"])
     backbone = m3i_scale.build_backbone("intern_image_t")     # an untrained network
-    backbone = m3i_scale.load_backbone("backbone.safetensors")  # a file of `m3i export`
+    backbone = m3i_scale.load_backbone("backbone.safetensors")  # file or folder of `m3i export`
     state = m3i_scale.load_published("internimage_t.safetensors")  # a published state dict
 
 Importing the package imports nothing else: each name is imported when it is first used (PEP 562).

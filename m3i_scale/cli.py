@@ -23,6 +23,7 @@ EXAMPLES = """examples:
   m3i eval --run runs/demo --gallery data_demo/glyphs/text.parquet \\
       --queries data_demo/glyphs/heldout.parquet
   m3i export --run runs/demo --which teacher --out backbone.safetensors
+  m3i export --run runs/demo --format onnx --out demo-onnx
 """
 
 # Modules whose `register(commands)` adds parsers with a default `run(options) -> int`, and the
@@ -42,7 +43,8 @@ COMMANDS = {
     },
     "m3i_scale.transfer.commands": {
         "eval": "measure what a run has learned, beside the untrained networks and chance",
-        "export": "write the networks of a run as one safetensors file",
+        "export": "write the networks of a run as a file, or its backbone for other libraries",
+        "push": "upload an exported folder to the Hugging Face Hub",
     },
 }
 

@@ -1,4 +1,4 @@
-"""The commands about what a run has learned: `m3i eval` and `m3i export`.
+"""The commands about what a run has learned: `m3i eval`, `m3i export` and `m3i push`.
 
 The only module of this package that knows the engine: it opens the checkpoints that the others
 take as `loading.Weights`.
@@ -23,6 +23,7 @@ def register(commands: Any) -> None:
     """Add the commands to an `ArgumentParser.add_subparsers()`; each sets `run(options) -> int`."""
     _add_eval(commands)
     _add_export(commands)
+    _add_push(commands)
 
 
 def _command(
@@ -180,10 +181,15 @@ def _add_export(commands: Any) -> None:
         commands,
         "export",
         export_run,
-        "write the networks of a run as one safetensors file",
-        "Needs no GPU, and memory for a few megabytes of weights only. The backbone's tensors\n"
-        "have the published names; the file's metadata holds the configuration. Read it with\n"
-        "m3i_scale.transfer.export.load_backbone, or any safetensors reader.",
+        "write the networks of a run as a file, or its backbone for other libraries",
+        "Without --format: one safetensors file, whose tensors have the published names and whose\n"
+        "metadata holds the configuration. With --format: a folder with weights, configuration,\n"
+        "image processor and a model card that says how to load it (docs/tasks/export.md):\n\n"
+        "  m3i           m3i_scale.load_backbone, with the attention pooling\n"
+        "  timm          timm.create_model('local-dir:FOLDER', pretrained=True)\n"
+        "  transformers  transformers.AutoModel.from_pretrained('FOLDER')\n"
+        "  onnx          standard operators, checked in onnxruntime against torch\n\n"
+        "Needs no GPU, and but for onnx memory for a few megabytes of weights only.",
     )
     _add_run(parser)
     parser.add_argument(
@@ -194,18 +200,34 @@ def _add_export(commands: Any) -> None:
     )
     parser.add_argument("--dtype", choices=("fp32", "bf16"), default="fp32", help="(default fp32)")
     parser.add_argument(
-        "--out", required=True, type=local_path, metavar="FILE", help="file to write"
+        "--format",
+        choices=("m3i", "timm", "transformers", "onnx"),
+        help="write a folder that this library reads (default: one safetensors file)",
+    )
+    parser.add_argument(
+        "--out",
+        required=True,
+        type=local_path,
+        metavar="PATH",
+        help="file or, with --format, folder",
     )
 
 
 def export_run(options: argparse.Namespace) -> int:
     """`m3i export`."""
+    return _export_file(options) if options.format is None else _export_folder(options)
+
+
+def _export_file(options: argparse.Namespace) -> int:
     from tqdm import tqdm
 
     from m3i_scale.transfer import export
 
     if options.out.suffix != ".safetensors":
-        raise ValueError(f"--out {options.out}: the file is safetensors; name it *.safetensors")
+        raise ValueError(
+            f"--out {options.out}: the file is safetensors; name it *.safetensors, or say with "
+            "--format which folder to write"
+        )
     paths.require_folder_of(options.out)
     config, reader = _open_run(options.folder, options.step)
     total = export.size(reader, config, part=options.part, dtype=options.dtype)
@@ -220,6 +242,69 @@ def export_run(options: argparse.Namespace) -> int:
             progress=bar.update,
         )
     print(f"{options.out}: {options.which}, {options.part}, {options.dtype}, {total:,} bytes")
+    return 0
+
+
+def _export_folder(options: argparse.Namespace) -> int:
+    from tqdm import tqdm
+
+    from m3i_scale.transfer import card, folder
+
+    if options.part != "backbone":
+        raise ValueError("--part all goes into one file: leave out --format")
+    if options.out.suffix in (".safetensors", ".onnx"):
+        raise ValueError(
+            f"--out {options.out}: --format {options.format} writes a folder; name one"
+        )
+    folder.require_new(options.out)
+    paths.require_writable(options.out.absolute().parent)
+    config, reader = _open_run(options.folder, options.step)
+    figures = card.figures(options.folder, options.which, int(reader.state["step"]))
+    with tqdm(desc="export", unit="B", unit_scale=True) as bar:
+        folder.export_folder(
+            reader,
+            config,
+            options.out,
+            format=options.format,
+            which=options.which,
+            dtype=options.dtype,
+            figures=figures,
+            progress=bar.update,
+        )
+    print(f"{options.out}: {options.which}, {options.format}, {options.dtype}; see its README.md")
+    return 0
+
+
+def _add_push(commands: Any) -> None:
+    parser = _command(
+        commands,
+        "push",
+        push_folder,
+        "upload an exported folder to the Hugging Face Hub",
+        "FOLDER is what m3i export --format wrote. Read its README.md first, and add a licence:\n"
+        "it becomes the page of the model. The token is that of `hf auth login`, or HF_TOKEN.",
+    )
+    parser.add_argument("folder", type=local_path, metavar="FOLDER", help="exported folder")
+    parser.add_argument("repository", metavar="REPO", help="OWNER/NAME on the Hub")
+    parser.add_argument(
+        "--dry-run", action="store_true", help="show files and sizes that would go; send nothing"
+    )
+    parser.add_argument("--private", action="store_true", help="if the repository is made")
+
+
+def push_folder(options: argparse.Namespace) -> int:
+    """`m3i push`."""
+    from m3i_scale.transfer import push
+
+    files = push.files_of(options.folder)
+    push.require_repository(options.repository)
+    total = sum(file.size for file in files)
+    verb = "would go" if options.dry_run else "go"
+    for file in files:
+        print(f"{file.size:>15,}  {file.name}")
+    print(f"{total:>15,}  bytes in {len(files)} files {verb} to {options.repository}", flush=True)
+    if not options.dry_run:
+        print(push.push(options.folder, options.repository, files, private=options.private))
     return 0
 
 

@@ -1,47 +1,25 @@
-"""One safetensors file per model, written piece by piece from a sharded checkpoint.
-
-The format (github.com/huggingface/safetensors): 8 bytes, little-endian, the length of the header;
-the header, JSON padded with spaces, `{name: {dtype, shape, data_offsets}, "__metadata__": {...}}`;
-then the tensors without gaps, in the order of their offsets. All offsets follow from the shapes, so
-the header is written first and the weights pass through memory in pieces of a few megabytes,
-whatever the size of the model or of its largest tensor.
-"""
+"""One safetensors file of a model with its configuration, and the backbone that it describes."""
 
 from __future__ import annotations
 
 import json
 import os
-import struct
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any, BinaryIO, Literal, NamedTuple
+from typing import Literal
 
-import torch
 from safetensors import SafetensorError, safe_open
-from torch import Tensor
 
 from m3i_scale.config import Config
 from m3i_scale.models.backbone import Backbone, build_backbone
 from m3i_scale.models.weights import load_published, load_weights
+from m3i_scale.transfer import tensor_file
 from m3i_scale.transfer.loading import Weights, Which, stored_kinds
+from m3i_scale.transfer.tensor_file import Dtype, Entry
 
 Part = Literal["backbone", "all"]
 BACKBONE = "student.backbone."
-PIECE = 1 << 22  # elements that are in memory at once: 16 MB in fp32
-_DTYPES = {"fp32": (torch.float32, "F32"), "bf16": (torch.bfloat16, "BF16")}
-
-
-class Entry(NamedTuple):
-    """One tensor of the file."""
-
-    kind: str  # where the checkpoint has it
-    name: str  # what the checkpoint calls it
-    shape: list[int]
-
-    @property
-    def elements(self) -> int:
-        """Number of elements."""
-        return int(torch.Size(self.shape).numel())
+WEIGHTS = "model.safetensors"  # the weights in a folder
 
 
 def export(
@@ -51,7 +29,7 @@ def export(
     *,
     which: Which = "student",
     part: Part = "backbone",
-    dtype: Literal["fp32", "bf16"] = "fp32",
+    dtype: Dtype = "fp32",
     progress: Callable[[int], None] = lambda size: None,
 ) -> None:
     """Write one model of a checkpoint to a safetensors file.
@@ -73,34 +51,29 @@ def export(
         ValueError: the run has no averages, the checkpoint no backbone, or the folder is missing.
         OSError: the file cannot be written.
     """
-    entries = _entries(weights, config, which, part)
-    kind, code = _DTYPES[dtype]
-    header = _header(entries, code, kind.itemsize, _metadata(weights, config, which, part))
+    tensors = entries(weights, config, which, part)
     path = Path(path)
     if not path.parent.is_dir():
         raise ValueError(f"{path}: there is no folder {path.parent}; make it first")
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        with partial.open("wb") as file:
-            file.write(header)
-            for entry in entries.values():
-                for piece in _pieces(weights, entry):
-                    progress(_write(file, piece.to(kind)))
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
+    tensor_file.write(
+        path,
+        weights,
+        tensors,
+        dtype=dtype,
+        metadata=_metadata(weights, config, which, part),
+        progress=progress,
+    )
 
 
-def size(weights: Weights, config: Config, *, part: Part = "backbone", dtype: str = "fp32") -> int:
+def size(
+    weights: Weights, config: Config, *, part: Part = "backbone", dtype: Dtype = "fp32"
+) -> int:
     """Bytes of tensors that `export` will write."""
-    entries = _entries(weights, config, "student", part)
-    return sum(entry.elements for entry in entries.values()) * _DTYPES[dtype][0].itemsize
+    return tensor_file.tensor_bytes(entries(weights, config, "student", part), dtype)
 
 
 def load_backbone(path: str | os.PathLike[str]) -> Backbone:
-    """Build the backbone that an exported file describes, with its weights, in float32.
+    """Build the backbone that an exported file or folder describes, with its weights, in float32.
 
     The pooling keeps its initialisation where the file has none: a run whose targets are all dense
     does not train it.
@@ -108,6 +81,8 @@ def load_backbone(path: str | os.PathLike[str]) -> Backbone:
     Raises:
         ValueError: the file is not one that `export` wrote with part="backbone", or does not fit.
     """
+    path = Path(path)
+    path = path / WEIGHTS if path.is_dir() else path
     metadata = read_metadata(path)
     if metadata.get("part") != "backbone":
         raise ValueError(
@@ -116,15 +91,15 @@ def load_backbone(path: str | os.PathLike[str]) -> Backbone:
     description = json.loads(metadata["backbone"])
     backbone = build_backbone(description["name"], **description["options"])
     state = {name: tensor.float() for name, tensor in load_published(path).items()}
-    load_weights(backbone, state, fresh=_untrained(backbone, state))  # type: ignore[arg-type]
+    load_weights(backbone, state, fresh=untrained(backbone, state))  # type: ignore[arg-type]
     return backbone
 
 
-def _untrained(backbone: Backbone, state: Mapping[str, Tensor]) -> list[str]:
-    """The pooling, where the run never trained it: its objective had dense targets only."""
+def untrained(backbone: Backbone, names: Iterable[str]) -> list[str]:
+    """The pooling, if no name is of it: the run never trained it, its targets were all dense."""
     modules = backbone.named_modules()  # type: ignore[attr-defined]
     (name,) = (name for name, module in modules if module is backbone.pooling)
-    return [] if any(key.startswith(f"{name}.") for key in state) else [name]
+    return [] if any(key.startswith(f"{name}.") for key in names) else [name]
 
 
 def read_metadata(path: str | os.PathLike[str]) -> dict[str, str]:
@@ -140,8 +115,14 @@ def read_metadata(path: str | os.PathLike[str]) -> dict[str, str]:
         raise ValueError(f"{path} is not a readable safetensors file ({error})") from None
 
 
-def _entries(weights: Weights, config: Config, which: Which, part: Part) -> dict[str, Entry]:
-    """The tensors of the file by their names in it."""
+def entries(
+    weights: Weights, config: Config, which: Which, part: Part = "backbone"
+) -> dict[str, Entry]:
+    """The tensors of a model by the names that `export` gives them.
+
+    Raises:
+        ValueError: the run has no averages, or the checkpoint no such part.
+    """
     prefix = BACKBONE if part == "backbone" else ""
     shapes = {name: shape for name, shape in weights.shapes.items() if name.startswith(prefix)}
     if not shapes:
@@ -160,28 +141,25 @@ def _metadata(weights: Weights, config: Config, which: Which, part: Part) -> dic
         "which": which,
         "step": str(weights.state["step"]),
         "backbone": json.dumps(config.model.backbone.model_dump(mode="json")),
-        "config": json.dumps(config.model_dump(mode="json")),
+        "config": json.dumps(_without_secrets(config).model_dump(mode="json")),
     }
 
 
-def _header(
-    entries: Mapping[str, Entry], code: str, itemsize: int, metadata: Mapping[str, str]
-) -> bytes:
-    content: dict[str, Any] = {"__metadata__": metadata}
-    offset = 0
-    for name, entry in entries.items():
-        end = offset + entry.elements * itemsize
-        content[name] = {"dtype": code, "shape": entry.shape, "data_offsets": [offset, end]}
-        offset = end
-    text = json.dumps(content).encode()
-    text += b" " * (-len(text) % 8)  # the tensors begin at a multiple of 8
-    return struct.pack("<Q", len(text)) + text
+def _without_secrets(config: Config) -> Config:
+    """Without what opens the storage: exported files are passed on."""
+    sources = [
+        source.model_copy(update={"index": _without_credentials(source.index)})
+        for source in config.data.sources
+    ]
+    storage = config.data.storage.model_copy(update={"options": {}})
+    data = config.data.model_copy(update={"sources": sources, "storage": storage})
+    return config.model_copy(update={"data": data})
 
 
-def _pieces(weights: Weights, entry: Entry) -> Iterator[Tensor]:
-    for start in range(0, entry.elements, PIECE):
-        yield weights.slice(entry.kind, entry.name, start, min(start + PIECE, entry.elements))
-
-
-def _write(file: BinaryIO, piece: Tensor) -> int:
-    return file.write(piece.contiguous().view(torch.uint8).numpy().data)
+def _without_credentials(index: str) -> str:
+    """A URL without user, password and query (a signature, often); other paths as they are."""
+    scheme, separator, rest = index.partition("://")
+    if not separator:
+        return index
+    host, slash, path = rest.partition("?")[0].partition("/")
+    return f"{scheme}://{host.rpartition('@')[2]}{slash}{path}"

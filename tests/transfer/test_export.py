@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 from m3i_scale.config import Config
 from m3i_scale.models.backbone import build_backbone
 from m3i_scale.models.intern_image import InternImage
-from m3i_scale.transfer import export as module
+from m3i_scale.transfer import tensor_file
 from m3i_scale.transfer.export import export, load_backbone, read_metadata, size
 
 
@@ -110,7 +110,7 @@ class Watched:
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 def test_pieces_bound_memory_whatever_the_largest_tensor(tmp_path, config, monkeypatch, dtype):
-    monkeypatch.setattr(module, "PIECE", 300)
+    monkeypatch.setattr(tensor_file, "PIECE", 300)
     watched = Watched()
     path = tmp_path / "watched.safetensors"
     export(watched, config, path, dtype=dtype)
