@@ -6,6 +6,9 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+# Processes that share the tests, file by file, the longest files first.
+TEST_WORKERS ?= 2
+PYTEST := $(BIN)/python -m pytest -n $(TEST_WORKERS) --dist loadfile --no-loadscope-reorder
 # One thread per process where two processes share two cores.
 ONE_THREAD := OMP_NUM_THREADS=1
 DEMO_RUN := runs/demo
@@ -46,11 +49,11 @@ h-on-cpu: setup
 	DS_ACCELERATOR=cpu $(BIN)/python benchmarks/h_on_cpu.py
 
 test: setup
-	$(ONE_THREAD) $(BIN)/python -m pytest
+	$(ONE_THREAD) $(PYTEST)
 
 # For the loop of work: no Slurm, no groups of processes.
 test-fast: setup
-	$(ONE_THREAD) $(BIN)/python -m pytest -n 2 --dist loadfile -m "not distributed and not slurm"
+	$(ONE_THREAD) $(PYTEST) -m "not distributed and not slurm"
 
 test-gpu: setup
 	$(BIN)/python -m pytest tests/kernels -n 4 -m "not cpu_only"

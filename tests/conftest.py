@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+from collections import defaultdict
 from collections.abc import Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -17,6 +19,19 @@ if TYPE_CHECKING:
     from m3i_scale.objective.m3i import M3I
 
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
+
+# Seconds of a test by its marker, about: files are given to workers in the order of their sums.
+SECONDS = {"slurm": 40.0, "distributed": 10.0}
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Put the longest files first, or one worker starts a cluster when the other has finished."""
+    files: defaultdict[Path, float] = defaultdict(float)
+    for item in items:
+        files[item.path] += (
+            max((SECONDS.get(mark.name, 0.0) for mark in item.iter_markers()), default=0.0) + 0.2
+        )
+    items.sort(key=lambda item: -files[item.path])  # stable: a file's tests keep their order
 
 
 @pytest.fixture(autouse=True)

@@ -175,3 +175,10 @@ def test_the_entry_point_is_thin():
 def test_files_stay_readable():
     long = {p for _, p in modules() if len(p.read_text().splitlines()) > 450}
     assert not long, f"split {long}"
+
+
+def test_tests_share_helpers_and_import_no_other_test():
+    for path in (ROOT / "tests").rglob("*.py"):
+        for name, line in imported(path):
+            first = name.split(".")[0]
+            assert not first.startswith(("test_", "conftest")), f"{path}:{line} imports {name}"

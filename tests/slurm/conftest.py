@@ -81,7 +81,8 @@ class Pretraining:
 
     def rank(self, job: str, rank: int) -> int:
         """Process id of a rank in the first step; srun and the batch script are in none."""
-        variables = (f"SLURM_JOB_ID={job}", "SLURM_STEP_ID=0", f"SLURM_PROCID={rank}")
+        here = f"SLURM_CONF={self.cluster.environment['SLURM_CONF']}"  # other tests, other clusters
+        variables = (here, f"SLURM_JOB_ID={job}", "SLURM_STEP_ID=0", f"SLURM_PROCID={rank}")
         (pid,) = processes_with(*variables, command="train.py")
         return pid
 
