@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
-import subprocess
-import sys
 import threading
 import time
 from collections import Counter
@@ -15,7 +12,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from helpers.ranks import free_port
+from helpers.ranks import free_port, start_program, wait_all
 from m3i_scale.cluster import node_check, node_state
 from m3i_scale.cluster.node_check import Check, Limits, Report, judge, nodes_to_exclude, rounds
 
@@ -205,42 +202,34 @@ def test_the_first_rank_of_a_node_looks_at_shared_memory_for_all(tmp_path, monke
     assert asked == [2e8]
 
 
-def start(folders: list[Path], bad: Path, present: int) -> list[subprocess.CompletedProcess[str]]:
-    """Run the program, one rank on each of as many nodes as there are folders."""
+def start(folders: list[Path], bad: Path, present: int) -> list[tuple[int | None, str]]:
+    """Run the program, one rank on each of as many nodes as there are folders; codes and outputs.
+
+    As a process that a job starts, with the imports, it runs in tests/slurm/test_pretrain.py.
+    """
     variables = {
         "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "LOCAL_RANK": "0",
-        "WORLD_SIZE": str(len(folders)), "OMP_NUM_THREADS": "1",
+        "WORLD_SIZE": str(len(folders)),
     }  # fmt: skip
     running = []
     for rank, folder in enumerate(folders[:present]):
-        command = [
-            sys.executable, "-m", "m3i_scale.cluster.node_check", "--folder", str(folder),
-            "--nodes", ",".join(NODES[: len(folders)]), "--bad-nodes", str(bad), "--device", "cpu",
-            "--timeout", "60" if present == len(folders) else "15", "--slow-factor", "1000",
-            "--shared-memory", "1",
+        words = [
+            "--folder", str(folder), "--nodes", ",".join(NODES[: len(folders)]),
+            "--bad-nodes", str(bad), "--device", "cpu", "--slow-factor", "1000",
+            "--timeout", "60" if present == len(folders) else "15", "--shared-memory", "1",
         ]  # fmt: skip
-        environment = os.environ | variables | {"RANK": str(rank)}
-        environment.pop("SLURMD_NODENAME", None)
-        running.append(
-            subprocess.Popen(
-                command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-            )
-        )
-    done = []
-    for process in running:
-        try:
-            out, err = process.communicate(timeout=150)
-        finally:
-            process.kill()
-        done.append(subprocess.CompletedProcess(process.args, process.returncode, out, err))
-    return done
+        output = bad.with_name(f"output-{rank}")
+        where = variables | {"RANK": str(rank)}
+        running.append(start_program("m3i_scale.cluster.node_check", words, output, **where))
+    outputs = wait_all(running, 150)
+    return [(rank.returncode, said) for rank, said in zip(running, outputs, strict=True)]
 
 
 @pytest.mark.distributed
 def test_three_good_nodes(tmp_path):
     done = start([tmp_path] * 3, tmp_path / "bad", present=3)
-    assert [process.returncode for process in done] == [0, 0, 0], done
-    assert "3 nodes, 3 ranks: all is well" in done[0].stdout
+    assert [code for code, _ in done] == [0, 0, 0], done
+    assert "3 nodes, 3 ranks: all is well" in done[0][1]
     assert (tmp_path / "bad").read_text() == ""
 
 
@@ -248,8 +237,8 @@ def test_three_good_nodes(tmp_path):
 def test_unwritable_folder_and_absent_rank_name_their_nodes(tmp_path):
     (tmp_path / "file").touch()
     folders = [tmp_path, tmp_path / "file" / "run", tmp_path]
-    done = start(folders, tmp_path / "bad", present=2)
-    assert done[0].returncode == 1
+    code, said = start(folders, tmp_path / "bad", present=2)[0]
+    assert code == 1
     assert (tmp_path / "bad").read_text() == "b\nc\n"
-    assert "Not a directory" in done[0].stdout
-    assert "c: rank 2 did not report" in done[0].stdout
+    assert "Not a directory" in said
+    assert "c: rank 2 did not report" in said

@@ -11,7 +11,7 @@ import torch
 from helpers.ranks import run_ranks
 from helpers.training import full_weights, open_small
 from m3i_scale.cluster.launch import World
-from m3i_scale.engine import loop, quick
+from m3i_scale.engine import linear, loop, quick
 from m3i_scale.objective.m3i import M3I
 
 pytestmark = pytest.mark.distributed
@@ -40,18 +40,32 @@ def test_shards_of_averaged_gradients_are_deepspeeds(tmp_path: Path, ranks: int)
         assert all(result)
 
 
-def train(
-    world: World, folder: Path, overrides: dict[str, Any], deepspeeds_way: bool, leaves: bool
-) -> list[dict[str, torch.Tensor]]:
-    """All weights after each of three steps.
+# Name, place of the teacher, and whether blocks are leaves: gathered and reduced at once.
+WAYS = (("before", "sharded", False), ("whole", "whole", False), ("leaves", "sharded", True))
 
-    `deepspeeds_way` with its own collectives and functions; `leaves`: blocks are gathered and
-    reduced at once.
+
+def train_in_all_ways(
+    world: World, folder: Path, overrides: dict[str, Any]
+) -> dict[str, list[dict[str, torch.Tensor]]]:
+    """All weights after each of three steps, by way.
+
+    `before` is DeepSpeed's own, with its collectives and functions. It comes first: once
+    `quick.prepare` has replaced them, they stay replaced in the process.
     """
-    if deepspeeds_way:
-        quick.prepare = lambda: None
-    if not leaves:
-        M3I.blocks_run_once = lambda self: []  # type: ignore[method-assign]
+    from deepspeed.runtime.zero import partition_parameters
+
+    assert partition_parameters.zero3_linear_wrap is not linear.linear, "replaced already"
+    prepare, blocks_run_once = quick.prepare, M3I.blocks_run_once
+    found = {}
+    for way, teacher, leaves in WAYS:
+        quick.prepare = (lambda: None) if way == "before" else prepare
+        M3I.blocks_run_once = blocks_run_once if leaves else lambda self: []  # type: ignore[method-assign]
+        found[way] = train(world, folder / way, overrides | {"engine.teacher": teacher})
+    return found
+
+
+def train(world: World, folder: Path, overrides: dict[str, Any]) -> list[dict[str, torch.Tensor]]:
+    """All weights after each of three steps."""
     run = open_small(world, folder, overrides, "never")
     batches = loop.open_batches(run)
     weights = []
@@ -90,21 +104,8 @@ CASES: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("case", CASES)
 def test_weights_are_those_of_deepspeeds_own_way(tmp_path: Path, case: str):
-    base = CASES[case] | {"optimizer.teacher_momentum": 0.9}
-    runs = {}
-    for name, teacher, old, leaves in (
-        ("before", "sharded", True, False),
-        ("whole", "whole", False, False),
-        ("leaves", "sharded", False, True),
-    ):
-        runs[name] = run_ranks(
-            2,
-            train,
-            tmp_path / name,
-            overrides=base | {"engine.teacher": teacher},
-            deepspeeds_way=old,
-            leaves=leaves,
-        )[1]
+    overrides = CASES[case] | {"optimizer.teacher_momentum": 0.9}
+    runs = run_ranks(2, train_in_all_ways, tmp_path, overrides=overrides)[1]
     for before, whole in zip(runs["before"], runs["whole"], strict=True):
         assert not differing(before, whole)
     # BERT's layers read their input four times; without DeepSpeed's hooks between them autograd

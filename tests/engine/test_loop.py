@@ -30,7 +30,7 @@ def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
 def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
     """Six steps on two ranks, two micro-batches a step, with drop-path."""
     folder = tmp_path_factory.mktemp("undisturbed")
-    return folder, run_ranks(2, train_small, folder, overrides=DISTURBED)[0]
+    return folder, run_ranks(2, train_small, folder, overrides=DISTURBED, measured=True)[0]
 
 
 DISTURBED = {
@@ -141,10 +141,30 @@ def momentum_trace(world: World, folder: Path, overrides: dict[str, Any]) -> dic
     return {"start": start, "trace": trace, "end": full_weights(run)}
 
 
-@pytest.mark.parametrize("threshold", [0, 100_000])
-def test_momentum_shards_follow_a_dense_average(tmp_path: Path, threshold: int):
-    overrides = {"engine.zero.persistence_threshold": threshold, "optimizer.teacher_momentum": 0.9}
-    result = run_ranks(2, momentum_trace, tmp_path, overrides=overrides)[1]
+def momentum_traces(world: World, folder: Path, thresholds: list[int]) -> dict[int, Any]:
+    """`momentum_trace` by persistence threshold."""
+    return {
+        threshold: momentum_trace(
+            world,
+            folder / str(threshold),
+            {"engine.zero.persistence_threshold": threshold, "optimizer.teacher_momentum": 0.9},
+        )
+        for threshold in thresholds
+    }
+
+
+@pytest.fixture(scope="module")
+def traces(tmp_path_factory: pytest.TempPathFactory) -> dict[int, Any]:
+    folder = tmp_path_factory.mktemp("traces")
+    return run_ranks(2, momentum_traces, folder, thresholds=THRESHOLDS)[1]
+
+
+THRESHOLDS = [0, 100_000]
+
+
+@pytest.mark.parametrize("threshold", THRESHOLDS)
+def test_momentum_shards_follow_a_dense_average(traces: dict[int, Any], threshold: int):
+    result = traces[threshold]
     dense = {k: v for k, v in result["start"].items() if k.startswith("teacher.")}
     for name, value in dense.items():
         assert torch.equal(value, result["start"]["student." + name.removeprefix("teacher.")])

@@ -9,12 +9,14 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
 import pytest
 import yaml
 
+from helpers.ranks import start_program, wait_all
 from helpers.shards import write_images
 from helpers.small import labelled_tree
 from m3i_scale.engine import checkpoint
@@ -36,12 +38,26 @@ def start(*words: str, prefix: tuple[str, ...] = (), **variables: str) -> subpro
     )  # fmt: skip
 
 
-def train(*words: str, **variables: str) -> tuple[int, str]:
-    process = start(*words, **variables)
-    said, _ = process.communicate(timeout=240)
+def ended(said: str) -> str:
+    """What a program has said, which is no fault's trace."""
     assert "Traceback" not in said, said
     assert "FutureWarning" not in said, said
-    return process.returncode, said
+    return said
+
+
+def start_to_end(*words: str) -> tuple[int, str]:
+    """Exit code and output of the program in an interpreter of its own, with all its imports."""
+    process = start(*words)
+    said, _ = process.communicate(timeout=240)
+    return process.returncode, ended(said)
+
+
+def train(*words: str, **variables: str) -> tuple[int | None, str]:
+    """Exit code and output of the program; a fork that need not import everything again."""
+    with tempfile.TemporaryDirectory() as folder:
+        process = start_program("m3i_scale.train", words, Path(folder) / "output.txt", **variables)
+        (said,) = wait_all([process], 240)
+    return process.returncode, ended(said)
 
 
 @pytest.fixture(scope="module")
@@ -57,7 +73,7 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     }
     tree = labelled_tree(index, overrides)
     (folder / "c.yaml").write_text(yaml.safe_dump(tree))
-    code, said = train("--config", str(folder / "c.yaml"))
+    code, said = start_to_end("--config", str(folder / "c.yaml"))
     assert code == 0, said
     return folder
 
@@ -125,7 +141,8 @@ def test_fewer_classes_than_labels_are_refused_at_start(home, tmp_path):
 
 
 def test_a_second_start_is_refused_and_a_killed_ones_successor_is_not(begun, tmp_path):
-    first = start(*begun, "optimizer.duration=100000 steps", "checkpoint.every=100000 steps")
+    words = (*begun, "optimizer.duration=100000 steps", "checkpoint.every=100000 steps")
+    first = start_program("m3i_scale.train", words, tmp_path / "first.txt")
     metrics = tmp_path / "small" / "metrics.jsonl"
     before = metrics.stat().st_size
     end = time.monotonic() + 120
@@ -135,7 +152,7 @@ def test_a_second_start_is_refused_and_a_killed_ones_successor_is_not(begun, tmp
     assert code == 2
     assert f"process {first.pid} on {socket.gethostname()}" in said
     first.kill()
-    first.wait()
+    wait_all([first], 60)
     code, said = train(*begun)
     assert code == 0
     assert "is taken over" in said
@@ -171,11 +188,11 @@ def test_a_taken_port_is_a_sentence(home, tmp_path):
 
 def test_what_scripts_ask_for_is_printed_at_once(home):
     config = str(home / "c.yaml")
-    code, said = train("run='a name'", "--config", config, "--print", "run_folder", "seed=1")
+    code, said = start_to_end("run='a name'", "--config", config, "--print", "run_folder", "seed=1")
     assert (code, said) == (0, f"{home}/runs/a name\n")
-    code, said = train("--config", config, "--print", "run", "no.such=1")
+    code, said = start_to_end("--config", config, "--print", "run", "no.such=1")
     assert code == 2
-    code, said = train("--version")
+    code, said = start_to_end("--version")
     assert code == 0
     assert said.startswith("m3i-scale")
 

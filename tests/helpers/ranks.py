@@ -5,8 +5,8 @@
 `some_function(world, folder, **arguments)` must stand at the top of a test module or of a helper;
 what it returns (tensors, numbers, nested) comes back as a list with one entry per rank.
 
-The processes are forked from a server that has imported what they need (warm.py): the imports alone
-take longer than most of the tests.
+The processes, and programs of `start_program`, are forked from a server that has imported what they
+need (warm.py): the imports alone take longer than most of the tests.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from multiprocessing import forkserver
 from multiprocessing.process import BaseProcess
@@ -78,6 +78,14 @@ def start_ranks(
     return started
 
 
+def start_program(module: str, words: Sequence[str], output: Path, **variables: str) -> Rank:
+    """Start what `python -m MODULE WORDS` starts, as a fork; its exit code is the program's."""
+    _start_server()
+    process = _FORK.Process(target=_program, args=(module, list(words), output, variables))
+    process.start()
+    return Rank(process, output)
+
+
 def run_ranks(
     ranks: int,
     function: Callable[..., Any],
@@ -125,6 +133,23 @@ def _start_server() -> None:
     os.environ.update(before)
 
 
+def _program(module: str, words: list[str], output: Path, variables: dict[str, str]) -> None:
+    _own_session(output)
+    launchers = ("SLURM", "RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_")
+    for name in [name for name in os.environ if name.startswith(launchers)]:
+        del os.environ[name]
+    os.environ.update(variables)
+    sys.argv = [module, *words]
+    sys.exit(importlib.import_module(module).main())
+
+
+def _own_session(output: Path) -> None:
+    os.setsid()
+    with output.open("w") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+
+
 def _run(
     variables: dict[str, str],
     output: Path,
@@ -134,10 +159,7 @@ def _run(
     arguments: dict[str, Any],
 ) -> None:
     """What one process does."""
-    os.setsid()
-    with output.open("w") as file:
-        os.dup2(file.fileno(), 1)
-        os.dup2(file.fileno(), 2)
+    _own_session(output)
     os.environ.update(variables)
     torch.set_num_threads(1)
     from m3i_scale.cluster import launch

@@ -7,6 +7,7 @@ import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import nn
@@ -48,18 +49,25 @@ def open_small(
     overrides: dict[str, Any],
     resume: str = "auto",
     accept: Sequence[str] = (),
+    measured: bool = False,
 ) -> loop.Run:
-    """A run on random samples, ready to start or to go on, with changed keys if accepted."""
+    """A run on random samples, ready to start or to go on, with changed keys if accepted.
+
+    Only a `measured` run counts the operations of its step, for the metrics of the machine: for
+    that rank 0 traces the step, which takes longer than to train, and all others wait.
+    """
     config = small_config(folder, overrides)
     stream = RandomStream()
-    return session.open_run(
-        config,
-        world,
-        stream,
-        epoch_samples=stream.epoch_samples,
-        resume=resume,
-        accept=accept,
-    )
+    speed = session._speed if measured else lambda *_: None
+    with mock.patch.object(session, "_speed", speed):
+        return session.open_run(
+            config,
+            world,
+            stream,
+            epoch_samples=stream.epoch_samples,
+            resume=resume,
+            accept=accept,
+        )
 
 
 def full_weights(run: loop.Run) -> dict[str, torch.Tensor]:
@@ -97,10 +105,14 @@ def train(run: loop.Run) -> bool:
 
 
 def train_small(
-    world: World, folder: Path, overrides: dict[str, Any], resume: str = "auto"
+    world: World,
+    folder: Path,
+    overrides: dict[str, Any],
+    resume: str = "auto",
+    measured: bool = False,
 ) -> dict[str, Any]:
     """Train to the end; the final weights and the metrics."""
-    run = open_small(world, folder, overrides, resume)
+    run = open_small(world, folder, overrides, resume, measured=measured)
     finished = train(run)
     return {"finished": finished, "weights": full_weights(run), "step": run.progress.step}
 

@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from helpers.small import small_config
 from m3i_scale.cluster.launch import World
 from m3i_scale.config import Config
 from m3i_scale.engine.schedules import make_schedule, split_batch
@@ -14,7 +15,7 @@ from m3i_scale.objective.m3i import M3I
 from m3i_scale.planner.dry_run import describe
 from m3i_scale.planner.estimate import Cluster, make_plan
 from m3i_scale.planner.gpus import gpu
-from m3i_scale.profiling.trace import trace
+from m3i_scale.profiling.trace import Trace, trace
 
 
 def report(tree: dict, ranks: int) -> str:
@@ -47,6 +48,14 @@ def test_accumulation_takes_negatives_away_and_that_is_said(small_tree, micro, l
     assert ("negatives" in said) == (micro == 2)
 
 
+@pytest.fixture(scope="module")
+def traced(tmp_path_factory) -> Trace:
+    """The small networks in bf16."""
+    config = small_config(tmp_path_factory.mktemp("traced"))
+    sizes = (config.model, config.objective, config.data.image_size)
+    return trace(*sizes, precision="bf16", kernels=False)
+
+
 @pytest.mark.parametrize(
     "engine",
     [
@@ -57,18 +66,10 @@ def test_accumulation_takes_negatives_away_and_that_is_said(small_tree, micro, l
                      "bf16_optimizer_states": True}}}},
     ],
 )  # fmt: skip
-def test_memory_is_that_of_the_plan(small_tree, engine):
+def test_memory_is_that_of_the_plan(small_tree, traced, engine):
     small_tree["engine"] = engine
     config = Config.model_validate(small_tree)
-    cluster = Cluster(gpu("h100"), 1, 2)
-    traced = trace(
-        config.model,
-        config.objective,
-        config.data.image_size,
-        precision=config.engine.precision,
-        kernels=False,
-    )
-    plan = make_plan(config, traced, cluster)
+    plan = make_plan(config, traced, Cluster(gpu("h100"), 1, 2))
     said = report(small_tree, ranks=2)
     for where, kinds in (("", plan.state), (" (host)", plan.offloaded)):
         total = sum(kinds.values()) / 2**30

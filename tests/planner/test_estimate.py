@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import time
 from collections import Counter
 from pathlib import Path
@@ -146,8 +147,9 @@ def measured(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     return run_ranks(RANKS, measure, folder, cases=cases)[0]
 
 
-def plan_of(name: str, folder: Path) -> Plan:
-    config = small_config(folder, MEDIUM | CASES[name])
+@functools.cache  # a trace takes seconds, and all tests of a case read the same plan
+def plan_of(name: str) -> Plan:
+    config = small_config(Path("runs"), MEDIUM | CASES[name])
     traced = trace(
         config.model,
         config.objective,
@@ -160,8 +162,8 @@ def plan_of(name: str, folder: Path) -> Plan:
 
 @pytest.mark.distributed
 @pytest.mark.parametrize("case", CASES)
-def test_memory_is_what_ranks_hold(case: str, measured: dict[str, Any], tmp_path: Path):
-    plan, held = plan_of(case, tmp_path), measured[case]["held"]
+def test_memory_is_what_ranks_hold(case: str, measured: dict[str, Any]):
+    plan, held = plan_of(case), measured[case]["held"]
     assert {kind for kind, size in plan.state.items() if size} == {k for k, v in held.items() if v}
     for kind, size in held.items():
         assert plan.state.get(kind, 0) == pytest.approx(size, rel=0.02), kind
@@ -169,8 +171,8 @@ def test_memory_is_what_ranks_hold(case: str, measured: dict[str, Any], tmp_path
 
 @pytest.mark.distributed
 @pytest.mark.parametrize("case", CASES)
-def test_traffic_is_what_ranks_send(case: str, measured: dict[str, Any], tmp_path: Path):
-    plan = plan_of(case, tmp_path)
+def test_traffic_is_what_ranks_send(case: str, measured: dict[str, Any]):
+    plan = plan_of(case)
     planned: Counter[str] = Counter()
     for traffic in plan.flow.traffic:
         planned[traffic.name.split(",")[0]] += traffic.size  # type: ignore[assignment]
@@ -186,9 +188,9 @@ def test_traffic_is_what_ranks_send(case: str, measured: dict[str, Any], tmp_pat
 @pytest.mark.distributed
 @pytest.mark.parametrize("case", CASES)
 def test_what_waits_for_the_backward_pass_is_what_a_forward_pass_allocates(
-    case: str, measured: dict[str, Any], tmp_path: Path
+    case: str, measured: dict[str, Any]
 ):
-    plan = plan_of(case, tmp_path)
+    plan = plan_of(case)
     waiting = plan.passing["activations"] + plan.waiting_parameters
     # The first micro-step's forward pass gathers the small parameters, which then stay.
     assert waiting == pytest.approx(max(measured[case]["turns"]), rel=0.1)
