@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import signal
@@ -33,6 +34,19 @@ def test_two_nodes_to_the_end(pretraining, undisturbed):
     assert (folder / "logs" / "latest" / "rank-0001.log").exists()
     assert (folder / "checkpoints" / f"step-{STEPS:08d}" / "complete.json").exists()
     assert f"finished at step {STEPS}" in pretraining.log("undisturbed")
+
+
+def test_a_run_is_evaluated(pretraining, undisturbed, tmp_path):
+    folder = pretraining.folder
+    run = folder / "undisturbed"
+    job = pretraining.cluster.submit(
+        "--nodes=1", "--cpus-per-task=1", "--mem=1G", "--time=10", "--gpus-per-node=1",
+        f"--output={tmp_path}/log", "slurm/evaluate.sbatch", "--run", str(run),
+        "--gallery", f"{folder}/category.parquet", "--queries", f"{folder}/heldout.parquet",
+        "--no-pictures", environment={"M3I_PYTHON": sys.executable, "M3I_DEVICE": "cpu"},
+    )  # fmt: skip
+    pretraining.finish(job)
+    assert json.loads((run / "eval.json").read_text())["step"] == max(undisturbed) + 1
 
 
 def signalled(pretraining, job: str) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 import subprocess
 import sys
@@ -74,19 +73,6 @@ def test_shards_are_indexed_by_an_array(pretraining, tmp_path):
     assert pq.read_metadata(tmp_path / "category.parquet").num_rows == 1
     assert pretraining.finish(f"{job}_3", state="FAILED")["ExitCode"] == "2:0"
     assert "has no line 3" in tail(tmp_path / "3.log")
-
-
-def test_a_run_is_evaluated(pretraining, undisturbed, tmp_path):
-    folder = pretraining.folder
-    run = folder / "undisturbed"
-    job = pretraining.cluster.submit(
-        *SMALL, "--time=10", "--gpus-per-node=1", f"--output={tmp_path}/log",
-        "slurm/evaluate.sbatch", "--run", str(run), "--gallery", f"{folder}/category.parquet",
-        "--queries", f"{folder}/heldout.parquet", "--no-pictures",
-        environment={"M3I_PYTHON": sys.executable, "M3I_DEVICE": "cpu"},
-    )  # fmt: skip
-    pretraining.finish(job)
-    assert json.loads((run / "eval.json").read_text())["step"] == max(undisturbed) + 1
 
 
 def test_benchmarks_are_started(pretraining, tmp_path):
