@@ -100,8 +100,7 @@ def no_tokens(texts: list[str]) -> tuple[Tensor, Tensor]:
     """Tokens (B, 0) and mask (B, 0) of an objective without texts."""
     import torch
 
-    ids = torch.zeros(len(texts), 0, dtype=torch.int64)
-    return ids, torch.zeros_like(ids, dtype=torch.bool)
+    return torch.zeros(len(texts), 0).long(), torch.zeros(len(texts), 0).bool()
 
 
 def run(options: argparse.Namespace, config: Config, launchers: dict[int, int | None]) -> int:
@@ -110,12 +109,12 @@ def run(options: argparse.Namespace, config: Config, launchers: dict[int, int | 
 
     from m3i_scale.cluster import launch
 
-    world = launch.start(
-        config.engine.device, config.engine.precision, config.seed, config.engine.timeout_minutes
-    )
+    spec = config.engine
+    world = launch.start(spec.device, spec.precision, config.seed, spec.timeout_minutes)
     launch.setup_logging(world.rank)
     # These import deepspeed, which then fixes its accelerator: the one that `start` has chosen.
     from m3i_scale.engine import session, stop
+    from m3i_scale.integrations import initial
     from m3i_scale.planner import dry_run
 
     flag = stop.StopFlag(launchers=launchers)
@@ -130,6 +129,7 @@ def run(options: argparse.Namespace, config: Config, launchers: dict[int, int | 
         resume=options.resume,
         accept=[key for keys in options.accept_change for key in keys.split(",")],
         sources=stream.identities(),
+        initial=functools.partial(initial.open_initial, config.model),
     )
     if options.dry_run:
         ready = open_run(write=False)

@@ -80,6 +80,11 @@ class Model(Node):
 
     backbone: Backbone
     """The image encoder."""
+    init: PathText | None = None
+    """Weights that the backbone starts with: a file of `m3i export`, a file or folder of published
+    weights, of timm or transformers, or a name on the Hub (OWNER/NAME); null: drawn from `seed`.
+    A run that has a checkpoint goes on from that.
+    """
     decoder: Decoder = Decoder()
     """The image decoder of dense targets."""
     text: TextTower | None = None

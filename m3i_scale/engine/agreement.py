@@ -37,6 +37,8 @@ def statement(config: Config, sources: Sequence[Mapping[str, Any]]) -> dict[str,
         "data.mean": data["mean"],
         "data.std": data["std"],
     }
+    if config.model.init is not None:
+        stated["model.init"] = tree["model"]["init"]
     stated |= _flat("data.augmentation", data["augmentation"])
     for number, source in enumerate(data["sources"]):
         own = {key: value for key, value in source.items() if key not in ("name", "index")}

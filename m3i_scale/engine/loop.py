@@ -22,7 +22,7 @@ from m3i_scale.engine.metrics import Figures, MetricLog, Speed, machine_values, 
 from m3i_scale.engine.pictures import save_mixes
 from m3i_scale.engine.saver import Saver
 from m3i_scale.engine.schedules import BatchSplit, Schedule, momentum_ends
-from m3i_scale.engine.state import Progress, snapshot
+from m3i_scale.engine.state import InitialWeights, Progress, snapshot
 from m3i_scale.engine.stop import StopFlag
 from m3i_scale.engine.watchdog import Watchdog
 from m3i_scale.engine.zero import Sharded, module_stack_kept, set_learning_rate
@@ -65,6 +65,7 @@ class Run:
     saver: Saver
     save_every: int
     stated: dict[str, Any] = field(default_factory=dict)  # about itself, in every checkpoint
+    initial: InitialWeights | None = None  # what it starts from; None: drawn, or a checkpoint
     speed: Speed | None = None  # on rank 0, which writes the metrics
     stop: StopFlag | None = None  # of this rank
     health: Health = field(default_factory=Health)

@@ -236,6 +236,14 @@ def write_provenance(folder: Path, config: Config, deepspeed_settings: dict[str,
     write_whole(folder / "origin.json", json.dumps(origin, indent=1))
 
 
+def write_initial(folder: Path, record: dict[str, Any] | None) -> None:
+    """Write beside a run the weights that it started from; None: it drew them."""
+    if record is None:
+        (folder / "init.json").unlink(missing_ok=True)
+    else:
+        write_whole(folder / "init.json", json.dumps(record, indent=1))
+
+
 def git_commit() -> str | None:
     """Commit of the source tree, with "+" when it has uncommitted changes; None outside git.
 

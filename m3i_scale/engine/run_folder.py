@@ -21,7 +21,7 @@ from m3i_scale.engine.lineage import Lineage
 
 log = logging.getLogger(__name__)
 
-PROVENANCE = ("config.yaml", "deepspeed.json", "origin.json")
+PROVENANCE = ("config.yaml", "deepspeed.json", "origin.json", "init.json")
 
 
 def new_lineage(folder: Path, origin: Path | None, step: int) -> Lineage:

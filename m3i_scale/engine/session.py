@@ -4,20 +4,26 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from m3i_scale.cluster.launch import World, from_rank_0
-from m3i_scale.config import Config
+from m3i_scale.cluster.launch import RankError, World, from_rank_0
+from m3i_scale.config import Config, ConfigError
 from m3i_scale.engine import agreement, run_folder
 from m3i_scale.engine.checkpoint import CheckpointReader
 from m3i_scale.engine.lock import RunLock
 from m3i_scale.engine.loop import Run, Stream, UnstableError, pretrain
-from m3i_scale.engine.metrics import MetricLog, Speed, peak_flops, write_provenance
+from m3i_scale.engine.metrics import (
+    MetricLog,
+    Speed,
+    peak_flops,
+    write_initial,
+    write_provenance,
+)
 from m3i_scale.engine.saver import Saver, newest_good
 from m3i_scale.engine.schedules import make_schedule, split_batch
-from m3i_scale.engine.state import restore
+from m3i_scale.engine.state import InitialWeights, restore, start_from
 from m3i_scale.engine.stop import StopFlag
 from m3i_scale.engine.zero import build, deepspeed_config
 from m3i_scale.objective.balance import LossBalance
@@ -83,6 +89,7 @@ def open_run(
     resume: str,
     accept: Sequence[str] = (),
     sources: Sequence[Mapping[str, Any]] = (),
+    initial: Callable[[], InitialWeights] | None = None,
     write: bool = True,
 ) -> Run:
     """Build networks and optimiser, and load the newest good checkpoint if there is one.
@@ -95,11 +102,13 @@ def open_run(
         resume: "auto", "never", or the path of a checkpoint, of a folder of them, or of a run.
         accept: keys of `agreement.statement` that may differ from the checkpoint's.
         sources: what each source is (`data.Stream.identities`), for the same statement.
+        initial: opens the weights of `model.init`; called if there is no checkpoint.
         write: make the run folder this run's. False to look only: nothing is written.
 
     Raises:
         ConfigError: the batch, the schedule or the checkpoint asked for is impossible, the
-            checkpoint is of another order, or the folder cannot be written.
+            checkpoint is of another order, the initial weights do not fit, or the folder cannot be
+            written.
         CheckpointError: the checkpoint is of other networks, or none is undamaged.
     """
     spec = config.optimizer
@@ -121,6 +130,7 @@ def open_run(
     reader = newest_good(saver.folder, resume, world)
     if reader is not None:
         _compare(reader, stated, accept, world, contrastive=config.objective.contrastive)
+    weights = _open_initial(config, world, initial) if reader is None else None
     sharded = build(config, world, split)
     run = Run(
         config=config,
@@ -135,6 +145,7 @@ def open_run(
             batch=spec.global_batch_size, epoch_samples=epoch_samples
         ),
         stated=stated,
+        initial=weights,
         speed=_speed(config, world) if world.is_main else None,
     )
     if reader is not None:
@@ -142,6 +153,9 @@ def open_run(
         saver.last_good = reader.path
         reader.close()
         log.info("resumed from %s at step %d", reader.path, run.progress.step)
+    if weights is not None:
+        start_from(weights, sharded, world)
+        log.info("started from %s: %s", config.model.init, "; ".join(weights.lines()))
     if write and run.progress.step < schedule.total:  # else there is nothing to do
         begin(run)
     return run
@@ -150,6 +164,22 @@ def open_run(
 def _speed(config: Config, world: World) -> Speed:
     flops = step_flops(config.model, config.objective, config.data.image_size)
     return Speed(flops.model, peak_flops(world.device, config.engine.precision))
+
+
+def _open_initial(
+    config: Config, world: World, opener: Callable[[], InitialWeights] | None
+) -> InitialWeights | None:
+    """The weights of `model.init`, opened on rank 0 first, which may download them (collective)."""
+    if config.model.init is None:
+        return None
+    if opener is None:
+        raise ValueError("model.init is set, and the caller of open_run opens no weights")
+    found: list[InitialWeights] = []
+    from_rank_0(world, lambda: found.append(opener()), Path(config.model.init))
+    try:
+        return found[0] if found else opener()
+    except ConfigError as error:  # of this rank alone: its node has no such file, say
+        raise RankError(str(error)) from None
 
 
 def begin(run: Run) -> None:
@@ -165,6 +195,8 @@ def begin(run: Run) -> None:
     def work() -> None:
         saver.lineage = run_folder.begin(run.folder, saver.last_good, run.progress.step)
         write_provenance(run.folder, config, settings)
+        if saver.last_good is None:
+            write_initial(run.folder, run.initial.record() if run.initial else None)
 
     from_rank_0(run.world, work, run.folder)
 

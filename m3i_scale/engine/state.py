@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -97,6 +97,44 @@ def restore(
     else:
         seed_rank(seed + 1 + progress.step, world.rank)
     return progress
+
+
+class InitialWeights(Protocol):
+    """Weights that the backbone starts with (`m3i_scale.integrations.initial.Initial`)."""
+
+    @property
+    def names(self) -> Iterable[str]:
+        """Parameters of the backbone that there are weights for."""
+        ...
+
+    def tensor(self, name: str) -> Tensor:
+        """Whole, float32, on the CPU."""
+        ...
+
+    def lines(self) -> list[str]:
+        """What is loaded and what is new."""
+        ...
+
+    def record(self) -> dict[str, Any]:
+        """The same as JSON."""
+        ...
+
+
+@torch.no_grad()
+def start_from(initial: InitialWeights, sharded: Sharded, world: World) -> None:
+    """Set the student's backbone, and the teacher's average of it, to given weights.
+
+    Frozen parameters, which nothing reads and no checkpoint has, stay as drawn.
+    """
+    names = {f"student.backbone.{name}": name for name in initial.names}
+    for key, view, own in _local_tensors(sharded, world):
+        kind, name = key.split("/", 1)
+        if kind in ("weight", "teacher") and name in names:
+            value = initial.tensor(names[name]).flatten()
+            view[: own.stop - own.start].copy_(value[own.start : own.stop])
+    shards.publish_weights(sharded.engine.optimizer)
+    if sharded.teacher is not None:
+        sharded.teacher.publish()
 
 
 def parameter_shapes(model: nn.Module) -> dict[str, list[int]]:

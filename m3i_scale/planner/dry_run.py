@@ -16,7 +16,8 @@ from m3i_scale.profiling.trace import Weight
 
 def describe(run: Run, sources: dict[str, dict[str, int | float | str]]) -> str:
     """The report of `--dry-run`."""
-    return "\n".join([*_networks(run), *_memory(run), *_length(run), *_data(sources)]) + "\n"
+    parts = (_networks(run), _initial(run), _memory(run), _length(run), _data(sources))
+    return "".join(f"{line}\n" for part in parts for line in part)
 
 
 def _networks(run: Run) -> Iterator[str]:
@@ -30,6 +31,18 @@ def _networks(run: Run) -> Iterator[str]:
         if count:
             yield f"  {name:24s} {count / 1e6:12.3f} M"
     yield f"  {'trained in all':24s} {_elements(model, trained=True) / 1e6:12.3f} M"
+
+
+def _initial(run: Run) -> Iterator[str]:
+    """What the backbone starts from."""
+    init = run.config.model.init
+    if init is None:
+        return
+    yield f"model.init {init}"
+    if run.initial is None:
+        yield "  is not read: the run goes on from its checkpoint"
+    else:
+        yield from (f"  {line}" for line in run.initial.lines())
 
 
 def _memory(run: Run) -> Iterator[str]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -19,6 +20,7 @@ from m3i_scale.engine import loop, metrics, session
 from m3i_scale.engine.memory import held_memory
 from m3i_scale.engine.state import snapshot
 from m3i_scale.engine.stop import StopFlag
+from m3i_scale.integrations.initial import open_initial
 
 
 class RandomStream:
@@ -67,6 +69,7 @@ def open_small(
             epoch_samples=stream.epoch_samples,
             resume=resume,
             accept=accept,
+            initial=partial(open_initial, config.model),
         )
 
 

@@ -23,6 +23,7 @@ from transformers import (
     UperNetForSemanticSegmentation,
 )
 
+from helpers.published import CLASSES, IMAGES, STYLES, random_model, write_published
 from m3i_scale.integrations import hf
 from m3i_scale.models.intern_image import InternImage
 from m3i_scale.models.weights import hub_name

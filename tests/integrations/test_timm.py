@@ -13,6 +13,7 @@ from safetensors.torch import save_file
 from timm.models import create_feature_extractor, get_pretrained_cfg
 from timm.optim import param_groups_layer_decay
 
+from helpers.published import CLASSES, IMAGES, STYLES, random_model, write_published
 from m3i_scale.integrations import timm as registered
 from m3i_scale.models.intern_image import INTERN_IMAGE_VARIANTS, InternImage
 from published import CLASSES, IMAGES, STYLES, random_model, write_published
