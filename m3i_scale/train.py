@@ -100,7 +100,8 @@ def no_tokens(texts: list[str]) -> tuple[Tensor, Tensor]:
     """Tokens (B, 0) and mask (B, 0) of an objective without texts."""
     import torch
 
-    return torch.zeros(len(texts), 0).long(), torch.zeros(len(texts), 0).bool()
+    ids = torch.zeros(len(texts), 0, dtype=torch.int64)
+    return ids, torch.zeros_like(ids, dtype=torch.bool)
 
 
 def run(options: argparse.Namespace, config: Config, launchers: dict[int, int | None]) -> int:
@@ -109,8 +110,9 @@ def run(options: argparse.Namespace, config: Config, launchers: dict[int, int | 
 
     from m3i_scale.cluster import launch
 
-    spec = config.engine
-    world = launch.start(spec.device, spec.precision, config.seed, spec.timeout_minutes)
+    world = launch.start(
+        config.engine.device, config.engine.precision, config.seed, config.engine.timeout_minutes
+    )
     launch.setup_logging(world.rank)
     # These import deepspeed, which then fixes its accelerator: the one that `start` has chosen.
     from m3i_scale.engine import session, stop

@@ -20,8 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from m3i_scale.config import ConfigError
-from m3i_scale.config import Model
+from m3i_scale.config import ConfigError, Model
 from m3i_scale.integrations import vit_names
 from m3i_scale.integrations.folders import Entry, Stored, open_weights
 from m3i_scale.models.backbone import backbone_options, build_backbone

@@ -14,8 +14,7 @@ from safetensors.torch import save_file
 from transformers import AutoModelForImageClassification, ViTConfig, ViTForImageClassification
 
 from helpers.published import IMAGES, STYLES, random_model, write_published
-from m3i_scale.config import ConfigError
-from m3i_scale.config import Model
+from m3i_scale.config import ConfigError, Model
 from m3i_scale.integrations import hf, initial
 from m3i_scale.integrations import timm as registered
 from m3i_scale.models.backbone import build_backbone
