@@ -11,8 +11,7 @@ from __future__ import annotations
 
 import functools
 import inspect
-import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -314,39 +313,6 @@ def _wanted(
 def _returned(config: InternImageConfig, asked: bool | None, outputs: Any) -> Any:
     as_dict = config.return_dict if asked is None else asked
     return outputs if as_dict else outputs.to_tuple()
-
-
-def describe(
-    folder: str | os.PathLike[str],
-    options: Mapping[str, Any],
-    *,
-    image_size: int,
-    mean: Sequence[float],
-    std: Sequence[float],
-) -> None:
-    """Write config.json and preprocessor_config.json of a transformers folder.
-
-    `model.safetensors` beside them has the names of `m3i_scale.models.weights.hub_name`.
-
-    Args:
-        folder: an existing one.
-        options: arguments of `InternImage`.
-        image_size: side in pixels, to which images are scaled and cropped.
-        mean: of the pixels, RGB from 0 to 1.
-        std: the same.
-    """
-    named = {name: value for name, value in options.items() if name not in _RUNTIME}
-    classes = named.pop("num_classes", 1000)
-    config = InternImageConfig(**named, num_labels=classes)
-    model = InternImageForImageClassification if classes else InternImageModel
-    config.architectures = [model.__name__]
-    config.save_pretrained(folder)
-    CLIPImageProcessor(
-        size={"shortest_edge": image_size},
-        crop_size={"height": image_size, "width": image_size},
-        image_mean=list(mean),
-        image_std=list(std),
-    ).save_pretrained(folder)
 
 
 def register() -> None:

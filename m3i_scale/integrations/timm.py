@@ -12,11 +12,8 @@ fused stride-16 map and their pooling is the attention pooling; the other sizes 
 
 from __future__ import annotations
 
-import json
 import logging
-import os
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
@@ -39,9 +36,6 @@ log = logging.getLogger(__name__)
 
 __all__: list[str] = []  # register_model adds the entry points
 register_notrace_module(DCNv3)
-
-# Arguments of `InternImage` that are of training, or of how it computes.
-_TRAINING = {"drop_path_rate", "drop_path_type", "checkpoint_blocks", "fused_offset_branch"}
 
 
 @register_notrace_function
@@ -287,38 +281,3 @@ MODELS = {
     name: _entry_point(name)
     for name in ("intern_image", *(f"intern_image_{size}" for size in INTERN_IMAGE_VARIANTS))
 }
-
-
-def describe(
-    folder: str | os.PathLike[str],
-    name: str,
-    options: Mapping[str, Any],
-    *,
-    image_size: int,
-    mean: Sequence[float],
-    std: Sequence[float],
-) -> None:
-    """Write config.json of a folder for `timm.create_model("local-dir:FOLDER", pretrained=True)`.
-
-    `model.safetensors` beside it has the names of `InternImage`.
-
-    Args:
-        folder: an existing one.
-        name: of the backbone; one that timm does not know becomes `intern_image` with options.
-        options: arguments of `InternImage`, `num_classes` among them.
-        image_size: side in pixels.
-        mean: of the pixels, RGB from 0 to 1.
-        std: the same.
-    """
-    arguments = {key: value for key, value in options.items() if key not in _TRAINING}
-    classes = arguments.pop("num_classes", 1000)
-    stride = 16 if options.get("use_clip_projector") else 32
-    settings = _cfg(image_size, stride, num_classes=classes, mean=tuple(mean), std=tuple(std))
-    del settings["url"], settings["license"]
-    config = {
-        "architecture": name if name in MODELS else "intern_image",
-        "num_classes": classes,
-        "model_args": arguments | ({} if classes else {"pre_classifier": False}),
-        "pretrained_cfg": settings,
-    }
-    (Path(folder) / "config.json").write_text(json.dumps(config, indent=2) + "\n")

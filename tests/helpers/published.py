@@ -77,3 +77,20 @@ def write_published(folder: Path, style: str) -> InternImage:
     }
     (folder / "preprocessor_config.json").write_text(json.dumps(processor))
     return model
+
+
+def write_timm_config(folder: Path, options: dict[str, Any], classes: int) -> None:
+    """config.json of a folder that `timm.create_model("local-dir:FOLDER")` reads."""
+    config = {
+        "architecture": "intern_image",
+        "num_classes": classes,
+        "model_args": {**options, "pre_classifier": classes > 0},
+        "pretrained_cfg": {
+            "input_size": [3, 64, 64],
+            "mean": [0.1, 0.2, 0.3],
+            "std": [0.4, 0.5, 0.6],
+            "classifier": "head",
+            "first_conv": "patch_embed.conv1",
+        },
+    }
+    (folder / "config.json").write_text(json.dumps(config))

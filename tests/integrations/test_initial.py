@@ -13,17 +13,16 @@ import torch
 from safetensors.torch import save_file
 from transformers import AutoModelForImageClassification, ViTConfig, ViTForImageClassification
 
-from helpers.published import IMAGES, STYLES, random_model, write_published
+import m3i_scale.integrations.timm  # noqa: F401  (registers)
+from helpers.published import IMAGES, STYLES, random_model, write_published, write_timm_config
 from m3i_scale.config import ConfigError, Model
 from m3i_scale.integrations import hf, initial
-from m3i_scale.integrations import timm as registered
 from m3i_scale.models.backbone import build_backbone
 from m3i_scale.models.intern_image import InternImage
 from m3i_scale.models.positions import grid_embedding
 from m3i_scale.models.weights import hub_name
 
 POOLING = {"clip_projector_width": 32, "clip_heads": 4, "clip_embed_dim": 24}
-VALUES = {"image_size": 64, "mean": (0.5,) * 3, "std": (0.5,) * 3}
 
 
 def spec(init: Path | str, name: str = "intern_image", **options: Any) -> Model:
@@ -61,7 +60,7 @@ def as_saved_by_transformers(folder: Path, model: InternImage) -> Path:
 def as_timm_folder(folder: Path, model: InternImage) -> Path:
     style = STYLES["h" if model.use_clip_projector else "b"]
     (folder / "timm").mkdir()
-    registered.describe(folder / "timm", "mine", style | {"num_classes": 5}, **VALUES)
+    write_timm_config(folder / "timm", style, 5)
     save_file(model.state_dict(), folder / "timm" / "model.safetensors")
     return folder / "timm"
 
