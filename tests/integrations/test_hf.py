@@ -26,7 +26,6 @@ from helpers.published import CLASSES, IMAGES, STYLES, random_model, write_publi
 from m3i_scale.integrations import hf
 from m3i_scale.models.intern_image import InternImage
 from m3i_scale.models.weights import hub_name
-from published import CLASSES, IMAGES, STYLES, random_model, write_published
 
 LEVELS = ["stage1", "stage2", "stage3", "stage4"]
 

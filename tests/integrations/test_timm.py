@@ -22,7 +22,6 @@ from helpers.published import (
     write_timm_config,
 )
 from m3i_scale.models.intern_image import INTERN_IMAGE_VARIANTS, InternImage
-from published import CLASSES, IMAGES, STYLES, random_model, write_published
 
 LEVELS = [16, 32, 64, 128]
 
