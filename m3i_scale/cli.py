@@ -38,6 +38,9 @@ COMMANDS = {
     "m3i_scale.planner.commands": {
         "plan": "memory, communication, time and data of a run, before it starts",
     },
+    "m3i_scale.report.commands": {
+        "report": "where the time of a run went: training, start-ups, waits, interruptions",
+    },
     "m3i_scale.sweep.commands": {
         "sweep": "run a grid of configurations and seeds at equal compute, and compare them",
     },

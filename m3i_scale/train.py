@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
     from m3i_scale.config import Config
     from m3i_scale.data import Stream
+    from m3i_scale.engine.events import Start
 
 
 def parse(arguments: list[str]) -> argparse.Namespace:
@@ -104,23 +105,27 @@ def no_tokens(texts: list[str]) -> tuple[Tensor, Tensor]:
     return ids, torch.zeros_like(ids, dtype=torch.bool)
 
 
-def run(options: argparse.Namespace, config: Config, launchers: dict[int, int | None]) -> int:
+def run(options: argparse.Namespace, config: Config, start: Start) -> int:
     """Build, train, and say how it ended."""
     from m3i_kernels import set_backend
 
     from m3i_scale.cluster import launch
 
+    spec = config.engine
     world = launch.start(
-        config.engine.device, config.engine.precision, config.seed, config.engine.timeout_minutes
-    )
+        spec.device, spec.precision, config.seed, spec.timeout_minutes,
+        before_joining=lambda: start.enter("nodes"),
+    )  # fmt: skip
     launch.setup_logging(world.rank)
+    start.enter("imports")
     # These import deepspeed, which then fixes its accelerator: the one that `start` has chosen.
     from m3i_scale.engine import session, stop
     from m3i_scale.integrations import initial
     from m3i_scale.planner import dry_run
 
-    flag = stop.StopFlag(launchers=launchers)
-    set_backend(config.engine.kernels)
+    flag = stop.StopFlag(launchers=start.launchers)
+    set_backend(spec.kernels)
+    start.enter("data")
     stream = build_stream(config)
     open_run = functools.partial(
         session.open_run,
@@ -139,18 +144,19 @@ def run(options: argparse.Namespace, config: Config, launchers: dict[int, int | 
             print(dry_run.describe(ready, stream.describe()), end="", flush=True)
         finished = True
     else:
-        with session.hold(config.run_folder, world):
-            finished = session.train(open_run(), flag)
+        start.enter("nodes")
+        with session.hold(config.run_folder, world, start) as record:
+            finished = session.train(open_run(events=record), flag)
     launch.finish()
     return 0 if finished else stop.STOPPED
 
 
 def main() -> int:
     """Run, and turn what a user can mend into one sentence."""
-    from m3i_scale.engine import ending, processes
+    from m3i_scale.engine import ending, events
 
     signal.signal(signal.SIGINT, ending.interrupted)
-    launchers = processes.launchers()  # now: one that dies while libraries load is missed later
+    start = events.Start()  # now: a launcher that dies while libraries load is missed later
     options = parse(sys.argv[1:])
     try:
         from m3i_scale.config import load_config
@@ -159,7 +165,7 @@ def main() -> int:
         if options.asked:
             print(getattr(config, options.asked))
             return 0
-        return run(options, config, launchers)
+        return run(options, config, start)
     except Exception as error:
         code = ending.exit_code(error)
         if code is None:

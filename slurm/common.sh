@@ -77,6 +77,13 @@ new_attempt() {
     # A rank that ends with code 2 writes its reason here (m3i_scale/engine/ending.py): with NCCL the
     # others hang until srun kills them, and srun's exit code is then that of the kill.
     export M3I_FAILURE=$logs/failure
+    # For `m3i report`: since when this start has been queued (Slurm sets it anew when it requeues), and
+    # when it began.
+    local queued
+    queued=$(scontrol show job -o "$SLURM_JOB_ID" | sed -n 's/.* SubmitTime=\([^ ]*\).*/\1/p')
+    M3I_SUBMITTED=$(date -d "${queued:-none}" +%s 2> /dev/null) || M3I_SUBMITTED=
+    M3I_JOB_STARTED=$(date +%s)
+    export M3I_SUBMITTED M3I_JOB_STARTED
     local attempts=$run_folder/logs/attempts step stuck
     step=$(newest_step)
     # One line per attempt. Restarts in a row that found no newer checkpoint than the attempt before

@@ -32,6 +32,8 @@ ALLOWED: dict[str, set[str]] = {
     "engine": {"config", "objective", "models", "cluster", "profiling", "m3i_kernels"},
     "planner": {"config", "objective", "models", "profiling", "cluster", "engine", "m3i_kernels"}
     | LEAVES,
+    # Reads what the engine has written; imports nothing of it that needs PyTorch.
+    "report": {"config", "engine"} | LEAVES,
     "transfer": {"config", "objective", "models", "data", "cluster", "engine", "m3i_kernels"}
     | LEAVES,
     # Other people's libraries and weights, for the networks of `models`.

@@ -177,8 +177,17 @@ def choose_accelerator(kind: str) -> None:
         )
 
 
-def start(device: str, precision: str, seed: int, timeout_minutes: float) -> World:
+def start(
+    device: str,
+    precision: str,
+    seed: int,
+    timeout_minutes: float,
+    *,
+    before_joining: Callable[[], None] = lambda: None,
+) -> World:
     """Join the process group and seed this rank's generators.
+
+    `before_joining` is called when everything has been imported and the ranks are to meet.
 
     Raises:
         ConfigError: as `rank_variables` and `choose_device`, or the port is taken.
@@ -200,6 +209,7 @@ def start(device: str, precision: str, seed: int, timeout_minutes: float) -> Wor
     warnings.filterwarnings(
         "ignore", r"`torch\.distributed\.\w+` is deprecated", FutureWarning, r"torch\.distributed\."
     )
+    before_joining()
     try:
         deepspeed.init_distributed(
             dist_backend="nccl" if chosen.type == "cuda" else "gloo",

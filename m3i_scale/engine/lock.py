@@ -57,6 +57,7 @@ class RunLock:
     def __init__(self, folder: Path, *, beat: float = BEAT, stale: float = STALE) -> None:
         self._path = folder / "lock.json"
         self._beat, self._stale = beat, stale
+        self.last_sign: float | None = None  # of a dead owner that has been followed, time of day
         self._mine = _identity()
         self._stopped = threading.Event()
         self._thread = threading.Thread(target=self._renew, name="run-lock", daemon=True)
@@ -102,6 +103,8 @@ class RunLock:
         owner = self._dead_owner()
         if owner is None or _pulse(_read(self._path) or {}) != _pulse(owner):
             return False  # gone, or somebody else's by now
+        with contextlib.suppress(OSError):
+            self.last_sign = self._path.stat().st_mtime
         self._write()
         time.sleep(SETTLE)  # of several starts that take it over, the last one to write has it
         found = _read(self._path)
@@ -189,6 +192,22 @@ class RunLock:
         )
         os.write(sys.stderr.fileno(), message.encode())
         os._exit(LOST)
+
+
+def sign_of_life(folder: Path) -> tuple[float, bool] | None:
+    """When the owner of a run folder last renewed its lock, and whether it lives, for all we know.
+
+    None if nobody owns the folder. Unlike a start, this does not wait, and compares clocks.
+    """
+    path = folder / "lock.json"
+    try:
+        renewed = path.stat().st_mtime
+    except OSError:
+        return None
+    owner = _read(path) or {}
+    if _same_machine(owner, _identity()):
+        return renewed, processes.is_running(owner.get("pid", 0), owner.get("born"))
+    return renewed, time.time() - renewed < STALE
 
 
 def _identity() -> dict[str, Any]:

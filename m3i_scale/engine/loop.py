@@ -17,6 +17,7 @@ from m3i_scale.cluster.launch import World
 from m3i_scale.config import Config, Objective
 from m3i_scale.engine import shards
 from m3i_scale.engine.checkpoint import CheckpointError
+from m3i_scale.engine.events import EventLog
 from m3i_scale.engine.health import Health, RunningMean
 from m3i_scale.engine.metrics import Figures, MetricLog, Speed, machine_values, memory
 from m3i_scale.engine.pictures import save_mixes
@@ -70,6 +71,8 @@ class Run:
     stop: StopFlag | None = None  # of this rank
     health: Health = field(default_factory=Health)
     stopping: bool = False  # whether any rank was asked to stop, when the last step ended
+    saving: Stopwatch = field(default_factory=lambda: Stopwatch())  # training waits for checkpoints
+    events: EventLog | None = None  # of this attempt
     progress: Progress = field(default_factory=Progress)
 
     @property
@@ -101,7 +104,10 @@ def pretrain(run: Run, stop: StopFlag, metrics: MetricLog) -> bool:
         CheckpointError: the last checkpoint could not be written.
     """
     run.saver.remove_leftovers()
-    watchdog = Watchdog(run.folder, run.world.rank, 60 * run.config.engine.stall_minutes)
+    watchdog = Watchdog(
+        run.folder, run.world.rank, 60 * run.config.engine.stall_minutes,
+        on_stall=run.events.stalled if run.events else None,
+    )  # fmt: skip
     try:
         return _train(run, stop, metrics, watchdog)
     finally:
@@ -123,6 +129,7 @@ def _train(run: Run, stop: StopFlag, metrics: MetricLog, watchdog: Watchdog) -> 
         skipped_in_a_row = 0 if updated else skipped_in_a_row + 1
         progress.skipped += not updated
         values["skipped_steps"] = progress.skipped
+        values["checkpoint_wait_seconds"] = run.saving.take()
         for warning in run.health.warnings(values, progress):
             if run.world.is_main:
                 log.warning("step %d: %s", progress.step, warning)
@@ -132,21 +139,27 @@ def _train(run: Run, stop: StopFlag, metrics: MetricLog, watchdog: Watchdog) -> 
         progress.step += 1
         progress.position += run.split.batch
 
-        run.saver.poll()
+        with run.saving:
+            run.saver.poll()
         if run.stopping:
             _say_stopping(run, stop)
         last = progress.step >= run.schedule.total
         if run.stopping or last or progress.step % run.save_every == 0:
-            save(run)
+            with run.saving:
+                save(run)
         if run.stopping:
             break
-    if not run.saver.finish():
+    with run.saving:
+        succeeded = run.saver.finish()
+    if not succeeded:
         raise CheckpointError("the last checkpoint could not be written; see the messages above")
     return progress.step >= run.schedule.total
 
 
 def _say_stopping(run: Run, stop: StopFlag) -> None:
     """On rank 0 that the run stops; on the rank that was asked, by what."""
+    if run.events is not None:
+        run.events.ending = ("stopped", stop.raised_by or "asked on another rank")
     if stop.raised_by is not None:
         log.warning("asked to stop by %s, saving step %d", stop.raised_by, run.progress.step)
     elif run.world.is_main:
@@ -313,21 +326,34 @@ def _require_stable(run: Run, skipped_in_a_row: int, loss_ratio: float) -> None:
     )
 
 
+class Stopwatch:
+    """Adds up the seconds that are spent inside `with`."""
+
+    def __init__(self) -> None:
+        self._started = self._seconds = 0.0
+
+    def __enter__(self) -> None:
+        self._started = time.perf_counter()
+
+    def __exit__(self, *_: object) -> None:
+        self._seconds += time.perf_counter() - self._started
+
+    def take(self) -> float:
+        """Seconds since the last call."""
+        seconds, self._seconds = self._seconds, 0.0
+        return seconds
+
+
 class Timed(Iterator[Any]):
     """An iterator that remembers how long its consumer has waited."""
 
     def __init__(self, source: Iterator[Any]) -> None:
-        self._source = source
-        self._waited = 0.0
+        self._source, self._waiting = source, Stopwatch()
 
     def __next__(self) -> Any:
-        started = time.perf_counter()
-        try:
+        with self._waiting:
             return next(self._source)
-        finally:
-            self._waited += time.perf_counter() - started
 
     def take_wait(self) -> float:
         """Seconds waited since the last call."""
-        waited, self._waited = self._waited, 0.0
-        return waited
+        return self._waiting.take()

@@ -24,6 +24,7 @@ from tqdm import tqdm
 from m3i_scale.cluster.launch import World
 from m3i_scale.config import Config, dump_config
 from m3i_scale.engine.files import write_whole
+from m3i_scale.engine.lines import JsonLines
 from m3i_scale.profiling.peaks import dense_bf16_peak
 
 log = logging.getLogger(__name__)
@@ -83,20 +84,32 @@ class Figures:
 
 
 class MetricLog:
-    """Rank 0's record of a run; does nothing on other ranks."""
+    """Rank 0's record of a run; does nothing on other ranks.
+
+    Args:
+        folder: the run folder.
+        is_main: whether this is rank 0.
+        total: steps of the whole run.
+        first: step that training begins at.
+        tensorboard: whether to write curves for TensorBoard.
+        attempt: its name in the lines (`events`).
+    """
 
     def __init__(
-        self, folder: Path, *, is_main: bool, total: int, first: int, tensorboard: bool
+        self,
+        folder: Path,
+        *,
+        is_main: bool,
+        total: int,
+        first: int,
+        tensorboard: bool,
+        attempt: str = "",
     ) -> None:
         self._is_main = is_main
         if not is_main:
             return
-        self._path = folder / "metrics.jsonl"
-        folder.mkdir(parents=True, exist_ok=True)
-        self._file = self._path.open("ab", buffering=0)
-        _drop_torn_line(self._path)
-        self._unwritten = b""
-        self._failing = False
+        self._lines = JsonLines(folder / "metrics.jsonl")
+        self._attempt = {"attempt": attempt} if attempt else {}
         interval = 1 if sys.stderr.isatty() else 30  # seconds; a log file shall stay readable
         self._bar = tqdm(
             total=total, initial=first, unit="step", dynamic_ncols=True, mininterval=interval
@@ -111,9 +124,7 @@ class MetricLog:
         """Record one step; `show` renews the figures beside the progress bar."""
         if not self._is_main:
             return
-        line = json.dumps({"step": step, "time": time.time(), **values}) + "\n"
-        self._unwritten += line.encode()
-        self._write_lines()
+        self._lines.write({"step": step, "time": time.time(), **self._attempt, **values})
         with contextlib.suppress(OSError):  # the file that shows it may be on a full disk, too
             if show:
                 self._bar.set_postfix_str(_summary(values), refresh=False)
@@ -129,33 +140,14 @@ class MetricLog:
             for name, value in values.items():
                 self._board.add_scalar(name, value, step)
 
-    def _write_lines(self) -> None:
-        """Write what there is; what a full disk does not take is kept for the next time."""
-        try:
-            while self._unwritten:
-                self._unwritten = self._unwritten[self._file.write(self._unwritten) :]
-        except OSError as error:
-            if not self._failing:
-                log.error("%s: %s; its lines are kept in memory", self._path, error.strerror)
-        self._failing = bool(self._unwritten)
-
     def close(self) -> None:
         """Flush and close everything."""
         if not self._is_main:
             return
         self._bar.close()
-        self._write_lines()
-        self._file.close()
+        self._lines.close()
         if self._board is not None:
             self._board.close()
-
-
-def _drop_torn_line(path: Path) -> None:
-    """Cut off a last line that a crash or a full disk has left without an end."""
-    with path.open("rb+") as file:
-        start = max(0, file.seek(0, os.SEEK_END) - (1 << 20))
-        file.seek(start)
-        file.truncate(start + file.read().rfind(b"\n") + 1)
 
 
 def _summary(values: dict[str, float]) -> str:
@@ -210,6 +202,7 @@ def machine_values(own: Tensor, device: torch.device) -> dict[str, float]:
     peaks = own[:, 2:].amax(0).tolist()
     return {
         "data_wait_seconds": float(own[:, 1].mean()),
+        "machine/longest_data_wait_seconds": float(own[:, 1].max()),
         "machine/slowest_rank": slowest,
         "machine/slowest_rank_seconds": float(alone[slowest]),
         "machine/slowest_rank_ratio": float(alone[slowest]) / usual if usual else 1.0,

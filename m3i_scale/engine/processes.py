@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from pathlib import Path
 
 # Programs and modules that start ranks and outlive them. A shell or a terminal is none: what it has
@@ -15,6 +16,15 @@ def start_time(pid: int) -> int | None:
     """Clock ticks from boot to the start of a process; None if there is none, or no /proc."""
     fields = _stat(pid)
     return int(fields[19]) if fields else None
+
+
+def began(pid: int) -> float | None:
+    """When a process started, seconds since 1970 to a hundredth; None where it cannot be known."""
+    ticks = start_time(pid)
+    if ticks is None:
+        return None
+    running = time.clock_gettime(time.CLOCK_BOOTTIME) - ticks / os.sysconf("SC_CLK_TCK")
+    return time.time() - max(0.0, running)
 
 
 def parent(pid: int) -> int:

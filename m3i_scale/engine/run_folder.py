@@ -69,7 +69,8 @@ def set_aside(folder: Path, line: Lineage, step: int) -> None:
     if not others:
         return
     aside = _new_folder(folder / "set-aside")
-    for name in (*PROVENANCE, "metrics.jsonl"):
+    told = sorted(path.name for path in folder.glob("events*.jsonl"))
+    for name in (*PROVENANCE, "metrics.jsonl", *told):
         if (folder / name).is_file():
             shutil.copy2(folder / name, aside / name)
     for path in others:

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import socket
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+import torch.distributed as dist
 
 from m3i_scale.cluster.launch import RankError, World, from_rank_0
 from m3i_scale.config import Config, ConfigError
 from m3i_scale.engine import agreement, run_folder
 from m3i_scale.engine.checkpoint import CheckpointReader
+from m3i_scale.engine.events import EventLog, Start, new_name
 from m3i_scale.engine.lock import RunLock
 from m3i_scale.engine.loop import Run, Stream, UnstableError, pretrain
 from m3i_scale.engine.metrics import (
@@ -44,10 +48,13 @@ def train(run: Run, stop: StopFlag) -> bool:
         total=run.schedule.total,
         first=run.progress.step,
         tensorboard=run.config.logging.tensorboard,
+        attempt=run.events.attempt if run.events else "",
     )
     try:
         return pretrain_through(run, stop, record)
     finally:
+        if run.events is not None:
+            run.events.checkpoint_wait = run.saving.take()
         record.close()
 
 
@@ -77,7 +84,7 @@ def rewind(run: Run, skip_to: int) -> None:
     run.progress = restore(reader, run.sharded, run.world, run.balance, run.config.seed)
     run.progress.position, run.progress.skipped = skip_to, skipped
     reader.close()
-    begin(run)
+    begin(run, rollback=True)
 
 
 def open_run(
@@ -91,6 +98,7 @@ def open_run(
     sources: Sequence[Mapping[str, Any]] = (),
     initial: Callable[[], InitialWeights] | None = None,
     write: bool = True,
+    events: EventLog | None = None,
 ) -> Run:
     """Build networks and optimiser, and load the newest good checkpoint if there is one.
 
@@ -104,6 +112,7 @@ def open_run(
         sources: what each source is (`data.Stream.identities`), for the same statement.
         initial: opens the weights of `model.init`; called if there is no checkpoint.
         write: make the run folder this run's. False to look only: nothing is written.
+        events: told of the parts of the start-up, and when training begins.
 
     Raises:
         ConfigError: the batch, the schedule or the checkpoint asked for is impossible, the
@@ -127,10 +136,16 @@ def open_run(
         "order": agreement.statement(config, sources),
         "candidates": split.micro * world.size,
     }
+    enter = events.enter if events else _say_nothing
+    enter("checkpoint")
     reader = newest_good(saver.folder, resume, world)
     if reader is not None:
         _compare(reader, stated, accept, world, contrastive=config.objective.contrastive)
     weights = _open_initial(config, world, initial) if reader is None else None
+    write = write and (reader is None or reader.state["step"] < schedule.total)
+    if events is not None and write:
+        events.start()
+    enter("networks")
     sharded = build(config, world, split)
     run = Run(
         config=config,
@@ -147,8 +162,10 @@ def open_run(
         stated=stated,
         initial=weights,
         speed=_speed(config, world) if world.is_main else None,
+        events=events,
     )
     if reader is not None:
+        enter("checkpoint")
         run.progress = restore(reader, sharded, world, run.balance, config.seed)
         saver.last_good = reader.path
         reader.close()
@@ -156,7 +173,7 @@ def open_run(
     if weights is not None:
         start_from(weights, sharded, world)
         log.info("started from %s: %s", config.model.init, "; ".join(weights.lines()))
-    if write and run.progress.step < schedule.total:  # else there is nothing to do
+    if write:  # else there is nothing to do
         begin(run)
     return run
 
@@ -182,7 +199,11 @@ def _open_initial(
         raise RankError(str(error)) from None
 
 
-def begin(run: Run) -> None:
+def _say_nothing(_part: str) -> None:
+    """In the place of `EventLog.enter`."""
+
+
+def begin(run: Run, *, rollback: bool = False) -> None:
     """Make the run folder this run's: lineage, provenance, other lineages set aside (collective).
 
     Raises:
@@ -194,6 +215,8 @@ def begin(run: Run) -> None:
 
     def work() -> None:
         saver.lineage = run_folder.begin(run.folder, saver.last_good, run.progress.step)
+        if run.events is not None:
+            run.events.begin(run.progress.step, saver.lineage.run, rollback=rollback)
         write_provenance(run.folder, config, settings)
         if saver.last_good is None:
             write_initial(run.folder, run.initial.record() if run.initial else None)
@@ -202,19 +225,38 @@ def begin(run: Run) -> None:
 
 
 @contextlib.contextmanager
-def hold(folder: Path, world: World) -> Iterator[None]:
-    """Own a run folder, on rank 0 for all ranks (a collective).
+def hold(folder: Path, world: World, start: Start | None = None) -> Iterator[EventLog]:
+    """Own a run folder, on rank 0 for all ranks, and record the attempt there (a collective).
+
+    Args:
+        folder: the run folder.
+        world: this rank.
+        start: what has happened in this process so far.
 
     Raises:
         ConfigError: another start owns it, or it cannot be written.
     """
+    lock = RunLock(folder)
     with contextlib.ExitStack() as stack:
-        from_rank_0(world, lambda: _enter(stack, folder), folder)
-        yield
+        from_rank_0(world, lambda: _enter(stack, lock), folder)
+        attempt, hosts = _introduce(world)
+        yield stack.enter_context(
+            EventLog(folder, world.rank, attempt, hosts, start or Start(), lock.last_sign)
+        )
 
 
-def _enter(stack: contextlib.ExitStack, folder: Path) -> None:
-    stack.enter_context(RunLock(folder))
+def _enter(stack: contextlib.ExitStack, lock: RunLock) -> None:
+    stack.enter_context(lock)
+
+
+def _introduce(world: World) -> tuple[str, list[str]]:
+    """A name for the attempt, the same on all ranks, and the host of each rank (a collective)."""
+    own = (new_name(), socket.gethostname())
+    if world.size == 1:
+        return own[0], [own[1]]
+    every: list[Any] = [None] * world.size
+    dist.all_gather_object(every, own)
+    return every[0][0], [host for _, host in every]
 
 
 def _compare(

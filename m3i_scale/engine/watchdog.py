@@ -12,6 +12,7 @@ import os
 import sys
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 STALLED = 87  # exit code
@@ -27,12 +28,16 @@ class Watchdog:
         folder: where `stacks-rank-00000.txt` goes.
         rank: this rank.
         limit: seconds; longer than the longest step, checkpoint or compilation.
+        on_stall: told in a sentence that the process ends; must not wait for the stalled thread.
     """
 
-    def __init__(self, folder: Path, rank: int, limit: float) -> None:
+    def __init__(
+        self, folder: Path, rank: int, limit: float, on_stall: Callable[[str], None] | None = None
+    ) -> None:
         self._path = folder / f"stacks-rank-{rank:05d}.txt"
         self._rank = rank
         self._limit = limit
+        self._on_stall = on_stall
         self._last = time.monotonic()
         self._stopped = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
@@ -59,9 +64,13 @@ class Watchdog:
                 faulthandler.dump_traceback(file=file, all_threads=True)
         finally:
             message = (
-                f"error: rank {self._rank} has made no step for {self._limit:g} s; where it stands "
-                f"is in {self._path}\n"
+                f"rank {self._rank} has made no step for {self._limit:g} s; where it stands is in "
+                f"{self._path}"
             )
-            os.write(sys.stderr.fileno(), message.encode())
-            time.sleep(GRACE)
-            os._exit(STALLED)
+            os.write(sys.stderr.fileno(), f"error: {message}\n".encode())
+            try:
+                if self._on_stall is not None:
+                    self._on_stall(message)
+                time.sleep(GRACE)
+            finally:
+                os._exit(STALLED)

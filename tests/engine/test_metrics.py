@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from m3i_scale.engine import metrics
+from m3i_scale.engine import lines
 from m3i_scale.engine.metrics import MetricLog, Speed, machine_values, peak_flops
 
 CPU = torch.device("cpu")
@@ -25,6 +25,7 @@ def test_slowest_rank_is_named_with_its_ratio_to_the_median():
     own = torch.tensor([[2.0, 1.0, 3.0], [2.0, 1.5, 4.0], [7.0, 6.5, 2.0]], dtype=torch.float64)
     assert machine_values(own, CPU) == {
         "data_wait_seconds": 3.0,
+        "machine/longest_data_wait_seconds": 6.5,
         "machine/slowest_rank": 2,
         "machine/slowest_rank_seconds": 7.0,
         "machine/slowest_rank_ratio": 3.5,
@@ -77,14 +78,15 @@ class Full:
 
 
 def test_a_full_disk_delays_lines_and_loses_none(tmp_path: Path, caplog, monkeypatch):
-    monkeypatch.setattr(metrics.log, "propagate", True)
+    monkeypatch.setattr(lines.log, "propagate", True)
     log = open_log(tmp_path)
-    log._file = Full(log._file, room=100)
+    disk = Full(log._lines._file, room=100)
+    log._lines._file = disk
     for step in range(4):
         log.write(step, entry(step), show=False)
     assert caplog.text.count("No space left on device; its lines are kept in memory") == 1
-    log._file.room = 10**6
+    disk.room = 10**6
     log.write(4, entry(4), show=False)
     log.close()
-    lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
-    assert [json.loads(line)["step"] for line in lines] == list(range(5))
+    written = (tmp_path / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in written] == list(range(5))

@@ -20,6 +20,7 @@ from helpers.ranks import start_program, wait_all
 from helpers.shards import write_images
 from helpers.small import labelled_tree
 from m3i_scale.engine import checkpoint
+from m3i_scale.report import read, summary
 
 pytestmark = pytest.mark.distributed
 
@@ -97,7 +98,7 @@ def steps(folder: Path) -> list[int]:
 def test_the_record_of_a_run(home):
     names = {path.name for path in (home / "runs" / "small").iterdir()}
     assert names == {"config.yaml", "deepspeed.json", "origin.json", "metrics.jsonl",
-                     "tensorboard", "checkpoints"}  # fmt: skip
+                     "events.jsonl", "tensorboard", "checkpoints"}  # fmt: skip
 
 
 @pytest.mark.parametrize("overrides", [["optimizer.learning_rate=1e-5"], ["run=new"]])
@@ -151,12 +152,31 @@ def test_a_second_start_is_refused_and_a_killed_ones_successor_is_not(begun, tmp
     code, said = train(*begun)
     assert code == 2
     assert f"process {first.pid} on {socket.gethostname()}" in said
+    killed = time.time()
     first.kill()
     wait_all([first], 60)
-    code, said = train(*begun)
+    code, said = train(*begun, "optimizer.duration=6 steps")
     assert code == 0
     assert "is taken over" in said
     assert not (tmp_path / "small" / "lock.json").exists()
+    explains(tmp_path / "small", killed)
+
+
+def explains(folder: Path, killed: float) -> None:
+    """What `m3i report` says: four steps, as many as there were until `kill -9`, and two more."""
+    report, _ = summary.summarise(read.read_trace(folder), time.time())
+    assert [one["cause"] for one in report["attempts"]] == ["finished", "killed", "finished"]
+    _, lost, last = report["attempts"]
+    assert lost["first_step"]["step"] == last["first_step"]["step"] == 4
+    assert report["steps"]["made_again"] == min(2, lost["steps"])
+    assert abs(lost["end"] - killed) < 10
+    for one in report["attempts"]:
+        parts = one["start_up"]
+        assert set(parts) == {"imports", "nodes", "data", "checkpoint", "networks", "first steps"}
+        assert all(seconds >= 0 for seconds in parts.values())
+    assert sum(report["shares"].values()) == pytest.approx(report["seconds"])
+    assert report["interruptions"][1]["cause"] == "killed"
+    assert report["damaged_lines"] == {}
 
 
 @pytest.mark.parametrize("what", ["file", "full"])
