@@ -11,7 +11,6 @@ TEST_WORKERS ?= 2
 PYTEST := $(BIN)/python -m pytest -n $(TEST_WORKERS) --dist loadfile --no-loadscope-reorder
 # One thread per process where two processes share two cores.
 ONE_THREAD := OMP_NUM_THREADS=1
-DEMO_RUN := runs/demo
 DEMO_OVERRIDES ?=
 
 setup: $(VENV)/.ready
@@ -32,15 +31,9 @@ lock: setup
 	  --constraint requirements/constraints.txt --no-emit-index-url \
 	  --custom-compile-command "make lock" --output-file requirements/lock.txt
 
+# m3i glyphs, m3i tokenizer, deepspeed --module m3i_scale.train --config m3i:demo, m3i eval
 demo: setup
-	$(BIN)/m3i glyphs --out data_demo/glyphs
-	$(BIN)/m3i tokenizer data_demo/glyphs/text.parquet --vocab-size 1000 --out data_demo/tokenizer.json
-	$(ONE_THREAD) DS_ACCELERATOR=cpu $(BIN)/deepspeed --num_accelerators 2 \
-	  m3i_scale/train.py --config configs/demo.yaml $(DEMO_OVERRIDES)
-	$(BIN)/m3i eval --run $(DEMO_RUN) --subject character --category block \
-	  --gallery data_demo/glyphs/text.parquet data_demo/glyphs/category.parquet \
-	  --queries data_demo/glyphs/heldout.parquet
-	@echo "Pictures, curves, checkpoint and logs: $(DEMO_RUN)/"
+	$(BIN)/m3i demo $(DEMO_OVERRIDES)
 
 # The real InternImage-H without a GPU: 20 GiB of memory, 12 GB of disk; see docs/plan.md.
 h-on-cpu: setup
@@ -83,4 +76,4 @@ docs: setup
 	@echo "build/site/index.html"
 
 clean:
-	rm -rf $(VENV) build data_demo $(DEMO_RUN)
+	rm -rf $(VENV) build data_demo runs/demo

@@ -30,6 +30,9 @@ EXAMPLES = """examples:
 # commands they add. A module is imported only when one of its commands is asked for, so that
 # `m3i --help` answers at once.
 COMMANDS = {
+    "m3i_scale.demo": {
+        "demo": "draw data, pre-train a small network on two CPU ranks, and show what it learned",
+    },
     "m3i_scale.shards.commands": {
         "glyphs": "draw a small data set from matplotlib's own fonts",
         "shards": "build, index, check and show tar shards of samples",

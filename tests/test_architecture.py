@@ -23,6 +23,7 @@ ALLOWED: dict[str, set[str]] = {
     "paths": set(),
     "arguments": {"paths"},
     "config": LEAVES,
+    "demo": {"config"},  # starts the other commands as processes
     "models": {"m3i_kernels"},
     "objective": {"config", "models", "m3i_kernels"},
     "data": {"config"} | LEAVES,

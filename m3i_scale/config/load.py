@@ -1,10 +1,10 @@
 """Reading the configuration: YAML files and `a.b=c` overrides to a `Config`, errors to a sentence.
 
-A file may start from others with `base: other.yaml` or a list of them (paths relative to itself);
-later ones win, mappings are merged, lists and values replaced. One exception: a file that states
-`objective.targets` states a method, and its `objective.input` and `balance` are its own too or the
-defaults, never those of the files below it. (`without_source` is of the data, and stays.) An
-override changes its key and nothing else.
+A file may start from others with `base: other.yaml` or a list of them: paths relative to itself, or
+`m3i:NAME` (`shipped`). Later ones win, mappings are merged, lists and values replaced. One
+exception: a file that states `objective.targets` states a method, and its `objective.input` and
+`balance` are its own too or the defaults, never those of the files below it. (`without_source` is
+of the data, and stays.) An override changes its key and nothing else.
 
 What is wrong is blamed on who said it: the line of a file, or the override.
 """
@@ -23,6 +23,7 @@ from pydantic import ValidationError
 from m3i_scale import paths
 from m3i_scale.config.errors import dotted, example, first_problem, place_of, sentence
 from m3i_scale.config.schema import Config
+from m3i_scale.config.shipped import locate
 from m3i_scale.config.types import ConfigError, Node
 from m3i_scale.config.yaml_text import Place, dump, parse, parse_value
 
@@ -37,7 +38,8 @@ def load_config(
 ) -> Config:
     """Read `path`, lay the files `over` it, apply `a.b=c` overrides (values are YAML), validate.
 
-    `~` and `$VARIABLES` are expanded in names given as `str`; a `Path` is taken as it is.
+    In names given as `str`, `~` and `$VARIABLES` are expanded, and `m3i:NAME` is a configuration of
+    the package; a `Path` is taken as it is.
 
     Raises:
         ConfigError: with one sentence, for anything wrong.
@@ -234,16 +236,16 @@ def _read(path: Path, above: tuple[str, ...] = ()) -> Layers:
     if "base" in values:
         where = f"{path}:{document.lines['base',]}: base: "
         for base in _bases(values.pop("base"), where):
-            whole.lay(_read(path.parent / _path(base, where), (*above, real)))
+            whole.lay(_read(_path(base, where, beside=path.parent), (*above, real)))
     origins = {p: f"{path}:{line}" for p, line in document.lines.items() if p[0] != "base"}
     whole.lay(Layers(values, origins))
     return whole
 
 
-def _path(name: str | Path, where: str = "") -> Path:
+def _path(name: str | Path, where: str = "", beside: Path = Path()) -> Path:
     try:
-        expanded = Path(paths.expand(name) if isinstance(name, str) else name)
-    except ValueError as error:
+        expanded = locate(paths.expand(name), beside) if isinstance(name, str) else name
+    except ValueError as error:  # a ConfigError is one
         raise ConfigError(f"{where}{error}") from None
     if "\0" in str(expanded):
         raise ConfigError(f"{where}{name!r} cannot be the name of a file")

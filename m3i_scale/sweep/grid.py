@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 from m3i_scale.config import Config, ConfigError
 from m3i_scale.config.load import load_config, override
+from m3i_scale.config.shipped import locate
 from m3i_scale.paths import expand, literal
 from m3i_scale.sweep.spec import Sweep, Variant
 
@@ -71,7 +72,7 @@ def cells(sweep: Sweep, file: str | Path) -> list[Cell]:
 def _config(sweep: Sweep, home: Path, row: dict[str, Variant], seed: int) -> Config:
     name = "-".join([*(variant.name for variant in row.values()), f"seed{seed}"])
     layers = [*sweep.config, *(file for variant in row.values() for file in variant.config)]
-    first, *others = [home / file for file in layers]
+    first, *others = [locate(file, home) for file in layers]
     decided = [
         override("run", name),
         override("folder", literal(str(sweep.own_folder))),

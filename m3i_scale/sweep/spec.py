@@ -99,7 +99,8 @@ class Sweep(Node):
     folder: PathText = "runs/sweeps"
     """Folder of all sweeps."""
     config: Annotated[Files, Field(min_length=1)]
-    """Configuration files, each laid over the ones before it; relative to the sweep file."""
+    """Configuration files, each laid over the ones before it; relative to the sweep file, or
+    `m3i:NAME`."""
     set: list[str] = Field(default=[])
     """`a.b=value` changes of every run."""
     samples: Count
