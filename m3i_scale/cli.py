@@ -38,6 +38,9 @@ COMMANDS = {
         "shards": "build, index, check and show tar shards of samples",
         "tokenizer": "train a WordPiece tokenizer on the captions of indexed shards",
     },
+    "m3i_scale.cluster.doctor": {
+        "doctor": "what this machine has for training, what is missing, and what to do",
+    },
     "m3i_scale.planner.commands": {
         "plan": "memory, communication, time and data of a run, before it starts",
     },
