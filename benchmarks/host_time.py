@@ -320,7 +320,7 @@ def measure(options: argparse.Namespace, folder: Path) -> Finding:
         f"folder={folder}",
         f"engine.device={options.device}",
         "logging.pictures=false",
-        "logging.tensorboard=false",
+        "logging.trackers=[]",
         *options.overrides,
     ]
     micro = options.micro_batch

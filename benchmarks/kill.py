@@ -51,7 +51,7 @@ model:
 optimizer: {global_batch_size: 12, max_micro_batch: 4, warmup: 2 steps}
 engine: {timeout_minutes: 2, stall_minutes: 5}
 checkpoint: {every: 1 step, keep_last: 2}
-logging: {tensorboard: false, pictures: false}
+logging: {trackers: [], pictures: false}
 """
 PATIENCE = 600.0  # seconds for what takes a few
 

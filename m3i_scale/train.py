@@ -153,7 +153,7 @@ def run(options: argparse.Namespace, config: Config, start: Start) -> int:
 
 def main() -> int:
     """Run, and turn what a user can mend into one sentence."""
-    from m3i_scale.engine import ending, events
+    from m3i_scale.engine import ending, events, trackers
 
     signal.signal(signal.SIGINT, ending.interrupted)
     start = events.Start()  # now: a launcher that dies while libraries load is missed later
@@ -165,6 +165,7 @@ def main() -> int:
         if options.asked:
             print(getattr(config, options.asked))
             return 0
+        trackers.require_packages(config.logging.trackers)
         return run(options, config, start)
     except Exception as error:
         code = ending.exit_code(error)

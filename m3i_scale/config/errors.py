@@ -22,6 +22,7 @@ RENAMED = {
     "optimizer.ema": ("optimizer.teacher_momentum", "the number stays the same"),
     "optimizer.ema_final": ("optimizer.teacher_momentum_final", "the number stays the same"),
     "objective.targets.guard": ("regularisation", "the values stay the same"),
+    "logging.tensorboard": ("logging.trackers", "true becomes [tensorboard], false becomes []"),
     "data.chunk_megabytes": ("data.chunk_mebibytes", "the number stays the same"),
     "data.storage.cache_gigabytes": ("data.storage.cache_gibibytes", "100 become 93"),
 }

@@ -138,10 +138,19 @@ class Logging(Node):
 
     every: Count = 10
     """Steps between lines on the terminal."""
-    tensorboard: bool = True
-    """Write TensorBoard curves."""
+    trackers: list[Literal["tensorboard", "wandb", "trackio", "mlflow", "csv"]] = ["tensorboard"]
+    """Where figures, pictures and the table of `m3i eval` go besides metrics.jsonl; [] is nowhere.
+    """
+    project: Annotated[str, Field(min_length=1)] = "m3i_scale"
+    """Project of wandb and trackio, experiment of mlflow."""
     pictures: bool = True
     """Draw mixes.png at the start."""
+
+    @model_validator(mode="after")
+    def _once(self) -> Logging:
+        if len(set(self.trackers)) < len(self.trackers):
+            raise ValueError("trackers has a tracker twice; name each once")
+        return self
 
 
 class Config(Node):

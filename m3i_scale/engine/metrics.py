@@ -25,6 +25,7 @@ from m3i_scale.cluster.launch import World
 from m3i_scale.config import Config, dump_config
 from m3i_scale.engine.files import write_whole
 from m3i_scale.engine.lines import JsonLines
+from m3i_scale.engine.trackers import Trackers
 from m3i_scale.profiling.peaks import dense_bf16_peak
 
 log = logging.getLogger(__name__)
@@ -91,7 +92,7 @@ class MetricLog:
         is_main: whether this is rank 0.
         total: steps of the whole run.
         first: step that training begins at.
-        tensorboard: whether to write curves for TensorBoard.
+        trackers: told of every step, too.
         attempt: its name in the lines (`events`).
     """
 
@@ -102,7 +103,7 @@ class MetricLog:
         is_main: bool,
         total: int,
         first: int,
-        tensorboard: bool,
+        trackers: Trackers | None = None,
         attempt: str = "",
     ) -> None:
         self._is_main = is_main
@@ -114,31 +115,31 @@ class MetricLog:
         self._bar = tqdm(
             total=total, initial=first, unit="step", dynamic_ncols=True, mininterval=interval
         )
-        self._board: Any = None
-        if tensorboard:
-            from torch.utils.tensorboard import SummaryWriter
-
-            self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=first)
+        self._trackers = trackers
+        self._mixes: Path | None = folder / "mixes.png"
+        self._opened = time.time()
 
     def write(self, step: int, values: dict[str, float], *, show: bool) -> None:
         """Record one step; `show` renews the figures beside the progress bar."""
         if not self._is_main:
             return
+        if self._trackers is not None and self._trackers.switched_off:
+            values = {**values, "trackers_switched_off": self._trackers.switched_off}
         self._lines.write({"step": step, "time": time.time(), **self._attempt, **values})
         with contextlib.suppress(OSError):  # the file that shows it may be on a full disk, too
             if show:
                 self._bar.set_postfix_str(_summary(values), refresh=False)
             self._bar.update(step + 1 - self._bar.n)
-        try:
-            self._add_to_board(step, values)
-        except OSError as error:
-            log.error("TensorBoard's curves end here: %s", error)
-            self._board = None
+        if self._trackers is not None:
+            self._trackers.scalars(step, values)
+            self._show_mixes(self._trackers, step)
 
-    def _add_to_board(self, step: int, values: dict[str, float]) -> None:
-        if self._board is not None:
-            for name, value in values.items():
-                self._board.add_scalar(name, value, step)
+    def _show_mixes(self, trackers: Trackers, step: int) -> None:
+        """The picture that the first step of a run has drawn."""
+        path, self._mixes = self._mixes, None
+        with contextlib.suppress(OSError):  # not drawn
+            if path is not None and path.stat().st_mtime >= self._opened - 1:
+                trackers.picture(step, path.stem, path)
 
     def close(self) -> None:
         """Flush and close everything."""
@@ -146,8 +147,8 @@ class MetricLog:
             return
         self._bar.close()
         self._lines.close()
-        if self._board is not None:
-            self._board.close()
+        if self._trackers is not None:
+            self._trackers.close()
 
 
 def _summary(values: dict[str, float]) -> str:

@@ -16,6 +16,7 @@ from m3i_scale.config import Config, ConfigError
 from m3i_scale.engine import agreement, run_folder
 from m3i_scale.engine.checkpoint import CheckpointReader
 from m3i_scale.engine.events import EventLog, Start, new_name
+from m3i_scale.engine.lineage import Lineage
 from m3i_scale.engine.lock import RunLock
 from m3i_scale.engine.loop import Run, Stream, UnstableError, pretrain
 from m3i_scale.engine.metrics import (
@@ -29,6 +30,8 @@ from m3i_scale.engine.saver import Saver, newest_good
 from m3i_scale.engine.schedules import make_schedule, split_batch
 from m3i_scale.engine.state import InitialWeights, restore, start_from
 from m3i_scale.engine.stop import StopFlag
+from m3i_scale.engine.tracker_backends import Opening
+from m3i_scale.engine.trackers import Trackers
 from m3i_scale.engine.zero import build, deepspeed_config
 from m3i_scale.objective.balance import LossBalance
 from m3i_scale.profiling.flops import step_flops
@@ -47,7 +50,7 @@ def train(run: Run, stop: StopFlag) -> bool:
         is_main=run.world.is_main,
         total=run.schedule.total,
         first=run.progress.step,
-        tensorboard=run.config.logging.tensorboard,
+        trackers=open_trackers(run.config, run.saver.lineage, run.progress.step),
         attempt=run.events.attempt if run.events else "",
     )
     try:
@@ -56,6 +59,17 @@ def train(run: Run, stop: StopFlag) -> bool:
         if run.events is not None:
             run.events.checkpoint_wait = run.saving.take()
         record.close()
+
+
+def open_trackers(config: Config, line: Lineage | None, first: int) -> Trackers | None:
+    """The trackers of a run that trains, on rank 0, which alone knows its lineage."""
+    if line is None:
+        return None
+    opening = Opening(
+        folder=config.run_folder, name=config.run, identity=line.run,
+        project=config.logging.project, settings=config.model_dump(mode="json"), first=first,
+    )  # fmt: skip
+    return Trackers(config.logging.trackers, opening)
 
 
 def pretrain_through(run: Run, stop: StopFlag, record: MetricLog) -> bool:

@@ -7,7 +7,7 @@ take as `loading.Weights`.
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -142,6 +142,7 @@ def evaluate_run(options: argparse.Namespace) -> int:
     _write_evaluation(options, reader, precision, result)
     if not options.no_pictures:
         _draw_evaluation(options.folder, config, result)
+    track_evaluation(options.folder, config, reader.state["step"], result.rows)
     print(evaluation.markdown(result.rows), end="")
     print(f"\n{options.which} of {reader.path}, computed in {precision} on {device.type}; "
           f"written to {options.folder / 'eval.json'}")  # fmt: skip
@@ -166,6 +167,32 @@ def _write_evaluation(
         "rows": [row._asdict() for row in result.rows],
     }
     (options.folder / "eval.json").write_text(json.dumps(content, indent=1) + "\n")
+
+
+def track_evaluation(run: Path, config: Config, step: int, rows: Sequence[Any]) -> None:
+    """Send the table of `m3i eval` and its pictures to the trackers of the run.
+
+    What is not installed here is left out: an evaluation may run elsewhere than the training.
+    """
+    from m3i_scale.cluster import launch
+    from m3i_scale.engine import checkpoint, tracker_backends, trackers
+
+    missing = trackers.missing_packages(config.logging.trackers)
+    names = [name for name in config.logging.trackers if name not in missing]
+    if not names:
+        return
+    launch.setup_logging(0)
+    identity = checkpoint.current_lineage(run / "checkpoints").run or config.run
+    opening = tracker_backends.Opening(
+        folder=run, name=config.run, identity=identity, project=config.logging.project,
+        settings=config.model_dump(mode="json"), first=None,
+    )  # fmt: skip
+    told = trackers.Trackers(names, opening)
+    told.table(step, "eval", [row._asdict() for row in rows])
+    for name in ("retrieval", "curves"):
+        if (run / f"{name}.png").is_file():
+            told.picture(step, name, run / f"{name}.png")
+    told.close()
 
 
 def _draw_evaluation(run: Path, config: Config, result: Any) -> None:

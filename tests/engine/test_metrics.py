@@ -13,7 +13,7 @@ CPU = torch.device("cpu")
 
 
 def open_log(folder: Path) -> MetricLog:
-    return MetricLog(folder, is_main=True, total=9, first=0, tensorboard=False)
+    return MetricLog(folder, is_main=True, total=9, first=0)
 
 
 def entry(step: int) -> dict[str, float]:

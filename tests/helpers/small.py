@@ -48,7 +48,7 @@ data:
   sources: [{name: texts, index: none, kind: text}, {name: classes, index: none, kind: category}]
 optimizer: {global_batch_size: 8, max_micro_batch: 8, duration: 6 steps, warmup: 2 steps}
 engine: {precision: fp32, device: cpu}
-logging: {tensorboard: false, pictures: false}
+logging: {trackers: [], pictures: false}
 """
 
 # Images and categories, no text and no teacher: what starts and steps in the least time.
@@ -69,7 +69,7 @@ objective:
 data: {image_size: 32, workers: 0}
 optimizer: {global_batch_size: 8, max_micro_batch: 8, duration: 6 steps, warmup: 1 steps}
 engine: {precision: fp32, device: cpu}
-logging: {tensorboard: false, pictures: false}
+logging: {trackers: [], pictures: false}
 """
 
 

@@ -94,7 +94,6 @@ def open_log(run: loop.Run) -> metrics.MetricLog:
         is_main=run.world.is_main,
         total=run.schedule.total,
         first=run.progress.step,
-        tensorboard=False,
     )
 
 
