@@ -22,6 +22,7 @@ from helpers.run_folder import captioned_config, networks, write_run
 from helpers.shards import jpeg
 from helpers.small import small_targets
 from m3i_scale.cli import main
+from m3i_scale.integrations import initial
 from m3i_scale.models.backbone import build_backbone
 from m3i_scale.models.dcn import DCNv3
 from m3i_scale.transfer import onnx_file
@@ -183,6 +184,20 @@ def test_our_own_format(name, export, monkeypatch, request):
     names = run_card(export(run, "m3i"), monkeypatch)
     pixels = pixels_of(names["processor"])
     assert torch.equal(names["tokens"], run.features(pixels))
+
+
+@pytest.mark.parametrize("form", ["m3i", "timm", "transformers"])
+@pytest.mark.parametrize("name", ["vit", "intern"])
+def test_another_run_starts_from_it(name, form, export, request):
+    run = request.getfixturevalue(name)
+    model = run.config.model.model_copy(update={"init": str(export(run, form))})
+    found = initial.open_initial(model)
+    backbone = build_backbone(model.backbone.name, **model.backbone.options)
+    initial.load(backbone, found)
+    pixels = torch.randn(1, 3, 64, 64)
+    with torch.no_grad():
+        close(backbone.eval().features(pixels), run.features(pixels))
+    assert not any("learned" in note for note in found.notes)
 
 
 def test_images_are_prepared_as_in_the_evaluation(intern, export, monkeypatch):
