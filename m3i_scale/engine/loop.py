@@ -247,6 +247,7 @@ def _prepare(run: Run, batch: Any) -> MixedBatch:
         mean=config.data.mean,
         std=config.data.std,
         dtype=DTYPES[config.engine.precision],
+        seed=config.seed,
     )
     picture = run.folder / "mixes.png"
     if config.logging.pictures and run.world.is_main and not picture.exists():

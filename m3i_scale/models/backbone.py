@@ -34,8 +34,12 @@ class Backbone(Protocol):
         """Return rows and columns of the feature map; ValueError for a size that does not fit."""
         ...
 
-    def features(self, images: Tensor) -> Tensor:
-        """Map images (B, 3, H, W) to tokens (B, N, D), row-major over the grid."""
+    def features(self, images: Tensor, keys: Tensor | None = None) -> Tensor:
+        """Map images (B, 3, H, W) to tokens (B, N, D), row-major over the grid.
+
+        What a row draws in training is a function of its key, int64 (B,), and of nothing else;
+        without keys the default generator draws.
+        """
         ...
 
     def pool(self, tokens: Tensor, keep: Tensor | None = None) -> Tensor:

@@ -17,13 +17,12 @@ from m3i_scale.models.layers import (
     Linear,
     ToChannelsFirst,
     ToChannelsLast,
-    drop_path_layer,
-    drop_path_rates,
     layer_norm,
     require_divisible,
     run_block,
 )
 from m3i_scale.models.pooling import AttentionPool
+from m3i_scale.models.stochastic_depth import DropPath, draw_uniform, drop_path_rates
 
 
 def _variant(
@@ -154,7 +153,7 @@ class Block(nn.Module):
         self.dcn = DCNv3(channels, groups, **dcn)
         self.norm2 = nn.Sequential(layer_norm(channels))
         self.mlp = Mlp(channels, int(channels * mlp_ratio))
-        self.drop_path = drop_path_layer(drop_path)
+        self.drop_path = DropPath(drop_path)
         self.res_post_norm1 = nn.Sequential(layer_norm(channels)) if res_post_norm else None
         self.res_post_norm2 = nn.Sequential(layer_norm(channels)) if res_post_norm else None
         self.layer_scale = layer_scale
@@ -169,14 +168,16 @@ class Block(nn.Module):
             for gamma in self.parameters(recurse=False):
                 nn.init.constant_(gamma, self.layer_scale)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Apply to x (N, H, W, C)."""
-        x = self._residual(x, self.dcn, self.norm1, self.res_post_norm1, self.gamma1)
-        return self._residual(x, self.mlp, self.norm2, self.res_post_norm2, self.gamma2)
+    def forward(self, x: Tensor, drawn: Tensor | None = None) -> Tensor:
+        """Apply to x (N, H, W, C); `drawn` (2, N): see `DropPath`."""
+        first, second = (None, None) if drawn is None else drawn
+        x = self._residual(x, first, self.dcn, self.norm1, self.res_post_norm1, self.gamma1)
+        return self._residual(x, second, self.mlp, self.norm2, self.res_post_norm2, self.gamma2)
 
     def _residual(
         self,
         x: Tensor,
+        drawn: Tensor | None,
         layer: nn.Module,
         norm: nn.Module,
         res_post_norm: nn.Module | None,
@@ -187,7 +188,7 @@ class Block(nn.Module):
             branch = res_post_norm(branch)
         if gamma is not None:
             branch = gamma * branch
-        return x + self.drop_path(branch)
+        return x + self.drop_path(branch, drawn)
 
 
 class Stage(nn.Module):
@@ -221,10 +222,14 @@ class Stage(nn.Module):
             )
         self.downsample = Downsample(channels) if downsample else None
 
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Map x (N, H, W, C) to this stage's features and the next stage's input (last: None)."""
+    def forward(self, x: Tensor, drawn: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+        """Map x (N, H, W, C) to this stage's features and the next stage's input (last: None).
+
+        `drawn` (2 * blocks, N): see `DropPath`.
+        """
         for i, block in enumerate(self.blocks):
-            x = run_block(block, x, checkpointed=self.checkpoint_blocks)
+            own = None if drawn is None else drawn[2 * i : 2 * i + 2]
+            x = run_block(block, x, own, checkpointed=self.checkpoint_blocks)
             if i in self.post_norm_ids:
                 x = self.post_norms[self.post_norm_ids.index(i)](x)
         x = self.norm(x)
@@ -284,6 +289,7 @@ class InternImage(nn.Module):
         _check_norm_style(post_norm, res_post_norm, layer_scale)
         post_norm_ids = _post_norm_ids(level2_post_norm, level2_post_norm_block_ids, depths)
         rates = drop_path_rates(drop_path_rate, sum(depths), drop_path_type)
+        self.depths, self.drop_path_rate = tuple(depths), drop_path_rate
         self.num_classes = num_classes
         self.use_clip_projector = use_clip_projector
         self.patch_embed = Stem(channels)
@@ -335,19 +341,29 @@ class InternImage(nn.Module):
         """What `pool` adds to the features."""
         return self.clip_projector
 
-    def forward_maps(self, images: Tensor) -> list[Tensor]:
-        """Map images to the stem's map and those of the stages, all (N, H, W, C)."""
+    def forward_maps(self, images: Tensor, keys: Tensor | None = None) -> list[Tensor]:
+        """Map images to the stem's map and those of the stages, all (N, H, W, C).
+
+        `keys` (N,): see `Backbone`.
+        """
         x: Tensor | None = self.patch_embed(images)
         assert x is not None
         maps = [x]
-        for level in self.levels:
-            stage, x = level(x)
+        parts: Sequence[Tensor | None] = [None] * len(self.depths)
+        if self.training and self.drop_path_rate:
+            drawn = draw_uniform(len(images), 2 * sum(self.depths), keys, images.device)
+            parts = drawn.split([2 * depth for depth in self.depths])
+        for level, part in zip(self.levels, parts, strict=True):
+            stage, x = level(x, part)
             maps.append(stage)
         return maps
 
-    def forward_stages(self, images: Tensor) -> list[Tensor]:
-        """Map images to four maps (N, H, W, C), strides 4 to 32, each before its downsampling."""
-        return self.forward_maps(images)[1:]
+    def forward_stages(self, images: Tensor, keys: Tensor | None = None) -> list[Tensor]:
+        """Map images to four maps (N, H, W, C), strides 4 to 32, each before its downsampling.
+
+        `keys` (N,): see `Backbone`.
+        """
+        return self.forward_maps(images, keys)[1:]
 
     def grid_size(self, height: int, width: int) -> tuple[int, int]:
         """Return rows and columns of the stride-16 map of an image of height x width pixels."""
@@ -356,14 +372,17 @@ class InternImage(nn.Module):
             require_divisible(f"image {name}", value, "the stride of the last stage", 32)
         return height // self.stride, width // self.stride
 
-    def features(self, images: Tensor) -> Tensor:
-        """Map images (B, 3, H, W) to the tokens (B, N, D) of the fused stride-16 map, row-major."""
+    def features(self, images: Tensor, keys: Tensor | None = None) -> Tensor:
+        """Map images (B, 3, H, W) to the tokens (B, N, D) of the fused stride-16 map, row-major.
+
+        `keys` (B,): see `Backbone`.
+        """
         if not self.use_clip_projector:
             raise ValueError(
                 "this InternImage has no fused map: build it with use_clip_projector=True"
             )
         self.grid_size(*images.shape[-2:])
-        return self.fuse(*self.forward_stages(images)[2:]).flatten(2).transpose(1, 2)
+        return self.fuse(*self.forward_stages(images, keys)[2:]).flatten(2).transpose(1, 2)
 
     def fuse(self, stage3: Tensor, stage4: Tensor) -> Tensor:
         """Maps (B, H, W, C) of the last two stages -> the fused stride-16 map (B, D, H, W)."""

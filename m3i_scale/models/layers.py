@@ -10,7 +10,6 @@ from collections.abc import Iterator
 from functools import partial
 
 import torch
-from timm.layers import DropPath
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -98,22 +97,6 @@ class ToChannelsFirst(nn.Module):
         return x.permute(0, 3, 1, 2)
 
 
-def drop_path_layer(rate: float) -> nn.Module:
-    """Stochastic depth per sample (draws from the default generator: checkpointing replays it)."""
-    return DropPath(rate) if rate > 0 else nn.Identity()
-
-
-def drop_path_rates(rate: float, depth: int, schedule: str) -> list[float]:
-    """Stochastic depth of each of `depth` blocks: `uniform`, or `linear` from 0 to `rate`."""
-    if not 0 <= rate < 1:
-        raise ValueError(f"drop_path_rate={rate}: must be at least 0 and below 1")
-    if schedule == "uniform":
-        return [rate] * depth
-    if schedule == "linear":
-        return [rate * i / max(depth - 1, 1) for i in range(depth)]
-    raise ValueError(f"drop_path_type={schedule!r}: must be 'linear' or 'uniform'")
-
-
 def residual_blocks(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """Names and blocks of all Transformers and convolutional stages inside, by their list's name.
 
@@ -125,13 +108,13 @@ def residual_blocks(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
 
 def run_block(
-    block: nn.Module, x: Tensor, attn_mask: Tensor | None = None, *, checkpointed: bool
+    block: nn.Module, x: Tensor, other: Tensor | None = None, *, checkpointed: bool
 ) -> Tensor:
-    """Apply one block (Transformer blocks may take an attention mask) to x.
+    """Apply one block to x and to its second input (an attention mask, drawn numbers), if any.
 
-    With `checkpointed` only x is kept for the backward pass, which runs the block again.
+    With `checkpointed` only these are kept for the backward pass, which runs the block again.
     """
-    inputs = (x,) if attn_mask is None else (x, attn_mask)
+    inputs = (x,) if other is None else (x, other)
     if checkpointed and torch.is_grad_enabled():
         # The reentrant kind gives zero gradients when a block's input needs none.
         return checkpoint(block, *inputs, use_reentrant=False)

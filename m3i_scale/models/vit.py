@@ -6,11 +6,10 @@ parameter, and any image size that the patch divides.
 """
 
 from timm.layers import PatchEmbed
-from timm.models.vision_transformer import Block
+from timm.models.vision_transformer import Block as PlainBlock
 from torch import Tensor, nn
 
 from m3i_scale.models.layers import (
-    drop_path_rates,
     init_transformer,
     layer_norm,
     require_divisible,
@@ -18,6 +17,21 @@ from m3i_scale.models.layers import (
 )
 from m3i_scale.models.pooling import AttentionPool
 from m3i_scale.models.positions import grid_embedding
+from m3i_scale.models.stochastic_depth import DropPath, draw_uniform, drop_path_rates
+
+
+class Block(PlainBlock):
+    """timm's block, whose stochastic depth is drawn by its caller."""
+
+    def __init__(self, width: int, heads: int, mlp_ratio: float, drop_path: float) -> None:
+        super().__init__(width, heads, mlp_ratio, qkv_bias=True, norm_layer=layer_norm)
+        self.drop_path = DropPath(drop_path)
+
+    def forward(self, x: Tensor, drawn: Tensor | None = None) -> Tensor:
+        """Apply to x (B, N, D); `drawn` (2, B): see `DropPath`."""
+        attention, mlp = (None, None) if drawn is None else drawn
+        x = x + self.drop_path(self.ls1(self.attn(self.norm1(x))), attention)
+        return x + self.drop_path(self.ls2(self.mlp(self.norm2(x))), mlp)
 
 
 class ViT(nn.Module):
@@ -45,9 +59,9 @@ class ViT(nn.Module):
         self.patch_embed = PatchEmbed(None, patch_size, embed_dim=width, strict_img_size=False)
         rates = drop_path_rates(drop_path_rate, depth, drop_path_type)
         self.blocks = nn.ModuleList(
-            Block(width, heads, mlp_ratio, qkv_bias=True, drop_path=rate, norm_layer=layer_norm)
-            for rate in rates
+            Block(width, heads, mlp_ratio, drop_path=rate) for rate in rates
         )
+        self.drop_path_rate = drop_path_rate
         self.norm = layer_norm(width)
         self.attention_pool = AttentionPool(width, pool_heads, embed_dim)
         self.apply(init_transformer)
@@ -63,13 +77,20 @@ class ViT(nn.Module):
             require_divisible(f"image {name}", value, "patch size", self.stride)
         return height // self.stride, width // self.stride
 
-    def features(self, images: Tensor) -> Tensor:
-        """Map images (B, 3, H, W) to tokens (B, N, D), row-major, after the last norm."""
+    def features(self, images: Tensor, keys: Tensor | None = None) -> Tensor:
+        """Map images (B, 3, H, W) to tokens (B, N, D), row-major, after the last norm.
+
+        `keys` (B,): see `Backbone`.
+        """
         grid = self.grid_size(*images.shape[-2:])
         x = self.patch_embed(images)  # (B, N, D)
         x = x + grid_embedding(grid, self.width, x.device).to(x.dtype)
-        for block in self.blocks:
-            x = run_block(block, x, checkpointed=self.checkpoint_blocks)
+        drawn = None
+        if self.training and self.drop_path_rate:
+            drawn = draw_uniform(len(x), 2 * len(self.blocks), keys, x.device)
+        for n, block in enumerate(self.blocks):
+            own = None if drawn is None else drawn[2 * n : 2 * n + 2]
+            x = run_block(block, x, own, checkpointed=self.checkpoint_blocks)
         return self.norm(x)
 
     def pool(self, tokens: Tensor, keep: Tensor | None = None) -> Tensor:

@@ -19,6 +19,7 @@ from m3i_kernels import PhotometricParams, block_mix, photometric
 from torch import Tensor
 
 from m3i_scale.config import Input
+from m3i_scale.models.stochastic_depth import hash_keys
 
 
 class Views(Protocol):
@@ -56,6 +57,7 @@ class MixedBatch(NamedTuple):
     token_mask: Tensor  # bool (B, L)
     has_text: Tensor  # bool (B,)
     category: Tensor  # int64 (B,), -1 without
+    key: Tensor  # int64 (B,): of seed and stream position; what the networks draw follows from it
 
     def clean(self, view: str) -> Tensor:
         """The uncorrupted view "a" or "b" of every sample."""
@@ -75,8 +77,9 @@ def build_input(
     mean: tuple[float, float, float],
     std: tuple[float, float, float],
     dtype: torch.dtype,
+    seed: int = 0,
 ) -> MixedBatch:
-    """Distort, normalise and mix one batch on the device it lies on.
+    """Distort, normalise and mix one batch on the device it lies on; `seed` is the run's.
 
     Raises:
         ValueError: the batch has an odd number of rows, so that one would have no partner.
@@ -104,6 +107,7 @@ def build_input(
         image, *clean, seen, partner,
         batch.box_a, batch.box_b, batch.flip_a, batch.flip_b,
         batch.tokens, batch.token_mask, batch.has_text, batch.category,
+        hash_keys(batch.position, seed),
     )  # fmt: skip
 
 

@@ -9,7 +9,7 @@ to its place.
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +21,7 @@ from m3i_scale.models.heads import MLP, Temperature
 from m3i_scale.models.image_decoder import ImageDecoder
 from m3i_scale.models.layers import HEADS, XavierLinear, residual_blocks
 from m3i_scale.models.positions import relative_positions
+from m3i_scale.models.stochastic_depth import hash_keys
 from m3i_scale.models.text_tower import TextTower
 from m3i_scale.objective.balance import GradientProbe
 from m3i_scale.objective.centre import RunningCentre
@@ -81,9 +82,9 @@ class Encoder(nn.Module):
         if any(t.decoder == "projector" for t in objective.targets):
             self.dense_projector = MLP(backbone.width, head.hidden, head.width)
 
-    def encode(self, images: Tensor) -> Encoding:
-        """Everything that targets are made of, for clean images (B, 3, H, W)."""
-        features = self.backbone.features(images)
+    def encode(self, images: Tensor, keys: Tensor) -> Encoding:
+        """Everything that targets are made of, for clean images (B, 3, H, W) and their keys."""
+        features = self.backbone.features(images, keys)
         pooled = projected = None
         if self.projector is not None:
             pooled = self.projector(self.backbone.pool(features))
@@ -225,7 +226,8 @@ class M3I(nn.Module):
         are those of the loss of the global batch. In training mode queues take in the new keys.
         """
         outputs = self.target_outputs(mixed)  # z_y
-        features = self.student.backbone.features(mixed.image)  # z_x (B, N, D), of each shown view
+        keys = torch.cat([_draw_key(mixed, "input", view) for view in self.shown])
+        features = self.student.backbone.features(mixed.image, keys)  # z_x (B, N, D), of each view
         for_ssp, for_sp = (z.chunk(len(self.shown)) for z in self.probe.split(features))
 
         roles = [self.roles(mixed, view) for view in self.shown]
@@ -280,7 +282,8 @@ class M3I(nn.Module):
         networks = self.teacher if encoder == "teacher" else self.student
         image = torch.cat([mixed.clean(view) for view in views])
         with torch.set_grad_enabled(torch.is_grad_enabled() and self._trains_targets(encoder)):
-            parts = networks.encode(image)
+            keys = torch.cat([_draw_key(mixed, "target", view) for view in views])
+            parts = networks.encode(image, keys)
         none = [None] * len(views)
         chunks = (none if part is None else part.chunk(len(views)) for part in parts)
         return [Encoding(*of_view) for of_view in zip(*chunks, strict=True)]
@@ -381,6 +384,12 @@ class M3I(nn.Module):
             _part(self.queues, target.name),
             _part(self.running_centres, target.name),
         )
+
+
+def _draw_key(mixed: MixedBatch, use: Literal["input", "target"], view: View) -> Tensor:
+    """What the student draws from (B,): an image in the input draws anew when it is a target."""
+    uses = [("input", "a"), ("input", "b"), ("target", "a"), ("target", "b")]
+    return hash_keys(mixed.key, uses.index((use, view)))
 
 
 def _part(parts: nn.ModuleDict, name: str) -> Any:

@@ -359,4 +359,5 @@ def _mixed_batch(spec: Input, size: int, length: int, dtype: torch.dtype) -> Mix
         token_mask=torch.empty(ROWS, length, dtype=torch.bool),
         has_text=flag,
         category=number,
+        key=number,
     )

@@ -150,11 +150,7 @@ def test_checkpointing_changes_no_gradient_with_drop_path():
 )
 def test_drop_path_schedules(schedule, expected):
     model = InternImage(**SMALL, drop_path_rate=0.4, drop_path_type=schedule)
-    rates = [
-        getattr(block.drop_path, "drop_prob", 0.0)
-        for level in model.levels
-        for block in level.blocks
-    ]
+    rates = [block.drop_path.drop_prob for level in model.levels for block in level.blocks]
     assert rates == pytest.approx(expected)
 
 

@@ -118,8 +118,8 @@ def test_gradient_norms_at_the_features_are_those_of_the_two_losses(small: Confi
         captured: list[Tensor] = []
         original = model.student.backbone.features
 
-        def features(image: Tensor, original=original, captured=captured) -> Tensor:
-            captured.append(original(image))
+        def features(images: Tensor, keys: Tensor, *, original=original, captured=captured):
+            captured.append(original(images, keys))
             return captured[-1]
 
         model.student.backbone.features = features
