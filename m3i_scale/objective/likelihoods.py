@@ -32,16 +32,22 @@ def boltzmann(
     """`-log softmax(scores)[positive]`, `scores = z_hat_y . z' / tau`: (R, C), (R,) -> (R,).
 
     `positive` is the column of each row's own target; rows without one carry -1 and get loss 0.
-    Columns where `candidate_exists` (C,) is False leave the sum over z'.
+    Columns where `candidate_exists` (C,) is False leave the sum over z', and smoothing spreads no
+    probability over them.
     """
     scores = scores.float()
+    smoothing = label_smoothing if candidate_exists is None else 0.0
     if candidate_exists is not None:
         scores = scores.masked_fill(~candidate_exists, torch.finfo(torch.float32).min)
     # Rows without a target may have no candidate at all; they read column 0 and are set to zero.
     present = positive >= 0
     loss = F.cross_entropy(
-        scores, positive.clamp(min=0), label_smoothing=label_smoothing, reduction="none"
+        scores, positive.clamp(min=0), label_smoothing=smoothing, reduction="none"
     )
+    if candidate_exists is not None and label_smoothing:
+        logs = scores.log_softmax(1).masked_fill(~candidate_exists, 0)
+        mean = logs.sum(1) / candidate_exists.sum().clamp(min=1)
+        loss = (1 - label_smoothing) * loss - label_smoothing * mean
     return torch.where(present, loss, torch.zeros_like(loss))
 
 

@@ -45,14 +45,14 @@ def test_boltzmann_is_minus_log_softmax_of_the_own_target():
         assert found[row].item() == pytest.approx(expected, rel=1e-5)
 
 
-def test_absent_candidates_leave_the_sum_and_get_no_gradient():
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_absent_candidates_leave_the_sum_and_get_no_gradient(smoothing: float):
     scores = torch.randn(3, 5, requires_grad=True)
     exists = torch.tensor([True, False, True, True, False])
     positive = torch.tensor([0, 2, 3])
-    found = boltzmann(scores, positive, candidate_exists=exists)
-    torch.testing.assert_close(
-        found, boltzmann(scores[:, exists], torch.tensor([0, 1, 2])), rtol=1e-6, atol=1e-6
-    )
+    found = boltzmann(scores, positive, candidate_exists=exists, label_smoothing=smoothing)
+    alone = boltzmann(scores[:, exists], torch.tensor([0, 1, 2]), label_smoothing=smoothing)
+    torch.testing.assert_close(found, alone, rtol=1e-6, atol=1e-6)
     found.sum().backward()
     assert (scores.grad[:, ~exists] == 0).all()
 
