@@ -122,6 +122,30 @@ class Target(Node):
         return self.representation in ("features", "global")
 
     @property
+    def trains_target(self) -> bool:
+        """Whether the target's side carries a gradient to an encoder."""
+        student = self.encoded and self.encoder == "student"
+        text = self.representation == "text"
+        return text or (student and self.regularisation != "stop_gradient")
+
+    @property
+    def correlates(self) -> bool:
+        """Whether UniGrad's correlation of all targets enters the loss."""
+        return self.regularisation == "decorrelation" and self.decorrelation == "unigrad"
+
+    @property
+    def compares(self) -> bool:
+        """Whether the loss of a sample has a gradient to the embeddings of others."""
+        if self.likelihood.form == "boltzmann":
+            return self.representation != "category"
+        return self.regularisation == "decorrelation" and not self.correlates
+
+    @property
+    def across(self) -> bool:
+        """Whether the loss of a sample depends on others at all."""
+        return self.compares or self.correlates or self.centre != "none"
+
+    @property
     def tokenwise(self) -> bool:
         """Whether each token of the input predicts one target patch, without mask tokens."""
         return self.dense and self.decoder != "transformer"
@@ -317,6 +341,11 @@ class Objective(Node):
     """
     balance: Balance | None = Balance()
     """How L_SP is weighted; null: by 1."""
+    negatives: Literal["micro_step", "batch"] = "micro_step"
+    """Where a sample's negatives, and all else that a loss knows of other samples (centre,
+    decorrelation), come from: the micro-step on all ranks, or the whole accumulated batch, at the
+    cost of a second forward pass.
+    """
 
     @property
     def representations(self) -> set[str]:
@@ -347,6 +376,11 @@ class Objective(Node):
         mixed_with_itself = self.input.corruption == "mix" and self.input.pairing == "self"
         other = any(target.view == "other" for target in self.targets)
         return other or mixed_with_itself or self.input.both_views
+
+    def runs_twice(self, micro_steps: int) -> bool:
+        """Whether the micro-batches of a step run first without and then with gradient."""
+        across = any(target.across for target in self.targets)
+        return self.negatives == "batch" and micro_steps > 1 and across
 
     def masked_positions(self, target: Target) -> bool:
         """Whether a dense loss covers the masked patches only.
@@ -393,6 +427,13 @@ class Objective(Node):
                 target.positions == "masked" and self.input.corruption == "none",
                 f"target {target.name!r} asks for masked positions of an unmasked input; "
                 "set input.corruption: mask or mix, or positions: all",
+            )
+            local = isinstance(target.likelihood, Boltzmann)
+            local = local and target.likelihood.candidates == "local"  # type: ignore[union-attr]
+            yield (
+                local and self.negatives == "batch",
+                f"target {target.name!r} has likelihood.candidates: local, those of one micro-step "
+                "on one rank; set candidates: global or objective.negatives: micro_step",
             )
         for what in self.representations:
             likelihoods = [t.likelihood for t in self.targets if t.representation == what]

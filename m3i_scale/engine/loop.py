@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -23,7 +23,13 @@ from m3i_scale.engine.metrics import Figures, MetricLog, Speed, machine_values, 
 from m3i_scale.engine.pictures import save_mixes
 from m3i_scale.engine.saver import Saver
 from m3i_scale.engine.schedules import BatchSplit, Schedule, momentum_ends
-from m3i_scale.engine.state import InitialWeights, Progress, snapshot
+from m3i_scale.engine.state import (
+    InitialWeights,
+    Progress,
+    generator_states,
+    set_generator_states,
+    snapshot,
+)
 from m3i_scale.engine.stop import StopFlag
 from m3i_scale.engine.watchdog import Watchdog
 from m3i_scale.engine.zero import Sharded, module_stack_kept, set_learning_rate
@@ -31,6 +37,7 @@ from m3i_scale.models.precision import DTYPES
 from m3i_scale.objective.balance import LossBalance
 from m3i_scale.objective.inputs import MixedBatch, build_input
 from m3i_scale.objective.momentum import ema_coefficient
+from m3i_scale.objective.step_loss import StepLoss
 
 log = logging.getLogger(__name__)
 
@@ -178,13 +185,19 @@ def train_step(run: Run, batches: Timed) -> tuple[dict[str, float], bool]:
     rate = run.schedule.learning_rate(run.progress.step)
     set_learning_rate(engine, rate)
     weight = run.balance.supervised_weight  # lambda
-    skipped_before, alone = engine.skipped_steps, 0.0
-    for _ in range(run.split.accumulation):
+    skipped_before, alone, step, held = engine.skipped_steps, 0.0, None, []
+    if run.config.objective.runs_twice(run.split.accumulation):
+        held = [next(batches) for _ in range(run.split.accumulation)]
+        alone = time.perf_counter() - started  # from here on ranks wait for each other
+        step, states = _compare(run, held)
+    for number in range(run.split.accumulation):
         begun = time.perf_counter()
-        view = _prepare(run, next(batches))
-        alone += time.perf_counter() - begun  # from here on ranks wait for each other
+        view = _prepare(run, held[number] if held else next(batches))
+        alone += time.perf_counter() - begun
+        if step is not None:
+            set_generator_states(states[number], run.world)
         with module_stack_kept():
-            outputs = engine(view, weight)
+            outputs = engine(view, weight, step=step)
             engine.backward(outputs["loss"])
         engine.step()  # updates at the end of the accumulation only
         figures.add(_figures(run, outputs, weight))
@@ -207,6 +220,24 @@ def train_step(run: Run, batches: Timed) -> tuple[dict[str, float], bool]:
         run.balance.update(values["gradient/ssp"], values["gradient/sp"])
         values["teacher_momentum"] = coefficient
     return values | _speed(run, started), updated
+
+
+def _compare(run: Run, held: Sequence[Any]) -> tuple[StepLoss, list[dict[str, Tensor]]]:
+    """The first pass over a step's micro-batches, without gradient, and the loss of all of them.
+
+    Returns:
+        What the second pass needs: that loss, and how the random generators stood before each
+        micro-batch. (Our networks draw by stream position; others may have dropout.)
+    """
+    sharded, model = run.sharded, run.sharded.model
+    step, states = StepLoss(run.config.objective), []
+    with torch.no_grad(), sharded.first_pass():
+        for batch in held:
+            states.append(generator_states(run.world))
+            with module_stack_kept():
+                sharded.engine(_prepare(run, batch), step=step)
+    step.close(model.queues, model.running_centres)
+    return step, states
 
 
 def save(run: Run) -> None:

@@ -49,7 +49,7 @@ def snapshot(
         own = extent(buffer.numel(), world.rank, world.size)
         part = buffer.flatten()[own.start : own.stop]
         tensors[f"buffer/{name}"] = part.detach().to("cpu", copy=copy)
-    tensors |= {f"rng/{kind}": value for kind, value in _generator_states(world).items()}
+    tensors |= {f"rng/{kind}": value for kind, value in generator_states(world).items()}
     state = {
         "step": progress.step,
         "position": progress.position,
@@ -93,7 +93,7 @@ def restore(
     progress = Progress(*(reader.state[k] for k in ("step", "position", "skipped")))
     progress.start_rank = reader.state.get("start_rank")  # older checkpoints have none
     if reader.ranks == world.size:
-        _set_generator_states(reader.generator_states(world.rank), world)
+        set_generator_states(reader.generator_states(world.rank), world)
     else:
         seed_rank(seed + 1 + progress.step, world.rank)
     return progress
@@ -190,7 +190,7 @@ def _require_same_networks(reader: CheckpointReader, shapes: dict[str, list[int]
     )
 
 
-def _generator_states(world: World) -> dict[str, Tensor]:
+def generator_states(world: World) -> dict[str, Tensor]:
     """Only torch draws in the training process; workers' randomness is a function of position."""
     states = {"cpu": torch.get_rng_state()}
     if world.device.type == "cuda":
@@ -198,7 +198,8 @@ def _generator_states(world: World) -> dict[str, Tensor]:
     return states
 
 
-def _set_generator_states(states: dict[str, Tensor], world: World) -> None:
+def set_generator_states(states: dict[str, Tensor], world: World) -> None:
+    """Set what `generator_states` gave."""
     torch.set_rng_state(states["cpu"])
     if world.device.type == "cuda" and "cuda" in states:
         torch.cuda.set_rng_state(states["cuda"], world.device)

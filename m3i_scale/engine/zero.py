@@ -16,6 +16,7 @@ from m3i_scale.cluster.numerics import set_numerics
 from m3i_scale.config import Config, ConfigError, Engine, Optimizer, Zero
 from m3i_scale.config.load import merge
 from m3i_scale.engine import quick, shards
+from m3i_scale.engine.first_pass import FirstPass
 from m3i_scale.engine.momentum import ShardedTeacher, Teacher, WholeTeacher, start_equal
 from m3i_scale.engine.schedules import BatchSplit
 from m3i_scale.objective.m3i import M3I
@@ -27,6 +28,7 @@ class Sharded(NamedTuple):
     engine: deepspeed.DeepSpeedEngine
     model: M3I
     teacher: Teacher | None
+    first_pass: FirstPass
 
 
 def deepspeed_config(spec: Engine, split: BatchSplit, *, clip_norm: float | None) -> dict[str, Any]:
@@ -119,7 +121,7 @@ def build(config: Config, world: World, split: BatchSplit) -> Sharded:
     teacher = None
     if copy is not None:
         teacher = kind(engine.optimizer, model.student, copy, world.device)
-    return Sharded(engine, model, teacher)
+    return Sharded(engine, model, teacher, FirstPass(engine.optimizer))
 
 
 def _gather_blocks_at_once(model: M3I) -> None:

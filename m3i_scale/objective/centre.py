@@ -15,14 +15,19 @@ from torch import Tensor, nn
 from m3i_scale.objective.collectives import average
 
 
-@torch.no_grad()
 def moments(vectors: Tensor) -> Tensor:
     """Mean of each channel and, last, the mean square: (B, ..., D) -> float32 (D + 1,).
 
     Over all vectors of all ranks (a collective; all ranks have equally many), without gradient.
     """
+    return average(local_moments(vectors))
+
+
+@torch.no_grad()
+def local_moments(vectors: Tensor) -> Tensor:
+    """The same over the vectors of this rank."""
     rows = vectors.detach().float().flatten(0, -2)
-    return average(torch.cat([rows.mean(0), rows.square().mean()[None]]))
+    return torch.cat([rows.mean(0), rows.square().mean()[None]])
 
 
 def centre(vectors: Tensor, moments: Tensor) -> Tensor:
@@ -53,7 +58,11 @@ class RunningCentre(nn.Module):
 
     def forward(self, vectors: Tensor) -> Tensor:
         """Centre float32 vectors (B, ..., D)."""
-        batch = moments(vectors)
+        return centre(vectors, self.known(moments(vectors)))
+
+    @torch.no_grad()
+    def known(self, batch: Tensor) -> Tensor:
+        """Moments (D + 1,) to centre a batch by, when its own are `batch` (D + 1,)."""
         if self.training:
             new = torch.cat([batch, torch.ones_like(batch[:1])])
             moved = self.decay * self.averages + (1 - self.decay) * new
@@ -61,7 +70,7 @@ class RunningCentre(nn.Module):
             self.averages = torch.where(torch.isfinite(batch).all(), moved, self.averages)
         weight = self.averages[-1]
         known = self.averages[:-1] / weight.clamp(min=torch.finfo(torch.float32).tiny)
-        return centre(vectors, torch.where(weight > 0, known, batch))
+        return torch.where(weight > 0, known, batch)
 
     def _apply(self, function: Any, recurse: bool = True) -> RunningCentre:
         """Move as any module does, but stay in float32: small changes would round to nothing."""

@@ -84,10 +84,10 @@ def gather(local: Tensor) -> Tensor:
     return _GatherWithGradient.apply(local)
 
 
-def own_columns(index: Tensor, *, gathered: bool) -> Tensor:
-    """Column of local row `index` among the candidates of all ranks, or of this rank only."""
+def own_columns(index: Tensor) -> Tensor:
+    """Column of local row `index`, one of equally many rows of each rank, among all ranks' rows."""
     rank, _ = rank_and_size()
-    return index + rank * len(index) if gathered else index
+    return index + rank * len(index)
 
 
 @torch.no_grad()

@@ -30,13 +30,17 @@ class KeyQueue(nn.Module):
 
     @torch.no_grad()
     def push(self, keys: Tensor) -> None:
-        """Put in the keys (B, D) of every rank (a collective); the oldest leave.
+        """Put in the keys (B, D) of every rank (a collective); the oldest leave."""
+        self.put(gather(keys.detach()))
+
+    @torch.no_grad()
+    def put(self, new: Tensor) -> None:
+        """Put in keys (R, D), the same on all ranks.
 
         A batch with a key that is not finite is left out whole: it would spoil every loss for as
         long as it stayed.
         """
-        size = len(self.keys)
-        new = gather(keys.detach().to(self.keys.dtype))
+        size, new = len(self.keys), new.to(self.keys.dtype)
         sound = torch.isfinite(new).all()
         # New tensors, no writes in place: the backward pass still needs the keys of the scores.
         self.keys = torch.where(sound, torch.cat([new, self.keys])[:size], self.keys)

@@ -9,13 +9,13 @@ to its place.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from m3i_scale.config import Boltzmann, Model, Objective, Target
-from m3i_scale.models.backbone import build_backbone
 from m3i_scale.models.category_head import CategoryHead
 from m3i_scale.models.heads import MLP, Temperature
 from m3i_scale.models.image_decoder import ImageDecoder
@@ -25,6 +25,7 @@ from m3i_scale.models.stochastic_depth import hash_keys
 from m3i_scale.models.text_tower import TextTower
 from m3i_scale.objective.balance import GradientProbe
 from m3i_scale.objective.centre import RunningCentre
+from m3i_scale.objective.encoder import Encoder, Encoding
 from m3i_scale.objective.inputs import MixedBatch
 from m3i_scale.objective.key_queue import KeyQueue
 from m3i_scale.objective.likelihoods import normalise
@@ -39,12 +40,15 @@ from m3i_scale.objective.roles import (
     target_view,
     view_of,
 )
+from m3i_scale.objective.step_loss import StepLoss
 from m3i_scale.objective.terms import (
     Candidates,
+    Known,
     Pair,
     Term,
     category_term,
     choose_patches,
+    embed,
     gather_candidates,
     image_term,
     mean_term,
@@ -53,44 +57,12 @@ from m3i_scale.objective.terms import (
 )
 
 
-class Encoding(NamedTuple):
-    """Representations of a clean view, by the teacher or the student."""
-
-    features: Tensor  # (B, N, D)
-    pooled: Tensor | None  # (B, G), where a target is global
-    projected: Tensor | None  # (B, N, G), where a dense target has a projector
-
-
 class Targets(NamedTuple):
     """Outputs of all target encoders, rows in batch order."""
 
     images: dict[tuple[str, View], Encoding]  # by (encoder, view)
     texts: Tensor | None  # (B, E), unit length
     candidates: Candidates | None  # those of all ranks, where a text target asks for them
-
-
-class Encoder(nn.Module):
-    """The image backbone, and the projectors of the targets that have one."""
-
-    def __init__(self, model: Model, objective: Objective) -> None:
-        super().__init__()
-        self.backbone = build_backbone(model.backbone.name, **model.backbone.options)
-        head, backbone = model.global_head, self.backbone
-        self.projector = self.dense_projector = None
-        if any(t.representation == "global" for t in objective.targets):
-            self.projector = MLP(backbone.embed_dim, head.hidden, head.width)
-        if any(t.decoder == "projector" for t in objective.targets):
-            self.dense_projector = MLP(backbone.width, head.hidden, head.width)
-
-    def encode(self, images: Tensor, keys: Tensor) -> Encoding:
-        """Everything that targets are made of, for clean images (B, 3, H, W) and their keys."""
-        features = self.backbone.features(images, keys)
-        pooled = projected = None
-        if self.projector is not None:
-            pooled = self.projector(self.backbone.pool(features))
-        if self.dense_projector is not None:
-            projected = self.dense_projector(features)
-        return Encoding(features, pooled, projected)
 
 
 class M3I(nn.Module):
@@ -112,7 +84,7 @@ class M3I(nn.Module):
         self.student = Encoder(model, objective)
         # The views of image i in the input, and (encoder, view) of every encoding of a clean view.
         self.shown: list[View] = ["a", "b"] if objective.input.both_views else ["a"]
-        self.encodings = _encodings(objective, self.shown)
+        self.encodings = self._encodings(objective.targets)
         if objective.has_teacher:
             self.teacher = Encoder(model, objective).requires_grad_(False)
         backbone = self.student.backbone
@@ -219,15 +191,21 @@ class M3I(nn.Module):
             parts.append(self.student)
         return [block for part in parts if part for _, block in residual_blocks(part)]
 
-    def forward(self, mixed: MixedBatch, supervised_weight: float = 1.0) -> dict[str, Tensor]:
+    def forward(
+        self, mixed: MixedBatch, supervised_weight: float = 1.0, *, step: StepLoss | None = None
+    ) -> dict[str, Tensor]:
         """The loss of one micro-batch of this rank, under "loss", and figures as (sum, count).
 
         `supervised_weight` is lambda of `L = L_SSP + lambda L_SP`. Averaged over ranks, gradients
         are those of the loss of the global batch. In training mode queues take in the new keys.
+        `step` is what the micro-batches of an optimiser step have in common, where samples are
+        compared across them; while it collects, it gets the embeddings, and nothing is returned.
         """
-        outputs = self.target_outputs(mixed)  # z_y
-        keys = torch.cat([_draw_key(mixed, "input", view) for view in self.shown])
-        features = self.student.backbone.features(mixed.image, keys)  # z_x (B, N, D), of each view
+        if step is not None and step.collecting:
+            self._collect(mixed, step)
+            return {}
+        outputs = self.target_outputs(mixed, step)  # z_y
+        features = self._features(mixed)  # z_x
         for_ssp, for_sp = (z.chunk(len(self.shown)) for z in self.probe.split(features))
 
         roles = [self.roles(mixed, view) for view in self.shown]
@@ -235,7 +213,8 @@ class M3I(nn.Module):
         for number, role in enumerate(roles):
             for target in self.objective.targets:
                 z_x = (for_sp if target.supervised else for_ssp)[number]
-                term = self._term(target, z_x, role[target.image], mixed, outputs)
+                known = None if step is None else step.known(target, number)
+                term = self._term(target, z_x, role[target.image], mixed, outputs, known)
                 terms[target.name].append(term)
 
         zero = features.new_zeros((), dtype=torch.float32)
@@ -252,19 +231,56 @@ class M3I(nn.Module):
             figures |= {f"{key}/{target.name}": value for key, value in term.figures.items()}
         loss = l_ssp + supervised_weight * l_sp
         self.probe.watch_total(loss)
+        if step is not None:
+            step.advance()
         return {"loss": loss, **figures}
 
-    def target_outputs(self, mixed: MixedBatch) -> Targets:
-        """z_y: encodings of the clean views and the texts, for the groups that need them."""
-        images: dict[tuple[str, View], Encoding] = {}
-        for encoder in dict.fromkeys(encoder for encoder, _ in self.encodings):
-            views = [view for other, view in self.encodings if other == encoder]
+    def _collect(self, mixed: MixedBatch, step: StepLoss) -> None:
+        """Leave in `step` what other micro-batches have to know of this one."""
+        across = [target for target in self.objective.targets if target.across]
+        outputs = self.target_outputs(mixed, step, self._encodings(across))
+        step.keep({key: e for key, e in outputs.images.items() if key[0] == "teacher"})
+        shown: Sequence[Tensor | None] = [None] * len(self.shown)
+        if any(target.compares or target.match == "similarity" for target in across):
+            shown = self._features(mixed).chunk(len(self.shown))
+        for number, (view, z_x) in enumerate(zip(self.shown, shown, strict=True)):
+            role = self.roles(mixed, view)
+            for target in across:
+                image, predict, scale = role[target.image], target.compares, None
+                pair = self._pair(target, z_x, image, mixed, outputs, predict=predict)
+                embedding = embed(target, pair, queued=target.name in self.queues)
+                if isinstance(target.likelihood, Boltzmann):
+                    one = embedding.whole.new_ones(())
+                    scale = self.temperatures[target.representation](one)[0]
+                step.collect(target, number, embedding, scale)
+
+    def _features(self, mixed: MixedBatch) -> Tensor:
+        """z_x of every shown view, one after the other: (V * B, N, D)."""
+        keys = torch.cat([_draw_key(mixed, "input", view) for view in self.shown])
+        return self.student.backbone.features(mixed.image, keys)
+
+    def target_outputs(
+        self,
+        mixed: MixedBatch,
+        step: StepLoss | None = None,
+        encodings: Sequence[tuple[str, View]] | None = None,
+    ) -> Targets:
+        """z_y: encodings of the clean views and the texts, for the groups that need them.
+
+        Of `encodings`, all by default, those that `step` has kept are taken from there.
+        """
+        encodings = self.encodings if encodings is None else encodings
+        images: dict[tuple[str, View], Encoding] = {} if step is None else dict(step.kept)
+        encodings = [each for each in encodings if each not in images]
+        for encoder in dict.fromkeys(encoder for encoder, _ in encodings):
+            views = [view for other, view in encodings if other == encoder]
             for view, encoding in zip(views, self._encode(encoder, views, mixed), strict=True):
                 images[encoder, view] = encoding
         texts = None
         if hasattr(self, "text_tower"):
             texts = normalise(self.text_tower(mixed.tokens, mixed.token_mask), "l2")
-        return Targets(images, texts, self._text_candidates(texts, mixed))
+        candidates = self._text_candidates(texts, mixed) if step is None else None
+        return Targets(images, texts, candidates)
 
     def _text_candidates(self, texts: Tensor | None, mixed: MixedBatch) -> Candidates | None:
         """The texts of all ranks, gathered once for all groups."""
@@ -290,9 +306,19 @@ class M3I(nn.Module):
 
     def _trains_targets(self, encoder: str) -> bool:
         """Whether some target of this encoder carries a gradient."""
-        return encoder == "student" and any(
-            t.encoded and t.encoder == "student" and t.regularisation != "stop_gradient"
-            for t in self.objective.targets
+        targets = self.objective.targets
+        return encoder == "student" and any(t.encoded and t.trains_target for t in targets)
+
+    def _encodings(self, targets: Sequence[Target]) -> list[tuple[str, View]]:
+        """(encoder, view) of every clean view that an encoder must see for these targets."""
+        spec = self.objective.input
+        return sorted(
+            {
+                (t.encoder, target_view(t.view, view_of(t.image, view, spec)))
+                for t in targets
+                if t.encoded
+                for view in self.shown
+            }
         )
 
     def roles(self, mixed: MixedBatch, shown: View = "a") -> dict[str, Role]:
@@ -342,47 +368,71 @@ class M3I(nn.Module):
         pooled = self.student.backbone.pool(features, role.seen)
         return normalise(self.text_projection(pooled), "l2")
 
-    def _term(
-        self, target: Target, z_x: Tensor, role: Role, mixed: MixedBatch, outputs: Targets
-    ) -> Term:
-        """The loss of one group about one image of the input, from z_x (B, N, D)."""
-        what = target.representation
-        temperature = _part(self.temperatures, what)
-        if what == "text":
+    def _pair(
+        self,
+        target: Target,
+        z_x: Tensor | None,
+        role: Role,
+        mixed: MixedBatch,
+        outputs: Targets,
+        *,
+        predict: bool = True,
+    ) -> Pair:
+        """Predictions, from z_x (B, N, D), and targets of any group but a category's.
+
+        Without predictions z_x is read by `match: similarity` alone.
+        """
+        z_hat = chosen = present = None
+        if target.representation == "text":
+            assert z_x is not None  # texts are compared, and so predicted
             assert outputs.texts is not None  # the text tower is there where a target wants it
-            z_hat, sample = self.predict_text(z_x, role), role.sample
-            return text_term(
-                target,
-                z_hat,
-                outputs.texts,
-                mixed.has_text,
-                sample,
-                temperature,
-                outputs.candidates,
-            )
-        if what == "category":
-            pooled = self.student.backbone.pool(z_x, role.seen)  # (B, E)
-            category = mixed.category[role.sample]
-            return category_term(target, pooled, self.category_head(pooled), category, temperature)
+            z_hat, present = self.predict_text(z_x, role), mixed.has_text[role.sample]
+            return Pair(z_hat, outputs.texts[role.sample], None, present)
         view = target_view(target.view, role.view)
         encoding = outputs.images[target.encoder, view] if target.encoded else None
-        z_y = _target_of(target, encoding) if encoding else patchify(mixed.clean(view), self.stride)
-        z_y, chosen, present = z_y[role.sample], None, None
+        z_y = encoding.target(target) if encoding else patchify(mixed.clean(view), self.stride)
         if target.dense:
-            z_hat = self.predict_dense(target, z_x, role, mixed)
-            others = encoding.features[role.sample] if encoding else None
+            others = encoding.features if encoding else None
+            others = None if others is None else others[role.sample]
             masked = self.objective.masked_positions(target)
             chosen, present = choose_patches(
                 target, role, view, mixed, self.grid, z_x, others, masked=masked
             )
-        else:
-            z_hat = self.predict_global(z_x, role)
+        if predict:
+            assert z_x is not None
+            dense = target.dense
+            z_hat = (
+                self.predict_dense(target, z_x, role, mixed)
+                if dense
+                else self.predict_global(z_x, role)
+            )
+        return Pair(z_hat, z_y[role.sample], chosen, present)
+
+    def _term(
+        self,
+        target: Target,
+        z_x: Tensor,
+        role: Role,
+        mixed: MixedBatch,
+        outputs: Targets,
+        known: Known | None,
+    ) -> Term:
+        """The loss of one group about one image of the input, from z_x (B, N, D)."""
+        temperature = _part(self.temperatures, target.representation)
+        if target.representation == "category":
+            pooled = self.student.backbone.pool(z_x, role.seen)  # (B, E)
+            category = mixed.category[role.sample]
+            return category_term(target, pooled, self.category_head(pooled), category, temperature)
+        pair = self._pair(target, z_x, role, mixed, outputs)
+        if target.representation == "text":
+            return text_term(target, pair, role.sample, temperature, outputs.candidates, known)
         return image_term(
             target,
-            Pair(z_hat, z_y, chosen, present),
+            pair,
             temperature,
             _part(self.queues, target.name),
             _part(self.running_centres, target.name),
+            known,
         )
 
 
@@ -395,25 +445,3 @@ def _draw_key(mixed: MixedBatch, use: Literal["input", "target"], view: View) ->
 def _part(parts: nn.ModuleDict, name: str) -> Any:
     """The module of that name, or None."""
     return parts._modules.get(name)
-
-
-def _encodings(objective: Objective, shown: list[View]) -> list[tuple[str, View]]:
-    """(encoder, view) of every clean view that an encoder must see."""
-    return sorted(
-        {
-            (t.encoder, target_view(t.view, view_of(t.image, view, objective.input)))
-            for t in objective.targets
-            if t.encoded
-            for view in shown
-        }
-    )
-
-
-def _target_of(target: Target, encoding: Encoding) -> Tensor:
-    """The part of an encoding that is the target, rows in batch order."""
-    if target.representation == "global":
-        chosen = encoding.pooled
-    else:
-        chosen = encoding.projected if target.decoder == "projector" else encoding.features
-    assert chosen is not None  # Encoder has the projectors that the targets want
-    return chosen

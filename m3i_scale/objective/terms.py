@@ -7,8 +7,8 @@ its progress.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -38,10 +38,29 @@ from m3i_scale.objective.roles import Role, View, most_similar, nearest_patches,
 class Pair(NamedTuple):
     """Predictions and targets of one group; the first dimension is that of the micro-batch."""
 
-    z_hat: Tensor  # (B, M, D) or (B, D)
+    z_hat: Tensor | None  # (B, M, D) or (B, D); None where nothing was predicted
     targets: Tensor  # (B, N, D) or (B, D): all there are in the target's view
     chosen: Tensor | None = None  # int64 (B, M): which of them is predicted; None: all, in order
     present: Tensor | None = None  # bool (B, M) or (B,): which predictions have a target
+
+
+class Embedding(NamedTuple):
+    """What the loss of one group is a function of: normalised, float32, targets not centred."""
+
+    z_hat: Tensor | None  # (B, M, D) or (B, D); None where nothing was predicted
+    whole: Tensor  # (B, N, D) or (B, D): all targets there are in the view
+    chosen: Tensor | None  # as in `Pair`
+    present: Tensor | None
+    keys: Tensor | None  # (B, D): what the group's queue takes in, where it has one
+
+    def choose(self, whole: Tensor) -> Tensor:
+        """Those of all targets that are predicted."""
+        return whole if self.chosen is None else take(whole, self.chosen)
+
+    @property
+    def z(self) -> Tensor:
+        """The targets that are predicted, (B, M, D) or (B, D)."""
+        return self.choose(self.whole)
 
 
 class Term(NamedTuple):
@@ -50,6 +69,48 @@ class Term(NamedTuple):
     loss: Tensor
     figures: dict[str, Tensor]
     keys: Tensor | None = None  # (B, D): what the group's queue takes in, where it has one
+
+
+class Given(NamedTuple):
+    """A group's term that was computed before, and its derivatives (see `step_loss`)."""
+
+    term: Term
+    by_z_hat: Tensor | None  # (R, D)
+    by_z: Tensor | None  # (R, D)
+    by_scale: Tensor | None  # (): by 1 / tau
+
+    def inject(self, z_hat: Tensor, z: Tensor, temperature: nn.Module | None) -> Term:
+        """The term, with a gradient to the embeddings (R, D) as they are computed now."""
+        flat = []
+        for tensor, derivative in ((z_hat, self.by_z_hat), (z, self.by_z)):
+            if derivative is not None:
+                flat += [tensor, derivative]
+        if self.by_scale is not None:
+            assert temperature is not None  # a softmax has one
+            flat += [temperature(z_hat.new_ones(()))[0], self.by_scale]
+        return self.term._replace(loss=_Injected.apply(self.term.loss, *flat))
+
+
+class _Injected(torch.autograd.Function):
+    """A known loss with known derivatives, behind tensors that have a history."""
+
+    @staticmethod
+    def forward(ctx: Any, loss: Tensor, *pairs: Tensor) -> Tensor:
+        ctx.save_for_backward(*pairs[1::2])
+        return loss.clone()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        products = [gradient * derivative for derivative in ctx.saved_tensors]
+        return (None, *(entry for product in products for entry in (product, None)))
+
+
+class Known(NamedTuple):
+    """What a whole batch says about one group of one of its micro-batches (see `step_loss`)."""
+
+    moments: Tensor | None  # (D + 1,): to centre by
+    correlation: Tensor | None  # (D, D): UniGrad's
+    given: Given | None  # the term itself, where samples are compared
 
 
 def mean_term(terms: Sequence[Term]) -> Term:
@@ -66,7 +127,7 @@ def choose_patches(
     view: View,
     mixed: MixedBatch,
     grid: Grid,
-    features: Tensor,
+    features: Tensor | None,
     others: Tensor | None,
     *,
     masked: bool,
@@ -79,8 +140,8 @@ def choose_patches(
         view: of the target.
         mixed: has the crops.
         grid: rows and columns of the patches.
-        features: of the input, (B, N, D).
-        others: the target encoder's features (B, N, D), of targets that are not pixels.
+        features: of the input, (B, N, D); with `match: similarity`.
+        others: the target encoder's features (B, N, D); with `match: similarity`.
         masked: whether the loss covers hidden patches only.
     """
     if masked:
@@ -89,7 +150,8 @@ def choose_patches(
         return None, None
     if target.match == "position":
         return nearest_patches(role, view, mixed, grid)
-    assert others is not None  # Target refuses similarity of pixels
+    assert features is not None  # Target refuses similarity of pixels
+    assert others is not None
     return most_similar(take(features, role.visible), others), None
 
 
@@ -99,27 +161,30 @@ def image_term(
     temperature: nn.Module | None = None,
     queue: KeyQueue | None = None,
     running: RunningCentre | None = None,
+    known: Known | None = None,
 ) -> Term:
     """The loss of pixels, features or global features.
 
     `temperature` belongs to the Boltzmann form, `queue` to its negatives, `running` to
-    `centre: running`.
+    `centre: running`. `known` is what the batch says, where it is not the micro-batch that does.
     """
-    whole = pair.targets.detach() if target.regularisation == "stop_gradient" else pair.targets
-    keys = None
-    if queue is not None:  # one key per image: of a map, its mean
-        mean = whole if whole.dim() == 2 else whole.float().mean(1)
-        keys = normalise(mean, target.normalise)
-    whole = normalise(whole, target.normalise)
+    embedding = embed(target, pair, queued=queue is not None)
+    z_hat, whole, keys = embedding.z_hat, embedding.whole, embedding.keys
+    assert z_hat is not None
     constant = figure(constant_share(whole))
-    if target.centre == "batch":
+    if known is not None:
+        keys = None  # the queue has them
+        whole = whole if known.moments is None else centre(whole, known.moments)
+    elif target.centre == "batch":
         whole = centre(whole, moments(whole))
     elif running is not None:
         whole = running(whole)
-    z_hat = normalise(pair.z_hat, target.prediction_normalisation)
-    z = whole if pair.chosen is None else take(whole, pair.chosen)
-    if isinstance(target.likelihood, Gaussian):
-        term = _gaussian_term(target, target.likelihood, z_hat, z, pair.present)
+    z = embedding.choose(whole)
+    if known is not None and known.given is not None:
+        term = known.given.inject(z_hat.flatten(0, -2), z.flatten(0, -2), temperature)
+    elif isinstance(target.likelihood, Gaussian):
+        correlation = None if known is None else known.correlation
+        term = _gaussian_term(target, target.likelihood, z_hat, z, pair.present, correlation)
     else:
         assert temperature is not None
         present = pair.present
@@ -139,16 +204,35 @@ def image_term(
     return Term(term.loss, {**term.figures, **figures}, keys)
 
 
+def embed(target: Target, pair: Pair, *, queued: bool) -> Embedding:
+    """Normalise predictions and targets of any group with embeddings, and make keys of a queue."""
+    whole = pair.targets.detach() if target.regularisation == "stop_gradient" else pair.targets
+    keys = None
+    if queued:  # one key per image: of a map, its mean
+        mean = whole if whole.dim() == 2 else whole.float().mean(1)
+        keys = normalise(mean, target.normalise)
+    z_hat = pair.z_hat
+    if z_hat is not None:
+        z_hat = normalise(z_hat, target.prediction_normalisation)
+    return Embedding(z_hat, normalise(whole, target.normalise), pair.chosen, pair.present, keys)
+
+
 def _gaussian_term(
-    target: Target, likelihood: Gaussian, z_hat: Tensor, z: Tensor, present: Tensor | None
+    target: Target,
+    likelihood: Gaussian,
+    z_hat: Tensor,
+    z: Tensor,
+    present: Tensor | None,
+    correlation: Tensor | None,
 ) -> Term:
     if target.regularisation == "decorrelation" and target.decorrelation == "barlow_twins":
         loss = decorrelation(gather(z_hat), gather(z), weight=target.redundancy_weight)
         return Term(loss, {"loss": figure(loss)})
     losses = gaussian(z_hat, z, sigma=likelihood.sigma, over_dimensions=likelihood.over_dimensions)
     if target.regularisation == "decorrelation":
-        rows = z.detach().flatten(0, -2)
-        correlation = average(rows.T @ rows / len(rows))
+        if correlation is None:
+            rows = z.detach().flatten(0, -2)
+            correlation = average(rows.T @ rows / len(rows))
         energy = unigrad(z_hat, correlation, over_dimensions=likelihood.over_dimensions)
         losses = losses + target.redundancy_weight * energy / (2 * likelihood.sigma**2)
     if present is not None:  # the others have loss 0 and count in the mean
@@ -159,28 +243,31 @@ def _gaussian_term(
 
 def text_term(
     target: Target,
-    z_hat: Tensor,
-    texts: Tensor,
-    has_text: Tensor,
+    pair: Pair,
     sample: Tensor,
     temperature: nn.Module,
     candidates: Candidates | None,
+    known: Known | None = None,
 ) -> Term:
     """Softmax over the texts of the batch.
 
     Args:
         target: the group.
-        z_hat: predictions (B, E), unit length.
-        texts: embeddings (B, E) of this rank's texts, in batch order.
-        has_text: which of them exist, bool (B,).
+        pair: predictions and texts (B, E), unit length, and which texts exist (B,).
         sample: int64 (B,), the row of the batch that each prediction is about.
         temperature: divides the scores.
-        candidates: the texts of all ranks, where they compete.
+        candidates: the texts of all ranks in batch order, where they compete.
+        known: what the batch says, where it is not the micro-batch that does.
     """
     assert isinstance(target.likelihood, Boltzmann)  # Target refuses the other
-    z, present = texts[sample], has_text[sample]
-    gathered = candidates and (candidates, sample)
-    term = softmax_term(target.likelihood, z_hat, z, present, temperature, gathered=gathered)
+    z_hat, z, present = pair.z_hat, pair.targets, pair.present
+    assert z_hat is not None
+    assert present is not None
+    if known is not None and known.given is not None:
+        term = known.given.inject(z_hat, z, temperature)
+    else:
+        among = candidates and Among(candidates, own_columns(sample))
+        term = softmax_term(target.likelihood, z_hat, z, present, temperature, among=among)
     return term._replace(figures=term.figures | collapse_figures(z_hat, z, present))
 
 
@@ -207,6 +294,14 @@ class Candidates(NamedTuple):
     exists: Tensor  # bool (C,)
 
 
+class Among(NamedTuple):
+    """Whom the rows of a softmax are told from, where others than these rows have been gathered."""
+
+    targets: Candidates
+    columns: Tensor  # int64 (R,): of each row's own target, and own prediction
+    predictions: Candidates | None = None  # of the other direction
+
+
 def gather_candidates(keys: Tensor, exists: Tensor) -> Candidates:
     """Targets (B, D) of all ranks and which of them exist (B,); a collective, with gradient."""
     return Candidates(gather(keys), gather(exists))
@@ -217,26 +312,25 @@ def softmax_term(
     z_hat: Tensor,
     z: Tensor,
     present: Tensor,
-    temperature: nn.Module,
+    temperature: Callable[[Tensor], tuple[Tensor, Tensor]],
     queue: KeyQueue | None = None,
-    gathered: tuple[Candidates, Tensor] | None = None,
+    among: Among | None = None,
 ) -> Term:
-    """Boltzmann form; row r of z_hat (R, D) belongs to row r of z (R, D) where present (R,).
-
-    `gathered` are the candidates of all ranks, where they are known, and the row (R,) of each z
-    among those of this rank.
-    """
-    scores, exists, positive = _scores(likelihood, z_hat, z, present, queue, gathered)
+    """Boltzmann form; row r of z_hat (R, D) belongs to row r of z (R, D) where present (R,)."""
+    targets = among and (among.targets, among.columns)
+    scores, exists, positive = _scores(likelihood, z_hat, z, present, queue, targets)
     scores, tau = temperature(scores)  # (R, C)
     losses = boltzmann(
         scores, positive, candidate_exists=exists, label_smoothing=likelihood.label_smoothing
     )
     if likelihood.symmetric:
-        reverse, _, _ = _scores(likelihood, z, z_hat, present, None)
+        predictions = among and among.predictions and (among.predictions, among.columns)
+        # Predictions may stand in another order than candidates, which texts bring along.
+        reverse, predicted, own = _scores(likelihood, z, z_hat, present, None, predictions)
         reverse_losses = boltzmann(
             temperature(reverse)[0],
-            positive,
-            candidate_exists=exists,
+            own,
+            candidate_exists=predicted,
             label_smoothing=likelihood.label_smoothing,
         )
         losses = (losses + reverse_losses) / 2
@@ -252,18 +346,16 @@ def _scores(
     gathered: tuple[Candidates, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Scores (R, C) against the candidates, which of them exist (C,), and the own one's column."""
-    everywhere = likelihood.candidates == "global"
     if likelihood.candidates == "own":
         scores = (z_hat * z).sum(-1, keepdim=True)
         exists = torch.ones(1, dtype=torch.bool, device=z.device)
         columns = torch.zeros(len(z), dtype=torch.int64, device=z.device)
-    elif everywhere:
-        (candidates, exists), rows = gathered or (
+    elif likelihood.candidates == "global":
+        (candidates, exists), columns = gathered or (
             gather_candidates(z, present),
-            torch.arange(len(z), device=z.device),
+            own_columns(torch.arange(len(z), device=z.device)),
         )
         scores = z_hat @ candidates.T
-        columns = own_columns(rows, gathered=True)
     else:
         scores, exists = z_hat @ z.T, present
         columns = torch.arange(len(z), device=z.device)

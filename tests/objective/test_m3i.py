@@ -194,3 +194,20 @@ def test_larger_patches_cover_several_tokens(small_tree: dict[str, Any]):
     expected = batch.mask.repeat_interleave(2, 1).repeat_interleave(2, 2).flatten(1)
     assert torch.equal(roles["i"].seen, expected)
     assert torch.isfinite(model(view)["loss"])
+
+
+def test_texts_tell_predictions_of_their_own_image_apart_in_a_mix(small_tree: dict[str, Any]):
+    likelihood = {"form": "boltzmann", "temperature": 0.2, "symmetric": True}
+    text = {"representation": "text", "regularisation": "negatives", "likelihood": likelihood}
+    small_tree["objective"] |= {"targets": [text | {"name": "x", "image": "j"}], "balance": None}
+    model, view = build(Config.model_validate(small_tree))
+    found = model.eval()(view)["loss"]
+    role = model.roles(view)["j"]
+    texts = F.normalize(model.text_tower(view.tokens, view.token_mask), dim=-1)[role.sample]
+    rows = view.has_text[role.sample].nonzero()[:, 0]
+    predicted = model.predict_text(model.student.backbone.features(view.image), role)
+    scores = predicted[rows] @ texts[rows].T / 0.2
+    own = torch.arange(len(rows))
+    both = F.cross_entropy(scores, own, reduction="sum")
+    both = both + F.cross_entropy(scores.T, own, reduction="sum")
+    torch.testing.assert_close(found, both / 2 / len(view.image), rtol=1e-5, atol=1e-6)
