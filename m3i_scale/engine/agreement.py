@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from m3i_scale.config import Config, ConfigError
+from m3i_scale.engine.schedules import BatchSplit
 
 log = logging.getLogger(__name__)
 
@@ -117,6 +118,12 @@ def _shortest(keys: Sequence[str]) -> list[str]:
     return list(keys) if len(keys) <= 4 else sorted(_roots(keys))
 
 
+def candidates(config: Config, split: BatchSplit, ranks: int) -> int:
+    """Samples that one softmax compares."""
+    whole = config.objective.negatives == "batch"
+    return split.batch if whole else split.micro * ranks
+
+
 def candidates_phrase(
     old: Mapping[str, Any], ranks: int, candidates: int, *, contrastive: bool
 ) -> str | None:
@@ -125,8 +132,8 @@ def candidates_phrase(
     Args:
         old: the state in the checkpoint (`ranks`, `candidates`).
         ranks: ranks now.
-        candidates: samples of one micro-step on all ranks now, those of one softmax.
-        contrastive: whether a target has a softmax over the samples of a micro-step.
+        candidates: samples of one softmax now.
+        contrastive: whether a target has a softmax over samples.
     """
     before = old.get("candidates")
     moved = f"the checkpoint is of {old['ranks']} ranks and this run has {ranks}"

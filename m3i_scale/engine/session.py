@@ -148,7 +148,7 @@ def open_run(
     )
     stated = {
         "order": agreement.statement(config, sources),
-        "candidates": split.micro * world.size,
+        "candidates": agreement.candidates(config, split, world.size),
     }
     enter = events.enter if events else _say_nothing
     enter("checkpoint")

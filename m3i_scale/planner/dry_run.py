@@ -76,8 +76,13 @@ def _length(run: Run) -> Iterator[str]:
     parts = f"{plan.micro} x {plan.accumulation} accumulated x {run.world.size} ranks"
     yield f"  batch {plan.batch} = {parts}"
     if plan.accumulation > 1 and run.config.objective.contrastive:
-        # Every micro-step has a softmax of its own: accumulation brings no further negatives.
-        yield f"  negatives come from the {plan.micro * run.world.size} samples of a micro-step"
+        if run.config.objective.negatives == "batch":
+            yield "  negatives come from the whole batch: every micro-batch runs forward twice"
+        else:  # every micro-step has a softmax of its own
+            yield (
+                f"  negatives come from the {plan.micro * run.world.size} samples of a micro-step "
+                "(objective.negatives=batch: from all, for a second forward pass)"
+            )
     yield f"  {schedule.total} steps ({run.config.optimizer.duration}), warm-up {schedule.warmup}"
     yield f"  {schedule.total * plan.batch:,} samples; a checkpoint every {run.save_every} steps"
     yield from _teacher(run)

@@ -14,14 +14,14 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from m3i_scale.config import Boltzmann, Config, Engine, Model, Objective, Target
+from m3i_scale.config import Boltzmann, Config, Engine, Model, Objective
 from m3i_scale.engine import memory
 from m3i_scale.engine.schedules import BatchSplit, split_batch
 from m3i_scale.engine.zero import deepspeed_config
 from m3i_scale.models.precision import DTYPES
-from m3i_scale.planner import host
+from m3i_scale.planner import host, two_passes
 from m3i_scale.planner.gpus import Gpu
-from m3i_scale.planner.zero3_replay import Replay, Settings, uses
+from m3i_scale.planner.zero3_replay import Gathers, Replay, Settings, uses
 from m3i_scale.profiling.flops import Flops, flops_of
 from m3i_scale.profiling.trace import Trace, Weight
 
@@ -94,7 +94,7 @@ class Plan:
     state: dict[str, float]  # bytes per GPU, as `memory.held_memory` measures them
     offloaded: dict[str, float]  # bytes per GPU in the host's memory
     passing: dict[str, float]  # bytes per GPU that live during a step
-    update: float  # bytes per GPU of temporaries in the optimiser's update
+    update: float  # bytes per GPU of temporaries in the update, or where samples are compared
     waiting_parameters: float  # bytes per GPU, gathered, between forward and backward
     flow: Flow
     flops: Flops
@@ -194,6 +194,11 @@ def make_plan(
         memory.GATHERED: flow.live * widths.compute,
         "gradients being reduced": bucket * widths.reduced,
     }
+    wait = two_passes.waiting(config, traced, cluster.ranks, batch)
+    kept = {"embeddings of the batch": wait.embeddings, "teacher's encodings": wait.encodings}
+    passing |= {name: size for name, size in kept.items() if size}
+    flops, twice = flops_of(traced), two_passes.runs_twice(config, batch)
+    first_visits = len(two_passes.first_pass_uses(config, uses(traced))) // 2
     return Plan(
         config=config,
         cluster=cluster,
@@ -206,10 +211,11 @@ def make_plan(
         update=max(
             0 if offloaded else min(group, owned) * widths.master,
             refresh_size(traced.weights, cluster.ranks, whole=whole) * widths.compute,
+            sum(wait),
         ),
         flow=flow,
         waiting_parameters=flow.waiting * widths.compute,
-        flops=flops_of(traced),
+        flops=two_passes.with_first_pass(flops, config) if twice else flops,
         work=host.step_work(
             traced,
             ranks=cluster.ranks,
@@ -217,6 +223,7 @@ def make_plan(
             collectives=flow.collectives,
             whole_teacher=whole,
             checkpointed=checkpointed,
+            first_pass=first_visits if twice else 0,
         ),
         checkpoint=3 * trained * widths.master + 4 * averaged,
     )
@@ -367,6 +374,18 @@ def step_flow(
         )
         gather(phase, sizes, ranks, local=False)
         gather(f"{phase}, inside nodes", inside, hpz, local=True)
+    again = Gathers()
+    if two_passes.runs_twice(config, batch):
+        first_uses = two_passes.first_pass_uses(config, steps)
+        again = Replay(weights, first_uses, settings, traced=traced, hpz=hpz > 1).micro_step(
+            set(small)
+        )
+        sizes, inside = (
+            Counter({e: batch.accumulation * n for e, n in counts["forward"].items()})
+            for counts in (again.elements, again.local)
+        )
+        gather("first pass", sizes, ranks, local=False)
+        gather("first pass, inside nodes", inside, hpz, local=True)
     refreshed = refresh_size(traced.weights, ranks, whole=whole)
     gather("teacher after the update", Counter(), ranks, local=False)
     size = refreshed * widths.compute
@@ -381,6 +400,7 @@ def step_flow(
     bucket = int(deepspeed["zero_optimization"]["reduce_bucket_size"])
     buckets = batch.accumulation * math.ceil(reduced / bucket)
     collectives = first.collectives + times * later.collectives + buckets + bool(refreshed)
+    collectives += batch.accumulation * again.collectives
     return Flow(
         [t for t in found if t.size],
         collectives,
@@ -402,22 +422,16 @@ def _contrast(
         if target.representation == "category":
             continue
         rows = ranks * batch.micro * batch.accumulation * (traced.tokens if target.dense else 1)
-        size = 4 * rows * _target_width(model, traced, target)
+        size = 4 * rows * two_passes.target_width(model, traced, target)
         text = target.representation == "text"  # image targets carry no gradient
-        once = 0 if text and texts else 1
+        shared = text and texts and not objective.runs_twice(batch.accumulation)
+        once = 0 if shared else 1
         gathered += once * (size + rows) + size * likelihood.symmetric
         reduced += size * (once * text + likelihood.symmetric)
         texts = texts or text
     share = (ranks - 1) / ranks
     yield Traffic("all-gather, targets of the softmax", gathered, gathered * share, local=False)
     yield Traffic("reduce-scatter, their gradients", reduced, reduced * share, local=False)
-
-
-def _target_width(model: Model, traced: Trace, target: Target) -> int:
-    if target.representation == "text":
-        assert model.text is not None
-        return model.text.embed_dim
-    return traced.width if target.dense else model.global_head.width
 
 
 def _seconds(traffic: Traffic, cluster: Cluster, assumed: Assumptions) -> float:

@@ -41,6 +41,7 @@ def step_work(
     collectives: int,
     whole_teacher: bool,
     checkpointed: bool | None = None,
+    first_pass: int = 0,
 ) -> Work:
     """Count the visits of one optimiser step.
 
@@ -51,6 +52,7 @@ def step_work(
         collectives: of the step.
         whole_teacher: the teacher lies outside of ZeRO.
         checkpointed: all blocks or none; None as configured.
+        first_pass: modules that a micro-batch visits in a pass without gradient before.
     """
     forward = sum(call.enter for call in traced.calls)
     backward = sum(call.enter and call.grad for call in traced.calls)
@@ -61,7 +63,7 @@ def step_work(
     )
     tensors = sum(w.trained or not (whole_teacher and w.of_teacher) for w in traced.weights)
     return Work(
-        accumulation * (forward + backward + again),
+        accumulation * (forward + backward + again + first_pass),
         accumulation * tensors,
         collectives * ranks if ranks > 1 else 0,
     )

@@ -48,6 +48,13 @@ def test_accumulation_takes_negatives_away_and_that_is_said(small_tree, micro, l
     assert ("negatives" in said) == (micro == 2)
 
 
+def test_negatives_of_the_whole_batch_are_said_with_their_cost(small_tree):
+    small_tree["optimizer"]["max_micro_batch"] = 2
+    small_tree["objective"]["negatives"] = "batch"
+    said = report(small_tree, ranks=2)
+    assert "negatives come from the whole batch: every micro-batch runs forward twice" in said
+
+
 @pytest.fixture(scope="module")
 def traced(tmp_path_factory) -> Trace:
     """The small networks in bf16."""

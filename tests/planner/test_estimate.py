@@ -56,6 +56,11 @@ CASES: dict[str, dict[str, Any]] = {
     # One micro-step, no persistent parameters, everything prefetched and kept.
     "fp32": {"engine.zero.persistence_threshold": 0, "optimizer.max_micro_batch": 8},
 }
+# Four micro-steps of samples that are compared with each other, each of them twice.
+CASES["two passes"] = CASES["bf16"] | {
+    "objective.negatives": "batch",
+    "optimizer.max_micro_batch": 2,
+}
 
 
 KINDS = {"allgather": "all-gather", "reduce_scatter": "reduce-scatter", "allreduce": "all-reduce"}
@@ -128,9 +133,9 @@ def measure(world: World, folder: Path, cases: dict[str, dict[str, Any]]) -> dic
             loop.train_step(run, batches)
         forward, turns = run.sharded.engine.forward, []
 
-        def watched(*arguments: Any, forward: Any = forward, turns: Any = turns) -> Any:
+        def watched(*arguments: Any, step: Any, forward: Any = forward, turns: Any = turns) -> Any:
             with Allocations() as allocations:
-                outputs = forward(*arguments)
+                outputs = forward(*arguments, step=step)
             turns.append(allocations.alive())
             return outputs
 

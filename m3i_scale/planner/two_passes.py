@@ -1,0 +1,99 @@
+"""What the second forward pass costs, where samples are compared across a step's micro-batches.
+
+`objective.negatives: batch` (m3i_scale/objective/step_loss.py): every micro-batch runs without
+gradient first; embeddings, their derivatives and the teacher's encodings of all of a rank's
+micro-batches wait for the second pass.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from m3i_scale.config import Boltzmann, Config, Model, Target
+from m3i_scale.engine.schedules import BatchSplit
+from m3i_scale.models.precision import DTYPES
+from m3i_scale.planner.zero3_replay import Use
+from m3i_scale.profiling.flops import Flops
+from m3i_scale.profiling.trace import Trace
+
+FLOAT = 4  # bytes: embeddings are compared in float32
+
+
+class Waiting(NamedTuple):
+    """Bytes per GPU."""
+
+    embeddings: float  # with derivatives, from the first pass to the end of the second
+    encodings: float  # the teacher's, as long
+    comparing: float  # most at once while the loss is computed, between the passes
+
+
+def runs_twice(config: Config, batch: BatchSplit) -> bool:
+    """Whether a configuration's micro-batches do."""
+    return config.objective.runs_twice(batch.accumulation)
+
+
+def target_width(model: Model, traced: Trace, target: Target) -> int:
+    """D of a group's embeddings."""
+    if target.representation == "text":
+        assert model.text is not None
+        return model.text.embed_dim
+    projected = target.representation == "global" or target.decoder == "projector"
+    return model.global_head.width if projected else traced.width
+
+
+def repeated_parts(config: Config) -> set[str]:
+    """Parts of `Flops` that run once more; the teacher runs in the first pass instead."""
+    compared = [target for target in config.objective.targets if target.compares]
+    decoded = any(t.dense and t.decoder == "transformer" for t in compared)
+    text = any(t.representation == "text" for t in compared)
+    parts = {"backbone", "heads"} if compared else set()
+    return parts | ({"decoder"} if decoded else set()) | ({"text tower"} if text else set())
+
+
+def with_first_pass(flops: Flops, config: Config) -> Flops:
+    """FLOPs with those of the first pass among the recomputed ones."""
+    again = repeated_parts(config)
+    return Flops(
+        {
+            name: part._replace(recomputed=part.recomputed + part.forward * (name in again))
+            for name, part in flops.parts.items()
+        }
+    )
+
+
+def first_pass_uses(config: Config, steps: list[Use]) -> list[Use]:
+    """Of a micro-step's uses of modules those of its first pass, without the teacher's."""
+    again = repeated_parts(config)
+    left_out = ["teacher", "category_head", "linear_decoders"]
+    left_out += [] if "decoder" in again else ["decoders"]
+    left_out += [] if "text tower" in again else ["text_tower"]
+    forward = [use for use in steps if use.phase != "backward"]
+    return [u for u in forward if u.module.partition(".")[0] not in left_out] if again else []
+
+
+def waiting(config: Config, traced: Trace, ranks: int, batch: BatchSplit) -> Waiting:
+    """What waits between the passes."""
+    if not runs_twice(config, batch):
+        return Waiting(0, 0, 0)
+    samples = batch.micro * batch.accumulation
+    embeddings = comparing = 0.0
+    views: set[str] = set()
+    inputs = 2 if config.objective.input.both_views else 1
+    for target in config.objective.targets:
+        rows, width = traced.tokens if target.dense else 1, target_width(config.model, traced, target)
+        if target.across and target.encoded and target.encoder == "teacher":
+            views |= {target.view} if inputs == 1 else {"same", "other"}
+        likelihood = target.likelihood
+        if not target.compares:
+            continue
+        sides = 2 if isinstance(likelihood, Boltzmann) and likelihood.symmetric else 1
+        # Predictions and targets, their derivatives, and the graph's copies of both.
+        embeddings += inputs * 4 * samples * rows * width * FLOAT
+        candidates = ranks * samples * rows
+        if isinstance(likelihood, Boltzmann) and likelihood.candidates == "own":
+            candidates = likelihood.queue
+        # Candidates as gathered, as compared and their derivatives; scores and theirs.
+        scores = batch.micro * rows * candidates
+        comparing = max(comparing, (3 * sides * candidates * width + 4 * sides * scores) * FLOAT)
+    encoding = traced.tokens * traced.width * DTYPES[config.engine.precision].itemsize
+    return Waiting(embeddings, len(views) * samples * encoding, comparing)
