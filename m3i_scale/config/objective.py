@@ -29,8 +29,9 @@ class Gaussian(Node):
 class Boltzmann(Node):
     """`-log softmax(z_hat . z / tau)` over the other targets.
 
-    These are the targets of the micro-batch on all ranks (`candidates: global`) or on this one
-    (`local`), and the last `queue` keys of batches before; with `own`, the queue alone.
+    These are the targets of the micro-batch, or of the batch (`objective.negatives`), on all ranks
+    (`candidates: global`) or of the micro-batch on this one (`local`), and the last `queue` keys of
+    batches before; with `own`, the queue alone.
     """
 
     form: Literal["boltzmann"] = "boltzmann"

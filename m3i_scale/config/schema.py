@@ -38,7 +38,8 @@ class Optimizer(Node):
 
     `global_batch_size` stays what it is on any number of ranks: what `max_micro_batch` does not
     take at once is accumulated. A softmax over other samples (`regularisation: negatives`) sees
-    those of one micro-step on all ranks, so its negatives become fewer with accumulation.
+    those of one micro-step on all ranks, so its negatives become fewer with accumulation, unless
+    `objective.negatives` is `batch`.
     `teacher_momentum` is a number or `by_length`: so that the teacher forgets its start seven times
     in the run, however short it is (docs/paper.md).
     """

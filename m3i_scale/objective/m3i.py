@@ -26,6 +26,7 @@ from m3i_scale.models.text_tower import TextTower
 from m3i_scale.objective.balance import GradientProbe
 from m3i_scale.objective.centre import RunningCentre
 from m3i_scale.objective.encoder import Encoder, Encoding
+from m3i_scale.objective.figures import Term, mean_term, student_figures
 from m3i_scale.objective.inputs import MixedBatch
 from m3i_scale.objective.key_queue import KeyQueue
 from m3i_scale.objective.likelihoods import normalise
@@ -40,19 +41,15 @@ from m3i_scale.objective.roles import (
     target_view,
     view_of,
 )
+from m3i_scale.objective.softmax import Candidates, gather_candidates
 from m3i_scale.objective.step_loss import StepLoss
 from m3i_scale.objective.terms import (
-    Candidates,
     Known,
     Pair,
-    Term,
     category_term,
     choose_patches,
     embed,
-    gather_candidates,
     image_term,
-    mean_term,
-    student_figures,
     text_term,
 )
 

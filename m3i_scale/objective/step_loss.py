@@ -27,17 +27,10 @@ from torch import Tensor, nn
 from m3i_scale.config import Boltzmann, Objective, Target
 from m3i_scale.objective.centre import centre, local_moments
 from m3i_scale.objective.collectives import average, gather, own_columns, rank_and_size
+from m3i_scale.objective.figures import Term, figure
 from m3i_scale.objective.likelihoods import decorrelation
-from m3i_scale.objective.terms import (
-    Among,
-    Candidates,
-    Embedding,
-    Given,
-    Known,
-    Term,
-    figure,
-    softmax_term,
-)
+from m3i_scale.objective.softmax import Among, Candidates, softmax_term
+from m3i_scale.objective.terms import Embedding, Given, Known
 
 Group = tuple[str, int]  # name of a target group, number of the shown view
 

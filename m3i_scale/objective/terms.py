@@ -7,7 +7,6 @@ its progress.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -18,11 +17,10 @@ from m3i_scale.models.positions import Grid
 from m3i_scale.objective.centre import RunningCentre, centre, moments
 from m3i_scale.objective.collapse import (
     constant_share,
-    effective_rank,
     position_share,
-    spread,
 )
 from m3i_scale.objective.collectives import average, gather, own_columns
+from m3i_scale.objective.figures import Term, collapse_figures, figure
 from m3i_scale.objective.inputs import MixedBatch
 from m3i_scale.objective.key_queue import KeyQueue
 from m3i_scale.objective.likelihoods import (
@@ -33,6 +31,7 @@ from m3i_scale.objective.likelihoods import (
     unigrad,
 )
 from m3i_scale.objective.roles import Role, View, most_similar, nearest_patches, take
+from m3i_scale.objective.softmax import Among, Candidates, classification_term, softmax_term
 
 
 class Pair(NamedTuple):
@@ -61,14 +60,6 @@ class Embedding(NamedTuple):
     def z(self) -> Tensor:
         """The targets that are predicted, (B, M, D) or (B, D)."""
         return self.choose(self.whole)
-
-
-class Term(NamedTuple):
-    """One group's loss (mean over the batch) and its figures, each a pair (sum, count)."""
-
-    loss: Tensor
-    figures: dict[str, Tensor]
-    keys: Tensor | None = None  # (B, D): what the group's queue takes in, where it has one
 
 
 class Given(NamedTuple):
@@ -111,14 +102,6 @@ class Known(NamedTuple):
     moments: Tensor | None  # (D + 1,): to centre by
     correlation: Tensor | None  # (D, D): UniGrad's
     given: Given | None  # the term itself, where samples are compared
-
-
-def mean_term(terms: Sequence[Term]) -> Term:
-    """The mean of a group's losses over several inputs of the same samples."""
-    figures = {name: sum(t.figures[name] for t in terms) for name in terms[0].figures}
-    keys = [term.keys for term in terms if term.keys is not None]
-    loss = sum((term.loss for term in terms[1:]), terms[0].loss) / len(terms)
-    return Term(loss, figures, torch.cat(keys) if keys else None)  # type: ignore[arg-type]
 
 
 def choose_patches(
@@ -285,133 +268,3 @@ def category_term(
     term = classification_term(losses, scores, category, tau)
     figures = collapse_figures(pooled, present=category >= 0)
     return term._replace(figures=term.figures | figures)
-
-
-class Candidates(NamedTuple):
-    """Targets of all ranks, gathered once for several groups."""
-
-    keys: Tensor  # (C, D)
-    exists: Tensor  # bool (C,)
-
-
-class Among(NamedTuple):
-    """Whom the rows of a softmax are told from, where others than these rows have been gathered."""
-
-    targets: Candidates
-    columns: Tensor  # int64 (R,): of each row's own target, and own prediction
-    predictions: Candidates | None = None  # of the other direction
-
-
-def gather_candidates(keys: Tensor, exists: Tensor) -> Candidates:
-    """Targets (B, D) of all ranks and which of them exist (B,); a collective, with gradient."""
-    return Candidates(gather(keys), gather(exists))
-
-
-def softmax_term(
-    likelihood: Boltzmann,
-    z_hat: Tensor,
-    z: Tensor,
-    present: Tensor,
-    temperature: Callable[[Tensor], tuple[Tensor, Tensor]],
-    queue: KeyQueue | None = None,
-    among: Among | None = None,
-) -> Term:
-    """Boltzmann form; row r of z_hat (R, D) belongs to row r of z (R, D) where present (R,)."""
-    targets = among and (among.targets, among.columns)
-    scores, exists, positive = _scores(likelihood, z_hat, z, present, queue, targets)
-    scores, tau = temperature(scores)  # (R, C)
-    losses = boltzmann(
-        scores, positive, candidate_exists=exists, label_smoothing=likelihood.label_smoothing
-    )
-    if likelihood.symmetric:
-        predictions = among and among.predictions and (among.predictions, among.columns)
-        # Predictions may stand in another order than candidates, which texts bring along.
-        reverse, predicted, own = _scores(likelihood, z, z_hat, present, None, predictions)
-        reverse_losses = boltzmann(
-            temperature(reverse)[0],
-            own,
-            candidate_exists=predicted,
-            label_smoothing=likelihood.label_smoothing,
-        )
-        losses = (losses + reverse_losses) / 2
-    return classification_term(losses, scores.masked_fill(~exists, -torch.inf), positive, tau)
-
-
-def _scores(
-    likelihood: Boltzmann,
-    z_hat: Tensor,
-    z: Tensor,
-    present: Tensor,
-    queue: KeyQueue | None,
-    gathered: tuple[Candidates, Tensor] | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Scores (R, C) against the candidates, which of them exist (C,), and the own one's column."""
-    if likelihood.candidates == "own":
-        scores = (z_hat * z).sum(-1, keepdim=True)
-        exists = torch.ones(1, dtype=torch.bool, device=z.device)
-        columns = torch.zeros(len(z), dtype=torch.int64, device=z.device)
-    elif likelihood.candidates == "global":
-        (candidates, exists), columns = gathered or (
-            gather_candidates(z, present),
-            own_columns(torch.arange(len(z), device=z.device)),
-        )
-        scores = z_hat @ candidates.T
-    else:
-        scores, exists = z_hat @ z.T, present
-        columns = torch.arange(len(z), device=z.device)
-    if queue is not None:
-        scores = torch.cat([scores, z_hat @ queue.keys.to(z_hat.dtype).T], 1)
-        exists = torch.cat([exists, queue.exists])
-    return scores, exists, torch.where(present, columns, -1)
-
-
-def classification_term(losses: Tensor, scores: Tensor, positive: Tensor, tau: Tensor) -> Term:
-    """Mean of the losses (R,) of a softmax over scores (R, C), whose right column is `positive`.
-
-    Absent rows have positive -1 and loss 0, and count in the mean: L is an expectation over
-    samples.
-    """
-    present = positive >= 0
-    right = (scores.argmax(1) == positive) & present
-    figures = {
-        "loss": figure(losses.sum(), present.sum()),
-        "accuracy": figure(right.sum(), present.sum()),
-        "temperature": figure(tau),
-    }
-    return Term(losses.mean(), figures)
-
-
-def collapse_figures(
-    z_hat: Tensor, targets: Tensor | None = None, present: Tensor | None = None
-) -> dict[str, Tensor]:
-    """Spread and effective rank of predictions and, where they are given, of targets.
-
-    Both are (B, ..., D); rows where `present` (B,) is False do not count.
-    """
-    enough = torch.ones((), device=z_hat.device)
-    if present is not None:
-        enough = (present.sum() > 1).float()
-    sides = {"_prediction": z_hat} | ({} if targets is None else {"": targets})
-    return {
-        f"{name}{side}": figure(function(vectors.detach(), present) * enough, enough)
-        for side, vectors in sides.items()
-        for name, function in (("spread", spread), ("rank", effective_rank))
-    }
-
-
-def student_figures(features: Tensor, seen: Tensor) -> dict[str, Tensor]:
-    """Rank and spread of z_x (B, N, D), pooled: the mean of the tokens of image i, seen (B, N)."""
-    weight = seen.to(features.dtype)
-    pooled = (weight[:, None] @ features.detach())[:, 0] / weight.sum(1, keepdim=True)  # (B, D)
-    return {
-        "student/rank": figure(effective_rank(pooled)),
-        "student/spread": figure(spread(pooled)),
-    }
-
-
-def figure(value: Tensor, count: int | Tensor = 1) -> Tensor:
-    """A (sum, count) pair, so that means over ranks and steps are exact."""
-    value = value.detach().float()
-    if not isinstance(count, Tensor):
-        count = torch.full_like(value, count)  # a tensor made of a number would wait for the GPU
-    return torch.stack([value, count.float()])

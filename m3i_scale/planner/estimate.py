@@ -198,7 +198,7 @@ def make_plan(
     kept = {"embeddings of the batch": wait.embeddings, "teacher's encodings": wait.encodings}
     passing |= {name: size for name, size in kept.items() if size}
     flops, twice = flops_of(traced), two_passes.runs_twice(config, batch)
-    first_visits = len(two_passes.first_pass_uses(config, uses(traced))) // 2
+    first_visits = two_passes.first_pass_visits(config, traced)
     return Plan(
         config=config,
         cluster=cluster,

@@ -63,12 +63,20 @@ def with_first_pass(flops: Flops, config: Config) -> Flops:
 
 def first_pass_uses(config: Config, steps: list[Use]) -> list[Use]:
     """Of a micro-step's uses of modules those of its first pass, without the teacher's."""
-    again = repeated_parts(config)
-    left_out = ["teacher", "category_head", "linear_decoders"]
-    left_out += [] if "decoder" in again else ["decoders"]
-    left_out += [] if "text tower" in again else ["text_tower"]
-    forward = [use for use in steps if use.phase != "backward"]
-    return [u for u in forward if u.module.partition(".")[0] not in left_out] if again else []
+    return [u for u in steps if u.phase != "backward" and _again(config, u.module)]
+
+
+def first_pass_visits(config: Config, traced: Trace) -> int:
+    """Modules that a first pass enters, without the teacher's."""
+    return sum(call.enter and _again(config, call.module) for call in traced.calls)
+
+
+def _again(config: Config, module: str) -> bool:
+    """Whether a module runs in the first pass, and in the second as well."""
+    again, first = repeated_parts(config), module.partition(".")[0]
+    parts = {"decoders": "decoder", "text_tower": "text tower"}
+    never = first in ("teacher", "category_head", "linear_decoders")
+    return bool(again) and not never and parts.get(first, "backbone") in again
 
 
 def waiting(config: Config, traced: Trace, ranks: int, batch: BatchSplit) -> Waiting:

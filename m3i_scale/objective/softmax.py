@@ -1,0 +1,109 @@
+"""The Boltzmann form: who is told from whom, and by which scores."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from m3i_scale.config import Boltzmann
+from m3i_scale.objective.collectives import gather, own_columns
+from m3i_scale.objective.figures import Term, figure
+from m3i_scale.objective.key_queue import KeyQueue
+from m3i_scale.objective.likelihoods import boltzmann
+
+
+class Candidates(NamedTuple):
+    """Targets of all ranks, gathered once for several groups."""
+
+    keys: Tensor  # (C, D)
+    exists: Tensor  # bool (C,)
+
+
+class Among(NamedTuple):
+    """Whom the rows of a softmax are told from, where others than these rows have been gathered."""
+
+    targets: Candidates
+    columns: Tensor  # int64 (R,): of each row's own target, and own prediction
+    predictions: Candidates | None = None  # of the other direction
+
+
+def gather_candidates(keys: Tensor, exists: Tensor) -> Candidates:
+    """Targets (B, D) of all ranks and which of them exist (B,); a collective, with gradient."""
+    return Candidates(gather(keys), gather(exists))
+
+
+def softmax_term(
+    likelihood: Boltzmann,
+    z_hat: Tensor,
+    z: Tensor,
+    present: Tensor,
+    temperature: Callable[[Tensor], tuple[Tensor, Tensor]],
+    queue: KeyQueue | None = None,
+    among: Among | None = None,
+) -> Term:
+    """Boltzmann form; row r of z_hat (R, D) belongs to row r of z (R, D) where present (R,)."""
+    targets = among and (among.targets, among.columns)
+    scores, exists, positive = _scores(likelihood, z_hat, z, present, queue, targets)
+    scores, tau = temperature(scores)  # (R, C)
+    losses = boltzmann(
+        scores, positive, candidate_exists=exists, label_smoothing=likelihood.label_smoothing
+    )
+    if likelihood.symmetric:
+        predictions = among and among.predictions and (among.predictions, among.columns)
+        # Predictions may stand in another order than candidates, which texts bring along.
+        reverse, predicted, own = _scores(likelihood, z, z_hat, present, None, predictions)
+        reverse_losses = boltzmann(
+            temperature(reverse)[0],
+            own,
+            candidate_exists=predicted,
+            label_smoothing=likelihood.label_smoothing,
+        )
+        losses = (losses + reverse_losses) / 2
+    return classification_term(losses, scores.masked_fill(~exists, -torch.inf), positive, tau)
+
+
+def _scores(
+    likelihood: Boltzmann,
+    z_hat: Tensor,
+    z: Tensor,
+    present: Tensor,
+    queue: KeyQueue | None,
+    gathered: tuple[Candidates, Tensor] | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Scores (R, C) against the candidates, which of them exist (C,), and the own one's column."""
+    if likelihood.candidates == "own":
+        scores = (z_hat * z).sum(-1, keepdim=True)
+        exists = torch.ones(1, dtype=torch.bool, device=z.device)
+        columns = torch.zeros(len(z), dtype=torch.int64, device=z.device)
+    elif likelihood.candidates == "global":
+        (candidates, exists), columns = gathered or (
+            gather_candidates(z, present),
+            own_columns(torch.arange(len(z), device=z.device)),
+        )
+        scores = z_hat @ candidates.T
+    else:
+        scores, exists = z_hat @ z.T, present
+        columns = torch.arange(len(z), device=z.device)
+    if queue is not None:
+        scores = torch.cat([scores, z_hat @ queue.keys.to(z_hat.dtype).T], 1)
+        exists = torch.cat([exists, queue.exists])
+    return scores, exists, torch.where(present, columns, -1)
+
+
+def classification_term(losses: Tensor, scores: Tensor, positive: Tensor, tau: Tensor) -> Term:
+    """Mean of the losses (R,) of a softmax over scores (R, C), whose right column is `positive`.
+
+    Absent rows have positive -1 and loss 0, and count in the mean: L is an expectation over
+    samples.
+    """
+    present = positive >= 0
+    right = (scores.argmax(1) == positive) & present
+    figures = {
+        "loss": figure(losses.sum(), present.sum()),
+        "accuracy": figure(right.sum(), present.sum()),
+        "temperature": figure(tau),
+    }
+    return Term(losses.mean(), figures)
