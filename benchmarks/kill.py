@@ -11,8 +11,8 @@ each kill everything is started again, from what lies on the disk.
 On a constant number of ranks the two must be equal to the last bit: all losses and norms of all
 steps, and in the last checkpoint weights, Adam moments, teacher averages, generators' states and
 counters. With `--elastic` the batch is kept by accumulation and the curves must agree within
-rounding (`--tolerance`); the softmax over texts is left out then, because what it compares belongs
-to a micro-step.
+rounding (`--tolerance`); texts are then told apart in the whole batch (`negatives: batch`), because
+a micro-step has other ones on another number of ranks.
 
 Prints one line per kill. Exit code 1 if anything differs.
 """
@@ -35,8 +35,6 @@ from typing import Any, NamedTuple
 
 import yaml
 from forks import Ranks, wait_for
-
-from m3i_scale.config import load_config
 
 ROOT = Path(__file__).resolve().parents[1]
 DEMO = ROOT / "configs" / "demo.yaml"
@@ -90,10 +88,7 @@ def prepare(folder: Path, steps: int, elastic: bool) -> Path:
     }
     tree["model"]["text"]["tokenizer"] = f"{data}/tokenizer.json"
     if elastic:
-        # The softmax over texts is another on another number of ranks.
-        targets = load_config(DEMO).objective.model_dump(mode="json")["targets"]
-        kept = [target for target in targets if target["representation"] != "text"]
-        tree["objective"] = {"targets": kept}
+        tree["objective"] = {"negatives": "batch"}  # the same on any number of ranks
     path = folder / "kill.yaml"
     path.write_text(yaml.safe_dump(tree | {"run": "unnamed", "folder": str(folder)}))
     return path

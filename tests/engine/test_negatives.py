@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 import torch
-from helpers.training import full_weights, open_small
-from helpers.ranks import run_ranks
 
+from helpers.ranks import run_ranks
+from helpers.training import full_weights, open_small
 from m3i_scale.cluster.launch import World
 from m3i_scale.engine import loop
 

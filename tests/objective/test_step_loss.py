@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from helpers.small import SMALL, random_batch
 from torch import Tensor
 
+from helpers.small import SMALL, random_batch
 from m3i_scale.config import Config
 from m3i_scale.objective.inputs import MixedBatch, build_input
 from m3i_scale.objective.m3i import M3I
@@ -151,3 +151,26 @@ def test_parts_give_what_the_whole_batch_gives(name: str, both_views: bool):
         assert (flat[0] - flat[1]).norm() < 2e-6 * flat[0].norm()
         for (key, a), (_, b) in zip(one.named_buffers(), other.named_buffers(), strict=True):
             torch.testing.assert_close(b, a, rtol=1e-5, atol=1e-5, msg=key)
+
+
+def test_candidates_of_one_rank_are_refused_with_negatives_of_the_batch():
+    tree = yaml.safe_load(SMALL)
+    tree["objective"]["targets"][2]["likelihood"]["candidates"] = "local"
+    Config.model_validate(tree)
+    tree["objective"]["negatives"] = "batch"
+    with pytest.raises(ValueError, match=r"'text_i' has likelihood.candidates: local.*micro_step"):
+        Config.model_validate(tree)
+
+
+def test_a_second_pass_is_made_only_where_it_changes_something():
+    tree = yaml.safe_load(SMALL)
+    for targets in METHODS.values():
+        named = [target | {"name": f"x{n}"} for n, target in enumerate(targets)]
+        own = {"targets": named, "negatives": "batch", "balance": None}
+        objective = Config.model_validate(tree | {"objective": own}).objective
+        assert objective.runs_twice(2)
+        assert not objective.runs_twice(1)
+    plain = {"name": "x"} | DENSE | GAUSSIAN
+    classes = {"name": "y", "representation": "category", "regularisation": "negatives"}
+    own = {"targets": [plain, classes | boltzmann()], "negatives": "batch"}
+    assert not Config.model_validate(tree | {"objective": own}).objective.runs_twice(2)
