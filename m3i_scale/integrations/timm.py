@@ -156,8 +156,9 @@ class TimmInternImage(InternImage):
         take, last = feature_take_indices(4, indices)
         maps = []
         y: Tensor | None = self.patch_embed(x)
-        for level in self.levels[: last + 1] if stop_early else self.levels:
-            stage, y = level(y)
+        levels = self.levels[: last + 1] if stop_early else self.levels
+        for level, drawn in zip(levels, self.draw(x), strict=False):
+            stage, y = level(y, drawn)
             maps.append(stage)
         taken = [maps[i] if output_fmt == "NHWC" else maps[i].permute(0, 3, 1, 2) for i in take]
         return taken if intermediates_only else (self._last(maps), taken)

@@ -289,7 +289,7 @@ class InternImage(nn.Module):
         _check_norm_style(post_norm, res_post_norm, layer_scale)
         post_norm_ids = _post_norm_ids(level2_post_norm, level2_post_norm_block_ids, depths)
         rates = drop_path_rates(drop_path_rate, sum(depths), drop_path_type)
-        self.depths, self.drop_path_rate = tuple(depths), drop_path_rate
+        self.drop_path_rate = drop_path_rate
         self.num_classes = num_classes
         self.use_clip_projector = use_clip_projector
         self.patch_embed = Stem(channels)
@@ -349,14 +349,18 @@ class InternImage(nn.Module):
         x: Tensor | None = self.patch_embed(images)
         assert x is not None
         maps = [x]
-        parts: Sequence[Tensor | None] = [None] * len(self.depths)
-        if self.training and self.drop_path_rate:
-            drawn = draw_uniform(len(images), 2 * sum(self.depths), keys, images.device)
-            parts = drawn.split([2 * depth for depth in self.depths])
-        for level, part in zip(self.levels, parts, strict=True):
-            stage, x = level(x, part)
+        for level, drawn in zip(self.levels, self.draw(images, keys), strict=True):
+            stage, x = level(x, drawn)
             maps.append(stage)
         return maps
+
+    def draw(self, images: Tensor, keys: Tensor | None = None) -> Sequence[Tensor | None]:
+        """What stochastic depth of each stage draws (2 * blocks, N); None: nothing is dropped."""
+        depths = [len(level.blocks) for level in self.levels]  # type: ignore[arg-type]
+        if not (self.training and self.drop_path_rate):
+            return [None] * len(depths)
+        drawn = draw_uniform(len(images), 2 * sum(depths), keys, images.device)
+        return drawn.split([2 * depth for depth in depths])
 
     def forward_stages(self, images: Tensor, keys: Tensor | None = None) -> list[Tensor]:
         """Map images to four maps (N, H, W, C), strides 4 to 32, each before its downsampling.

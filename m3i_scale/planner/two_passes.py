@@ -88,7 +88,10 @@ def waiting(config: Config, traced: Trace, ranks: int, batch: BatchSplit) -> Wai
     views: set[str] = set()
     inputs = 2 if config.objective.input.both_views else 1
     for target in config.objective.targets:
-        rows, width = traced.tokens if target.dense else 1, target_width(config.model, traced, target)
+        rows, width = (
+            traced.tokens if target.dense else 1,
+            target_width(config.model, traced, target),
+        )
         if target.across and target.encoded and target.encoder == "teacher":
             views |= {target.view} if inputs == 1 else {"same", "other"}
         likelihood = target.likelihood
