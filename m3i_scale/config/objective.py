@@ -365,7 +365,7 @@ class Objective(Node):
 
     @property
     def contrastive(self) -> bool:
-        """Whether a target has a softmax over the samples of a micro-step."""
+        """Whether a target has a softmax over samples."""
         return any(
             target.regularisation == "negatives" and target.representation != "category"
             for target in self.targets
@@ -429,8 +429,7 @@ class Objective(Node):
                 f"target {target.name!r} asks for masked positions of an unmasked input; "
                 "set input.corruption: mask or mix, or positions: all",
             )
-            local = isinstance(target.likelihood, Boltzmann)
-            local = local and target.likelihood.candidates == "local"  # type: ignore[union-attr]
+            local = getattr(target.likelihood, "candidates", None) == "local"
             yield (
                 local and self.negatives == "batch",
                 f"target {target.name!r} has likelihood.candidates: local, those of one micro-step "

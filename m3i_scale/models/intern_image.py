@@ -223,10 +223,7 @@ class Stage(nn.Module):
         self.downsample = Downsample(channels) if downsample else None
 
     def forward(self, x: Tensor, drawn: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
-        """Map x (N, H, W, C) to this stage's features and the next stage's input (last: None).
-
-        `drawn` (2 * blocks, N): see `DropPath`.
-        """
+        """Map x (N, H, W, C) to this stage's features and the next one's input; `draw` drew."""
         for i, block in enumerate(self.blocks):
             own = None if drawn is None else drawn[2 * i : 2 * i + 2]
             x = run_block(block, x, own, checkpointed=self.checkpoint_blocks)
@@ -342,10 +339,7 @@ class InternImage(nn.Module):
         return self.clip_projector
 
     def forward_maps(self, images: Tensor, keys: Tensor | None = None) -> list[Tensor]:
-        """Map images to the stem's map and those of the stages, all (N, H, W, C).
-
-        `keys` (N,): see `Backbone`.
-        """
+        """Map images to the maps of stem and stages, (N, H, W, C); keys (N,): see `Backbone`."""
         x: Tensor | None = self.patch_embed(images)
         assert x is not None
         maps = [x]
@@ -363,10 +357,7 @@ class InternImage(nn.Module):
         return drawn.split([2 * depth for depth in depths])
 
     def forward_stages(self, images: Tensor, keys: Tensor | None = None) -> list[Tensor]:
-        """Map images to four maps (N, H, W, C), strides 4 to 32, each before its downsampling.
-
-        `keys` (N,): see `Backbone`.
-        """
+        """The four maps of the stages, strides 4 to 32, each before its downsampling."""
         return self.forward_maps(images, keys)[1:]
 
     def grid_size(self, height: int, width: int) -> tuple[int, int]:
