@@ -6,7 +6,8 @@ Reads all FOLDER/*.json (benchmarks/results/host_time by default); those in FOLD
 compared and not fitted. Prints `SECONDS` for m3i_scale/planner/host.py, and measured beside planned
 seconds. Networks have about four times as many visits of modules as tensors, whatever their size,
 so that a step alone does not tell the two apart: the seconds of a module are fitted to the networks
-without ZeRO, those of tensors and slices to what that leaves of a step. Relative errors are made
+without ZeRO, those of tensors and slices to what that leaves of a step at ZeRO stage 3, those of
+gradients to what it leaves at stages 1 and 2. Relative errors are made
 small (least squares). The fastest step after the second counts, and the fastest pass of the same
 networks: other programs on the machine make them slower, never faster.
 """
@@ -60,7 +61,8 @@ def _networks(file: str, overrides: tuple[str, ...]) -> Trace:
 
 def row(name: str, found: dict[str, Any]) -> Row:
     """Count the work of one measurement."""
-    config, seen = traced(found["config"], found["overrides"])
+    stage = f"engine.zero.stage={found.get('stage', 3)}"  # of older files, where there was one
+    config, seen = traced(found["config"], [*found["overrides"], stage])
     ranks, accumulation = found["ranks"], found["accumulation"]
     micro = 2  # changes nothing that Python visits
     optimizer = config.optimizer.model_copy(
@@ -95,12 +97,16 @@ def fit(measured: list[Row]) -> list[float]:
         [one.networks for one in measured],
         [one.networks for one in measured],
     )
-    rest = _smallest_error(
-        [[one.work.tensors, one.work.slices] for one in measured],
-        [one.measured - module[0] * one.work.modules for one in measured],
-        [one.measured for one in measured],
-    )
-    found = [*module, *rest]
+    found = list(module)
+    for names, stage in (
+        (("tensors", "slices"), [one for one in measured if not one.work.gradients]),
+        (("gradients",), [one for one in measured if one.work.gradients]),
+    ):
+        found += _smallest_error(
+            [[getattr(one.work, name) for name in names] for one in stage],
+            [one.measured - module[0] * one.work.modules for one in stage],
+            [one.measured for one in stage],
+        )
     if min(found) <= 0:
         raise ValueError(f"a kind of work seems to cost nothing: {found}; measure more sizes")
     return found

@@ -5,9 +5,9 @@
 Runs the real `train_step` of a configuration in a process group that has the wanted number of ranks
 and sends nothing. The networks have all modules and parameters of the configuration (InternImage-H
 by default), but narrow layers, two small images and few words, so that next to nothing is computed
-and what remains is the time that Python and the dispatch of operators take. What ZeRO-3 decides by
-size is decided by the sizes of the real networks: the same parameters stay gathered, and buckets
-hold the same share of all parameters.
+and what remains is the time that Python and the dispatch of operators take. ZeRO's stage is that of
+the configuration (`engine.zero.stage=1`). What ZeRO decides by size is decided by the sizes of the
+real networks: the same parameters stay gathered, and buckets hold the same share of all parameters.
 
 Seconds are CPU seconds of the main thread (on one core the backward pass runs there too), which
 other processes do not disturb. They are a lower bound for a GPU's host: launching a kernel costs
@@ -54,17 +54,26 @@ MICRO_BATCH = 2
 
 # Method -> the part of a step that it belongs to. A method that is not there in the installed
 # DeepSpeed is an error: the table would be wrong without a word.
-ZERO3 = "deepspeed.runtime.zero."
-PARTS = {
-    ZERO3 + "partitioned_param_coordinator:PartitionedParameterCoordinator": {
+ZERO = "deepspeed.runtime.zero."
+COMMON = {
+    "m3i_scale.engine.momentum:Teacher": {"update": "EMA"},
+    "m3i_scale.engine.metrics:Figures": {"reduce": "figures"},
+    "deepspeed.runtime.engine:DeepSpeedEngine": {
+        "forward": "forward",
+        "backward": "backward",
+        "step": "rest of the engine's step",
+    },
+}
+STAGE_3 = {
+    ZERO + "partitioned_param_coordinator:PartitionedParameterCoordinator": {
         "fetch_sub_module": "hooks",
         "release_sub_module": "hooks",
         "reset_step": "hooks",
         "_PartitionedParameterCoordinator__all_gather_params": "gathers",
     },
-    ZERO3 + "partition_parameters:AllGatherHandle": {"wait": "gathers"},
-    ZERO3 + "partition_parameters:MultipleAllGatherHandles": {"wait": "gathers"},
-    ZERO3 + "stage3:DeepSpeedZeroOptimizer_Stage3": {
+    ZERO + "partition_parameters:AllGatherHandle": {"wait": "gathers"},
+    ZERO + "partition_parameters:MultipleAllGatherHandles": {"wait": "gathers"},
+    ZERO + "stage3:DeepSpeedZeroOptimizer_Stage3": {
         "reduce_ready_partitions_and_remove_grads": "reduce-scatter",
         "independent_gradient_partition_epilogue": "reduce-scatter",
         "_partition_all_parameters": "release before the update",
@@ -76,12 +85,16 @@ PARTS = {
         "_post_step": "post-step",
         "step": "rest of ZeRO's step",
     },
-    "m3i_scale.engine.momentum:Teacher": {"update": "EMA"},
-    "m3i_scale.engine.metrics:Figures": {"reduce": "figures"},
-    "deepspeed.runtime.engine:DeepSpeedEngine": {
-        "forward": "forward",
-        "backward": "backward",
-        "step": "rest of the engine's step",
+}
+STAGES_1_AND_2 = {
+    ZERO + "stage_1_and_2:DeepSpeedZeroOptimizer": {
+        "process_gradients": "hooks",
+        "reduce_ipg_grads": "all-reduce",
+        "independent_gradient_partition_epilogue": "all-reduce",
+        "check_overflow": "norms",
+        "scaled_global_norm": "norms",
+        "_optimizer_step": "optimiser",
+        "step": "rest of ZeRO's step",
     },
 }
 
@@ -90,6 +103,7 @@ class Finding(NamedTuple):
     """What one run has shown."""
 
     config: str
+    stage: int  # of ZeRO
     ranks: int
     device: str
     accumulation: int
@@ -260,11 +274,11 @@ class Clock:
         setattr(owner, name, timed)
 
 
-def watch_parts(clock: Clock) -> None:
-    """Time all methods of `PARTS`."""
+def watch_parts(clock: Clock, stage: int) -> None:
+    """Time all methods of a ZeRO stage and of the engine."""
     import importlib
 
-    for place, methods in PARTS.items():
+    for place, methods in (COMMON | (STAGE_3 if stage == 3 else STAGES_1_AND_2)).items():
         module, name = place.split(":")
         owner = getattr(importlib.import_module(module), name)
         for method, part in methods.items():
@@ -340,7 +354,7 @@ def measure(options: argparse.Namespace, folder: Path) -> Finding:
         return time.thread_time()
 
     clock = Clock(now)
-    watch_parts(clock)
+    watch_parts(clock, config.engine.zero.stage)
     stream = SyntheticStream(config)
     alone = networks_alone(config, world, stream, clock) * options.accumulation
     run = session.open_run(config, world, stream, epoch_samples=10**9, resume="never")
@@ -374,6 +388,7 @@ def measure(options: argparse.Namespace, folder: Path) -> Finding:
     names = dict(run.sharded.model.named_parameters())
     return Finding(
         config=os.path.relpath(options.config, ROOT),
+        stage=config.engine.zero.stage,
         ranks=options.ranks,
         device=options.device,
         accumulation=options.accumulation,
@@ -436,7 +451,8 @@ def stack_height() -> int:
 def table(found: Finding) -> Iterator[str]:
     """The lines of the report."""
     counted = ", ".join(f"{number} {kind}" for kind, number in found.parameters.items())
-    yield f"{found.config}, {found.ranks} ranks, accumulation {found.accumulation}"
+    yield f"{found.config}, {found.ranks} ranks, accumulation {found.accumulation},"
+    yield f"    ZeRO stage {found.stage}"
     yield f"parameter tensors: {counted}"
     yield f"seconds of the steps: {' '.join(f'{s:.3f}' for s in found.steps)}"
     yield f"seconds a step (median after the second): {found.seconds_per_step:.3f}"

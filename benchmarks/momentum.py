@@ -103,6 +103,7 @@ def measure(backbone: str, updates: int, out: Path) -> int:
     import torch
 
     from m3i_scale.engine.momentum import ShardedTeacher, start_equal
+    from m3i_scale.engine.partitioned import Partitioned
     from m3i_scale.models.backbone import build_backbone
 
     with deepspeed.zero.Init(config_dict_or_path=SETTINGS):
@@ -112,11 +113,12 @@ def measure(backbone: str, updates: int, out: Path) -> int:
     start_equal(student, momentum)
     trained = torch.optim.SGD(student.parameters(), lr=0.0)
     engine, *_ = deepspeed.initialize(model=pair, optimizer=trained, config=SETTINGS)
+    own = Partitioned(engine.optimizer)
     makers: dict[str, Callable[[], Any]] = {
-        "shards": lambda: ShardedTeacher(engine.optimizer, student, momentum, world.device),
+        "shards": lambda: ShardedTeacher(own, student, momentum, world.device),
         "gather": lambda: GatheredMomentum(student, world.is_main),
     }
-    require_equal(engine, momentum, makers)
+    require_equal(own, momentum, makers)
     ways: dict[str, Any] = {}
     numbers = [getattr(p, "ds_numel") for p in student.parameters()]  # DeepSpeed's  # noqa: B009
     found: dict[str, float] = {"parameters": sum(numbers)}
@@ -145,7 +147,7 @@ def measure(backbone: str, updates: int, out: Path) -> int:
     return 0
 
 
-def require_equal(engine: Any, momentum: Any, makers: dict[str, Callable[[], Any]]) -> None:
+def require_equal(own: Any, momentum: Any, makers: dict[str, Callable[[], Any]]) -> None:
     """Update both ways while the student changes.
 
     Raises:
@@ -154,13 +156,11 @@ def require_equal(engine: Any, momentum: Any, makers: dict[str, Callable[[], Any
     import deepspeed
     import torch
 
-    from m3i_scale.engine import shards
-
     both = [make() for make in makers.values()]
     for _ in range(3):
-        for flat in engine.optimizer.fp32_partitioned_groups_flat:
+        for flat in own.masters:
             flat.data.add_(torch.randn_like(flat), alpha=0.01)
-        shards.publish_weights(engine.optimizer)
+        own.publish()
         for one in both:
             one.update(COEFFICIENT)
     with deepspeed.zero.GatheredParameters(list(momentum.parameters())):

@@ -71,32 +71,55 @@ class Optimizer(Node):
 
 
 class Zero(Node):
-    """ZeRO-3 settings with a meaning here; `extra` is merged into DeepSpeed's own configuration."""
+    """What ZeRO splits over the ranks, and settings of DeepSpeed with a meaning here.
 
+    Stage 1 splits Adam's moments and the master weights, stage 2 gradients too, stage 3 the weights
+    that networks compute with as well: less memory, more collectives and more work for Python.
+    `m3i plan` compares the three. Weights, averages and checkpoints are the same, and a run may go
+    on at another stage.
+    """
+
+    stage: Literal[1, 2, 3] = 3
+    """What is split: 1, 2 or 3."""
     persistence_threshold: Annotated[int, Field(ge=0)] = 100_000
-    """Parameters up to this number of elements stay whole on every rank."""
+    """Stage 3: parameters up to this number of elements stay whole on every rank."""
     prefetch_bucket: Count = 50_000_000
-    """Elements gathered ahead."""
+    """Stage 3: elements gathered ahead."""
     reduce_bucket: Count = 200_000_000
     """Elements of gradients reduced at once."""
     max_live_parameters: Count = 1_000_000_000
-    """Most gathered elements at a time."""
+    """Stage 3: most gathered elements at a time."""
     hpz_partition: Count = 1
-    """Ranks of a second partition inside a node (ZeRO++ hpZ); 1: none."""
+    """Stage 3: ranks of a second partition inside a node (ZeRO++ hpZ); 1: none."""
     offload_optimizer: bool = False
-    """Keep optimiser states in host memory."""
+    """Stage 3: keep optimiser states in host memory."""
     extra: dict[str, Any] = {}
     """Anything else of DeepSpeed's configuration, merged over what this program writes."""
 
+    @model_validator(mode="after")
+    def _of_the_stage(self) -> Zero:
+        if self.stage < 3 and self.hpz_partition > 1:
+            raise ValueError(
+                f"hpz_partition {self.hpz_partition} needs stage 3: at stage {self.stage} every "
+                "rank has all weights; remove it, or set stage: 3"
+            )
+        if self.stage < 3 and self.offload_optimizer:
+            # DeepSpeed would keep the gradients of a skipped step there for all that follow.
+            raise ValueError(
+                f"offload_optimizer needs stage 3, which splits the states over as many ranks as "
+                f"stage {self.stage}; set stage: 3"
+            )
+        return self
+
 
 class Engine(Node):
-    """Precision and devices, ZeRO-3, and what happens to unstable and stalled runs."""
+    """Precision and devices, ZeRO, and what happens to unstable and stalled runs."""
 
     precision: Literal["bf16", "fp16", "fp32"] = "bf16"
     """Of computation; master weights stay float32."""
     teacher: Literal["whole", "sharded"] = "whole"
     """Where the teacher's weights are: `whole` on every GPU (2 bytes a parameter in bf16, one all-
-    gather a step), or `sharded` by ZeRO-3 like the student's (least memory). Values and
+    gather a step), or `sharded` like the student's at ZeRO stage 3 (least memory). Values and
     checkpoints are the same.
     """
     deterministic: bool = False
@@ -108,7 +131,7 @@ class Engine(Node):
     kernels: Literal["auto", "triton", "reference"] = "auto"
     """`auto`: Triton on GPUs, the reference on CPUs."""
     zero: Zero = Zero()
-    """ZeRO-3."""
+    """ZeRO: its stage and its buffers."""
     max_nonfinite_steps: Count = 10
     """Skipped steps in a row, because a gradient is not finite, that make a run unstable."""
     rollbacks: Annotated[int, Field(ge=0)] = 0
@@ -119,6 +142,15 @@ class Engine(Node):
     """Minutes without a step after which each rank writes its stacks and exits with 87."""
     timeout_minutes: Positive = 60.0
     """Of collectives."""
+
+    @model_validator(mode="after")
+    def _teacher_of_the_stage(self) -> Engine:
+        if self.zero.stage < 3 and self.teacher == "sharded":
+            raise ValueError(
+                f"teacher: sharded needs zero.stage 3: at stage {self.zero.stage} every rank has "
+                "all weights of the student, too; set teacher: whole, or zero.stage: 3"
+            )
+        return self
 
 
 class Checkpoint(Node):
@@ -172,7 +204,7 @@ class Config(Node):
     optimizer: Optimizer
     """Batch, duration, AdamW, teacher momentum."""
     engine: Engine = Engine()
-    """Precision, devices, ZeRO-3, stability."""
+    """Precision, devices, ZeRO, stability."""
     checkpoint: Checkpoint = Checkpoint()
     """When to save, what to keep."""
     logging: Logging = Logging()

@@ -19,7 +19,7 @@ from deepspeed.accelerator import get_accelerator
 from deepspeed.runtime.zero import partition_parameters, stage3
 from torch import Tensor
 
-from m3i_scale.engine import shards
+from m3i_scale.engine.partitioned import align
 
 log = logging.getLogger(__name__)
 
@@ -113,7 +113,7 @@ class RowsHandle(_Handle):
             # Its own storage: a view, of one column say, would keep the whole buffer alive.
             whole = part.contiguous().view(-1)[: parameter.ds_numel]
             parameter.data = whole.view(parameter.ds_shape).to(parameter.ds_tensor.dtype)
-            shards.align(parameter)
+            align(parameter)
             parameter.ds_status = _AVAILABLE
         self.complete = True
         if get_accelerator().is_synchronized_device():
@@ -134,7 +134,7 @@ class LoneHandle(_Lone):
 
     def __init__(self, parameter: Any) -> None:
         super().__init__(parameter)
-        shards.align(parameter)
+        align(parameter)
         self._waiting = [parameter]
 
     def wait(self, **_: Any) -> None:
@@ -149,7 +149,7 @@ class LoneCoalescedHandle(_LoneCoalesced):
     def __init__(self, parameters: list[Any]) -> None:
         super().__init__(parameters)
         for parameter in parameters:
-            shards.align(parameter)
+            align(parameter)
         self._waiting = list(parameters)
 
     def wait(self, **_: Any) -> None:

@@ -15,7 +15,6 @@ from torch import Tensor
 
 from m3i_scale.cluster.launch import World
 from m3i_scale.config import Config, Objective
-from m3i_scale.engine import shards
 from m3i_scale.engine.checkpoint import CheckpointError
 from m3i_scale.engine.events import EventLog
 from m3i_scale.engine.health import Health, RunningMean
@@ -213,7 +212,7 @@ def train_step(run: Run, batches: Timed) -> tuple[dict[str, float], bool]:
 
     if updated:
         for parameter, maximum in run.sharded.model.upper_bounds():
-            shards.clamp_weight(engine.optimizer, parameter, maximum)
+            run.sharded.shards.clamp(parameter, maximum)
         coefficient = _teacher_momentum(run)
         if run.sharded.teacher is not None:
             run.sharded.teacher.update(coefficient)

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from m3i_scale.engine import shards
 from m3i_scale.engine.zero import Sharded
@@ -25,17 +24,18 @@ def held_memory(sharded: Sharded) -> dict[str, int]:
 
     Between steps: shards, states, gradient shards, buckets, and the small parameters that ZeRO
     keeps gathered. Kinds that share a storage with an earlier one (master weights in fp32
-    precision, "gathered" parameters of a single rank) count as 0 there.
+    precision at stage 3, "gathered" parameters of a single rank) count as 0 there.
     """
+    own, model = sharded.shards, sharded.model
     kinds = {
-        PARAMETERS: (p.ds_tensor for p in _parameters(sharded.model) if p.requires_grad),
-        MASTER: sharded.engine.optimizer.fp32_partitioned_groups_flat,
+        PARAMETERS: own.compute_weights(model),
+        MASTER: own.masters,
         MOMENTS: _moments(sharded),
-        GRADIENTS: [sharded.engine.optimizer.grad_partitions_flat_buffer],
+        GRADIENTS: own.gradients(),
         ENCODER: _frozen(sharded),
         AVERAGES: sharded.teacher.averages.values() if sharded.teacher else [],
-        BUFFERS: _buckets(sharded),
-        GATHERED: (p.data for p in _parameters(sharded.model) if p.ds_status.name == "AVAILABLE"),
+        BUFFERS: own.buckets(),
+        GATHERED: own.gathered_weights(model),
     }
     seen: set[int] = set()
     return {kind: _new_bytes(tensors, seen) for kind, tensors in kinds.items()}
@@ -51,14 +51,9 @@ def _new_bytes(tensors: Iterable[Tensor], seen: set[int]) -> int:
     return total
 
 
-def _parameters(model: nn.Module) -> Iterator[Any]:
-    """Parameters, with the attributes that ZeRO-3 has given them."""
-    return iter(model.parameters())
-
-
 def _frozen(sharded: Sharded) -> Iterator[Tensor]:
     """Weights without gradient, of which nearly all are the teacher's."""
-    yield from (p.ds_tensor for p in _parameters(sharded.model) if not p.requires_grad)
+    yield from sharded.shards.frozen_weights(sharded.model)
     if sharded.teacher is not None:
         yield from (p.data for p in sharded.teacher.teacher.parameters())
 
@@ -66,9 +61,3 @@ def _frozen(sharded: Sharded) -> Iterator[Tensor]:
 def _moments(sharded: Sharded) -> Iterator[Tensor]:
     for state in sharded.engine.optimizer.optimizer.state.values():
         yield from (state[moment] for moment in shards.MOMENTS)
-
-
-def _buckets(sharded: Sharded) -> Iterator[Tensor]:
-    for bucket in sharded.engine.optimizer.ipg_buckets.values():
-        if bucket.buffer is not None:
-            yield bucket.buffer

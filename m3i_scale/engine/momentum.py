@@ -1,10 +1,11 @@
 """The teacher of the sharded student: its averages, and its weights.
 
 The averages `theta' <- m theta' + (1 - m) theta` are kept in fp32, because with m close to one
-nearly every update of a bf16 average would round to nothing. Each rank holds those of its own
-slices and moves them without communication. The weights that the forward pass uses are these
-averages in compute precision, either whole on every rank (`WholeTeacher`) or partitioned like the
-student (`ShardedTeacher`); the values are the same, and so are the checkpoints.
+nearly every update of a bf16 average would round to nothing. Each rank holds those of what it owns
+of the student and moves them without communication. The weights that the forward pass uses are
+these averages in compute precision: at ZeRO stage 3 either whole on every rank (`WholeTeacher`) or
+partitioned like the student (`ShardedTeacher`), at stages 1 and 2 whole (`FlatTeacher`). The values
+are the same, and so are the checkpoints.
 """
 
 from __future__ import annotations
@@ -15,37 +16,35 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from m3i_scale.engine import shards
-from m3i_scale.objective.collectives import gather_rows
+from m3i_scale.engine import partitioned
+from m3i_scale.engine.flat import Flat
+from m3i_scale.engine.partitioned import Partitioned
+from m3i_scale.engine.shards import ALIGNMENT, trained
+from m3i_scale.objective.collectives import gather_rows, gather_rows_into
 
 
 class Teacher(ABC):
-    """Averages of the student's shards; `publish` writes them into the teacher's weights.
+    """Averages of this rank's part of the student; `publish` writes them into the weights.
 
     Args:
-        optimizer: ZeRO's; its master shards are read (fp32, or bf16 where DeepSpeed was told to
-            keep them so).
-        student: the trained networks, partitioned.
-        teacher: the frozen copy, same names.
+        teacher: the frozen copy of the student, same names.
+        students: master weights of this rank's part: views of the optimiser's own storage, right
+            for as long as it lives (fp32, or bf16 where DeepSpeed was told to keep them so).
         device: where the averages live.
 
     Attributes:
-        averages: fp32 shards by the student's names, of what is trained; what is frozen stays
-            equal.
+        averages: fp32, by the student's names, of what is trained; what is frozen stays equal.
         teacher: the module whose weights `publish` writes.
     """
 
-    def __init__(
-        self, optimizer: object, student: nn.Module, teacher: nn.Module, device: torch.device
-    ) -> None:
+    averages: dict[str, Tensor]
+
+    def __init__(self, teacher: nn.Module, students: list[Tensor], device: torch.device) -> None:
         self.teacher = teacher
-        # The optimiser's own storage: views stay right for as long as it lives.
-        views = {n: shards.local_weight(optimizer, p) for n, p in shards.trained(student)}
-        self._students = list(views.values())
+        self._students = students
         # One buffer, in the order of the views.
-        self._flat = torch.cat([view.detach().to(device, torch.float32) for view in self._students])
-        parts = self._flat.split([view.numel() for view in self._students])
-        self.averages = dict(zip(views, parts, strict=True))
+        self._flat = torch.cat([view.detach().to(device, torch.float32) for view in students])
+        self._parts = list(self._flat.split([view.numel() for view in students]))
 
     @torch.no_grad()
     def update(self, coefficient: float) -> None:
@@ -53,7 +52,7 @@ class Teacher(ABC):
         # Copies of what is offloaded or not in fp32, the views themselves otherwise.
         place = self._flat.device
         students = [s.to(place, torch.float32, non_blocking=True) for s in self._students]
-        torch._foreach_lerp_(list(self.averages.values()), students, 1 - coefficient)
+        torch._foreach_lerp_(self._parts, students, 1 - coefficient)
         self.publish()
 
     @abstractmethod
@@ -61,13 +60,28 @@ class Teacher(ABC):
         """Write the averages into the teacher's weights."""
 
 
-class ShardedTeacher(Teacher):
+class _OfSlices(Teacher):
+    """Stage 3: an average for every slice, with its padding."""
+
+    def __init__(
+        self, shards: Partitioned, student: nn.Module, teacher: nn.Module, device: torch.device
+    ) -> None:
+        parameters = dict(trained(student))
+        super().__init__(teacher, [shards.padded_weight(p) for p in parameters.values()], device)
+        lengths = (own.stop - own.start for own in map(shards.extent, parameters.values()))
+        self.averages = {
+            name: part[:length]
+            for name, part, length in zip(parameters, self._parts, lengths, strict=True)
+        }
+
+
+class ShardedTeacher(_OfSlices):
     """The teacher is partitioned by ZeRO-3, and gathered block by block when it runs."""
 
     def __init__(
-        self, optimizer: object, student: nn.Module, teacher: nn.Module, device: torch.device
+        self, shards: Partitioned, student: nn.Module, teacher: nn.Module, device: torch.device
     ) -> None:
-        super().__init__(optimizer, student, teacher, device)
+        super().__init__(shards, student, teacher, device)
         weights = dict(teacher.named_parameters())
         self._weights = [weights[name] for name in self.averages]
 
@@ -75,14 +89,14 @@ class ShardedTeacher(Teacher):
     def publish(self) -> None:
         """Write the averages into this rank's slices; nothing is sent."""
         for weight in self._weights:
-            shards.forget_gathered(weight)
-        torch._foreach_copy_([shards.shard(w) for w in self._weights], list(self.averages.values()))
+            partitioned.forget_gathered(weight)
+        torch._foreach_copy_([partitioned.shard(w) for w in self._weights], self._parts)
         if self._flat.is_cuda:
             # ZeRO gathers on a stream of its own, which does not wait for this one.
             torch.cuda.current_stream().synchronize()
 
 
-class WholeTeacher(Teacher):
+class WholeTeacher(_OfSlices):
     """The teacher is whole on every rank, outside of ZeRO; one all-gather renews its weights.
 
     `teacher` must not be a part of the module that DeepSpeed drives. Its parameters, partitioned by
@@ -90,23 +104,21 @@ class WholeTeacher(Teacher):
     """
 
     def __init__(
-        self, optimizer: object, student: nn.Module, teacher: nn.Module, device: torch.device
+        self, shards: Partitioned, student: nn.Module, teacher: nn.Module, device: torch.device
     ) -> None:
-        super().__init__(optimizer, student, teacher, device)
-        trained = set(self.averages)
+        super().__init__(shards, student, teacher, device)
+        moving = set(self.averages)
         names = [n for n, _ in teacher.named_parameters()]
         # Those that move first, in the order of the averages.
-        order = [*self.averages, *(n for n in names if n not in trained)]
+        order = [*self.averages, *(n for n in names if n not in moving)]
         weights = dict(teacher.named_parameters())
-        own = [shards.shard(weights[name]).to(device) for name in order]
+        own = [partitioned.shard(weights[name]).to(device) for name in order]
         self._tables = _whole_tables(own)
         _fill_tables(self._tables, torch.cat(own))
         for name, table in zip(order, self._tables, strict=True):
-            replace_parameter(teacher, name, shards.cut(table, weights[name]))
-        del self._tables[len(trained) :]
-        for module in teacher.modules():
-            for name, buffer in module.named_buffers(recurse=False):
-                module._buffers[name] = buffer.to(device)
+            replace_parameter(teacher, name, partitioned.cut(table, weights[name]))
+        del self._tables[len(moving) :]
+        _move_buffers(teacher, device)
 
     @torch.no_grad()
     def publish(self) -> None:
@@ -114,10 +126,50 @@ class WholeTeacher(Teacher):
         _fill_tables(self._tables, self._flat.to(self._tables[0].dtype))
 
 
+class FlatTeacher(Teacher):
+    """Stages 1 and 2: the teacher is whole on every rank, in flat tensors as the student's are.
+
+    The student must have parameter groups to itself (`zero.parameter_groups`): then this rank's
+    part of their flat tensors is averaged as a whole, and an all-gather of the averages of each
+    puts the teacher's weights where they are read.
+    """
+
+    def __init__(
+        self, shards: Flat, student: nn.Module, teacher: nn.Module, device: torch.device
+    ) -> None:
+        parameters = dict(trained(student))
+        groups = sorted({shards.group(p) for p in parameters.values()})
+        super().__init__(teacher, [shards.masters[group] for group in groups], device)
+        starts = {group: shards.rank * shards.masters[group].numel() for group in groups}
+        parts = dict(zip(groups, self._parts, strict=True))
+        self._tables = {group: shards.whole(group).clone() for group in groups}
+        self.averages = {}
+        for name, parameter in parameters.items():
+            group, offset = shards.group(parameter), shards.offset(parameter)
+            own = shards.extent(parameter)
+            begin = offset + own.start - starts[group] if own.stop > own.start else 0
+            self.averages[name] = parts[group][begin : begin + own.stop - own.start]
+            weight = self._tables[group][offset : offset + parameter.numel()]
+            replace_parameter(teacher, name, weight.view(parameter.shape))
+        for name, weight in list(teacher.named_parameters()):
+            if name not in parameters:
+                replace_parameter(teacher, name, weight.data.to(device))
+        _move_buffers(teacher, device)
+
+    @torch.no_grad()
+    def publish(self) -> None:
+        """Round the averages and gather those of all ranks (a collective for each group)."""
+        tables = list(self._tables.values())
+        rounded = self._flat.to(tables[0].dtype)
+        own = rounded.split([part.numel() for part in self._parts])
+        for table, part in zip(tables, own, strict=True):
+            gather_rows_into(table, part)
+
+
 def _whole_tables(own: list[Tensor]) -> list[Tensor]:
     """Of shards (k,), room for those of all ranks, (W, k) each, aligned in one buffer."""
     size = dist.get_world_size()
-    step = shards.ALIGNMENT // own[0].element_size()
+    step = ALIGNMENT // own[0].element_size()
     counts = [size * part.numel() for part in own]
     rooms = [-(-count // step) * step for count in counts]
     parts = own[0].new_empty(sum(rooms)).split(rooms)
@@ -136,8 +188,16 @@ def replace_parameter(module: nn.Module, name: str, value: Tensor) -> None:
     module.get_submodule(path).register_parameter(last, nn.Parameter(value, requires_grad=False))
 
 
+def _move_buffers(teacher: nn.Module, device: torch.device) -> None:
+    for module in teacher.modules():
+        for name, buffer in module.named_buffers(recurse=False):
+            module._buffers[name] = buffer.to(device)
+
+
+@torch.no_grad()
 def start_equal(student: nn.Module, teacher: nn.Module) -> None:
-    """Copy the student into the teacher, before the optimiser exists."""
+    """Copy the student into the teacher, partitioned or not, before the optimiser exists."""
     students = dict(student.named_parameters())
     for name, parameter in teacher.named_parameters():
-        shards.copy_shard(students[name], parameter)
+        source, target = (getattr(p, "ds_tensor", p).data for p in (students[name], parameter))
+        target.copy_(source)

@@ -1,18 +1,22 @@
-"""What DeepSpeed's ZeRO-3 does in Python again and again with the same result, done once.
+"""What DeepSpeed does in Python again and again with the same result, done once.
 
 A step of InternImage-H visits some thousand modules and parameters; at every one DeepSpeed (0.19)
 asks which rank it is before it prints nothing, walks through submodules for a list that never
 changes, opens NVTX ranges, and inspects signatures. None of this changes a value. Collectives are
-the subject of `coalesced`, linear layers that of `linear`.
+the subject of `coalesced`, linear layers that of `linear`. Stages 1 and 2 visit no modules; there
+the host would wait for the device where the device can wait for itself.
 """
 
 from __future__ import annotations
 
+import functools
 import inspect
 import itertools
 from collections.abc import Callable, Iterable
 from typing import Any
 
+import torch
+import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
 from deepspeed.runtime.zero import (
     parameter_offload,
@@ -23,7 +27,7 @@ from deepspeed.runtime.zero import (
 from deepspeed.utils import nvtx
 from torch import nn
 
-from m3i_scale.engine import coalesced, linear
+from m3i_scale.engine import coalesced, linear, shards
 
 _ALL = "_all_parameters"  # attribute of a module, once its parameters were listed
 
@@ -41,7 +45,7 @@ def prepare() -> None:
 
 
 def finish(zero_optimizer: Any, model: nn.Module) -> None:
-    """After `deepspeed.initialize`: its hooks and its streams are there."""
+    """After `deepspeed.initialize` at stage 3: its hooks and its streams are there."""
     for module in model.modules():
         for name in ("pre_bwd_fn", "post_bwd_fn"):
             if name in module.__dict__:
@@ -50,6 +54,69 @@ def finish(zero_optimizer: Any, model: nn.Module) -> None:
     # Offloaded gradients are read by the host, which has to wait for them.
     if stream is not None and not zero_optimizer.offload_optimizer:
         order_by_device(stream, get_accelerator().current_stream)
+
+
+def finish_flat(zero_optimizer: Any) -> None:
+    """After `deepspeed.initialize` at stages 1 and 2: waits of the host that nothing needs."""
+    shards.needed(
+        zero_optimizer, "reduction_stream", "independent_gradient_partition_epilogue",
+        "averaged_gradients", "scaled_global_norm", "unscale_and_clip_grads", "clip_grad",
+    )  # fmt: skip
+    stream = zero_optimizer.reduction_stream
+    if stream is not None:
+        epilogue = zero_optimizer.independent_gradient_partition_epilogue
+        zero_optimizer.independent_gradient_partition_epilogue = functools.partial(
+            _ordered, epilogue, get_accelerator(), stream
+        )
+    zero_optimizer.scaled_global_norm = functools.partial(_global_norm, zero_optimizer)
+    zero_optimizer.unscale_and_clip_grads = functools.partial(_unscale_and_clip, zero_optimizer)
+
+
+def _ordered(function: Callable[[], None], accelerator: Any, stream: Any) -> None:
+    """Call a function that waits for the whole device; let the current stream wait for `stream`.
+
+    At the end of every backward pass gradients are still being reduced on that stream. Memory that
+    is freed then is used again on the current stream only.
+    """
+    waits = accelerator.synchronize
+    accelerator.synchronize = lambda *_: accelerator.current_stream().wait_stream(stream)
+    try:
+        function()
+    finally:
+        accelerator.synchronize = waits
+
+
+@torch.no_grad()
+def _global_norm(zero_optimizer: Any) -> torch.Tensor:
+    """`scaled_global_norm` of all groups at once, with one collective; -1 if it is not finite.
+
+    DeepSpeed has a collective, and copies a number to the device, for every parameter group.
+    """
+    gradients: list[torch.Tensor] = []
+    for group in zero_optimizer.averaged_gradients.values():
+        flat = getattr(group, "flat_partition", None)
+        gradients += group if flat is None else [flat]
+    norms = torch.stack(torch._foreach_norm(gradients, dtype=torch.float32))
+    total = norms.square().sum()
+    dist.all_reduce(total)
+    return total.sqrt().masked_fill(~total.isfinite(), -1.0)
+
+
+def _unscale_and_clip(
+    zero_optimizer: Any, gradients: Iterable[torch.Tensor], norm: torch.Tensor | None
+) -> None:
+    """`unscale_and_clip_grads` without asking once more, for every group, whether it is finite.
+
+    ZeRO's step has skipped the update where the norm is not.
+    """
+    scale = zero_optimizer.loss_scale
+    if zero_optimizer.clip_grad > 0:
+        clip = (norm / scale + 1e-6) / zero_optimizer.clip_grad
+        scale = clip.clamp(min=1.0) * scale
+    elif scale == 1:
+        return
+    for gradient in gradients:
+        gradient.mul_(1.0 / scale)
 
 
 def order_by_device(stream: Any, current: Callable[[], Any]) -> None:

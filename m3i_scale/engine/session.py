@@ -185,7 +185,7 @@ def open_run(
         reader.close()
         log.info("resumed from %s at step %d", reader.path, run.progress.step)
     if weights is not None:
-        start_from(weights, sharded, world)
+        start_from(weights, sharded)
         log.info("started from %s: %s", config.model.init, "; ".join(weights.lines()))
     if write:  # else there is nothing to do
         begin(run)

@@ -1,19 +1,32 @@
-"""Views of this rank's ZeRO-3 shards: fp32 weights, Adam moments, compute-precision weights.
+"""This rank's part of every trained parameter, in the storage of ZeRO's optimiser.
 
-DeepSpeed keeps of every parameter with N elements the slice `[rank * k, (rank + 1) * k)` of the
-flattened tensor, `k = ceil(N / ranks)`, padded at the end. The views here include the padding;
-`checkpoint.extent` says how much of a shard is real.
+ZeRO splits what the optimiser keeps over the ranks. Which elements are whose depends on the stage:
+
+- `partitioned.Partitioned`, stage 3: a slice of every parameter; the weights that networks compute
+  with are split in the same way.
+- `flat.Flat`, stages 1 and 2: parameters stand one after the other in a few flat tensors, of which
+  each rank owns an equal part; the weights that networks compute with are whole on every rank.
+
+Everything else in the engine sees `Shards`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from m3i_scale.engine.checkpoint import Extent
+from m3i_scale.objective.collectives import rank_and_size
+
 MOMENTS = ("exp_avg", "exp_avg_sq")
+
+# Bytes at whose multiples weights begin: kernels of cuDNN, cuBLAS and PyTorch read so many at once,
+# and the first two refuse, or find no algorithm for, what begins elsewhere.
+ALIGNMENT = 16
 
 
 def trained(module: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
@@ -21,121 +34,130 @@ def trained(module: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
     return ((name, p) for name, p in module.named_parameters() if p.requires_grad)
 
 
-def local_weight(zero_optimizer: Any, parameter: nn.Parameter) -> Tensor:
-    """fp32 master shard: a view of the optimiser's storage, on the device where it lives.
+class Shards(ABC):
+    """Views of this rank's part: master weights (fp32), Adam moments; and what follows from them.
 
-    DeepSpeed's `safe_get_local_fp32_param` gives a copy of what is offloaded; written to, it would
-    change nothing.
+    Args:
+        optimizer: ZeRO's, as `deepspeed.initialize` returns it.
     """
-    return _view(zero_optimizer, parameter, lambda flat: flat)
+
+    def __init__(self, optimizer: Any) -> None:
+        self.optimizer = optimizer
+        self.rank, self.size = rank_and_size()
+
+    # ----------------------------------------------------------------------------- of one parameter
+
+    @abstractmethod
+    def extent(self, parameter: nn.Parameter) -> Extent:
+        """The elements of the flattened parameter that this rank owns."""
+
+    @abstractmethod
+    def _place(self, parameter: nn.Parameter) -> tuple[int, int]:
+        """Where they begin: index of the master tensor, and offset in it."""
+
+    def weight(self, parameter: nn.Parameter) -> Tensor:
+        """Master weights (n,): a view of the optimiser's storage, on the device where it lives.
+
+        DeepSpeed's `safe_get_local_fp32_param` gives a copy of what is offloaded; written to, it
+        would change nothing.
+        """
+        return self._view(parameter, lambda master: master)
+
+    def moment(self, parameter: nn.Parameter, moment: str) -> Tensor:
+        """Adam moment (n,): a view of the optimiser's storage."""
+        states = self.optimizer.optimizer.state
+        return self._view(parameter, lambda master: states[master][moment])
+
+    def _view(self, parameter: nn.Parameter, storage: Callable[[Tensor], Tensor]) -> Tensor:
+        index, offset = self._place(parameter)
+        own = self.extent(parameter)
+        return storage(self.masters[index]).narrow(0, offset, own.stop - own.start)
+
+    @abstractmethod
+    def clamp(self, parameter: nn.Parameter, maximum: float) -> None:
+        """Bound a trained parameter from above, in master and compute weights."""
+
+    # ---------------------------------------------------------------------------------- of all
+
+    @property
+    @abstractmethod
+    def masters(self) -> list[Tensor]:
+        """The flat tensors that Adam updates, padding included."""
+
+    @abstractmethod
+    def publish(self) -> None:
+        """After the master weights were written: refresh the compute weights (a collective)."""
+
+    @abstractmethod
+    def even(self, parts: list[tuple[nn.Parameter, Tensor]]) -> list[Tensor]:
+        """From what ranks own to what they write: the slices `checkpoint.extent` (a collective).
+
+        Args:
+            parts: parameters, the same on all ranks, and views (n,) of what this rank owns of them.
+        """
+
+    def create_adam_state(self) -> None:
+        """Give the inner optimiser the state it would make at its first step.
+
+        So that memory is known from the start, and saving and loading know one case only.
+        """
+        inner = self.optimizer.optimizer
+        fused = any(group.get("fused") for group in inner.param_groups)
+        for flat in self.masters:
+            step: Tensor | int = torch.zeros((), device=flat.device if fused else "cpu")
+            if not isinstance(inner, torch.optim.AdamW):  # DeepSpeed's CPU Adam counts in an int
+                step = 0
+            inner.state[flat] = {"step": step} | {
+                m: torch.zeros_like(flat, requires_grad=False) for m in MOMENTS
+            }
+
+    @property
+    def adam_step(self) -> int:
+        """Number of updates Adam has made."""
+        states = self.optimizer.optimizer.state.values()
+        return int(next(iter(states))["step"])
+
+    @adam_step.setter
+    def adam_step(self, step: int) -> None:
+        for state in self.optimizer.optimizer.state.values():
+            if isinstance(state["step"], Tensor):
+                state["step"].fill_(step)
+            else:
+                state["step"] = step
+
+    # ---------------------------------------------------------------------------- what memory holds
+
+    @abstractmethod
+    def compute_weights(self, model: nn.Module) -> Iterable[Tensor]:
+        """Trained weights in compute precision, as this rank keeps them."""
+
+    @abstractmethod
+    def frozen_weights(self, model: nn.Module) -> Iterable[Tensor]:
+        """The same of weights without gradient."""
+
+    @abstractmethod
+    def gathered_weights(self, model: nn.Module) -> Iterable[Tensor]:
+        """Whole weights beside the kept ones."""
+
+    @abstractmethod
+    def gradients(self) -> Iterable[Tensor]:
+        """Gradients that stay between steps."""
+
+    @abstractmethod
+    def buckets(self) -> Iterable[Tensor]:
+        """Buffers of gradients being reduced that stay between steps."""
 
 
-def local_moment(zero_optimizer: Any, parameter: nn.Parameter, moment: str) -> Tensor:
-    """Adam moment shard: a view of the optimiser's storage."""
-    states = zero_optimizer.optimizer.state
-    return _view(zero_optimizer, parameter, lambda flat: states[flat][moment])
+def needed(owner: object, *names: str) -> None:
+    """Require attributes of DeepSpeed's objects that the engine reads.
 
-
-def _view(
-    zero_optimizer: Any, parameter: nn.Parameter, storage: Callable[[Tensor], Tensor]
-) -> Tensor:
-    group, offset, count = zero_optimizer.grad_position[zero_optimizer.get_param_id(parameter)]
-    return storage(zero_optimizer.fp32_partitioned_groups_flat[group]).narrow(0, offset, count)
-
-
-def shard(parameter: nn.Parameter) -> Tensor:
-    """Compute-precision shard (k,) of a partitioned parameter, a view."""
-    return parameter.ds_tensor.data  # type: ignore[attr-defined]
-
-
-def cut(shards: Tensor, parameter: nn.Parameter) -> Tensor:
-    """The whole tensor of a partitioned parameter, a view of all ranks' shards (W, k)."""
-    flat = shards.view(-1)[: parameter.ds_numel]  # type: ignore[attr-defined]
-    return flat.view(parameter.ds_shape)  # type: ignore[attr-defined]
-
-
-# Bytes at whose multiples weights begin: kernels of cuDNN, cuBLAS and PyTorch read so many at once,
-# and the first two refuse, or find no algorithm for, what begins elsewhere.
-ALIGNMENT = 16
-
-
-def align(parameter: nn.Parameter) -> None:
-    """Copy a gathered parameter that begins at an odd place of a flat buffer to one of its own."""
-    if parameter.data_ptr() % ALIGNMENT:
-        parameter.data = parameter.data.clone()
-
-
-def share_weights(zero_optimizer: Any) -> None:
-    """Keep one copy of the weights where master and compute weights have the same dtype.
-
-    DeepSpeed means to, but on a CPU compares a device with its name and makes a copy.
+    Raises:
+        RuntimeError: they are not there.
     """
-    pairs = zip(
-        zero_optimizer.fp32_partitioned_groups_flat,
-        zero_optimizer.fp16_partitioned_groups_flat,
-        strict=True,
-    )
-    for master, weights in pairs:
-        if (master.dtype, master.device) == (weights.dtype, weights.device):
-            master.data = weights.data
-
-
-def create_adam_state(zero_optimizer: Any) -> None:
-    """Give the inner optimiser the state it would make at its first step.
-
-    So that memory is known from the start, and saving and loading know one case only.
-    """
-    inner = zero_optimizer.optimizer
-    fused = any(group.get("fused") for group in inner.param_groups)
-    for flat in zero_optimizer.fp32_partitioned_groups_flat:
-        step: Tensor | int = torch.zeros((), device=flat.device if fused else "cpu")
-        if not isinstance(inner, torch.optim.AdamW):  # DeepSpeed's CPU Adam counts in an int
-            step = 0
-        inner.state[flat] = {"step": step} | {m: torch.zeros_like(flat) for m in MOMENTS}
-
-
-def get_adam_step(zero_optimizer: Any) -> int:
-    """Number of updates Adam has made."""
-    states = zero_optimizer.optimizer.state.values()
-    return int(next(iter(states))["step"])
-
-
-def set_adam_step(zero_optimizer: Any, step: int) -> None:
-    """Set the number of updates Adam has made."""
-    for state in zero_optimizer.optimizer.state.values():
-        if isinstance(state["step"], Tensor):
-            state["step"].fill_(step)
-        else:
-            state["step"] = step
-
-
-def publish_weights(zero_optimizer: Any) -> None:
-    """After the fp32 master shards were written: refresh the compute-precision weights."""
-    for group in range(len(zero_optimizer.fp16_groups)):
-        zero_optimizer._reassign_or_swap_out_partitioned_parameters(group)
-    zero_optimizer.checkpoint_event_prologue()
-    zero_optimizer.checkpoint_event_epilogue()
-    # Partitioning gathered parameters has renewed the node's copies (hpZ) from the old weights.
-    zero_optimizer.invalidate_secondary_tensor()
-
-
-@torch.no_grad()
-def clamp_weight(zero_optimizer: Any, parameter: nn.Parameter, maximum: float) -> None:
-    """Bound a trained parameter from above, in this rank's master and compute-precision shards."""
-    local_weight(zero_optimizer, parameter).clamp_(max=maximum)
-    forget_gathered(parameter)
-    shard(parameter).clamp_(max=maximum)
-
-
-def copy_shard(source: nn.Parameter, target: nn.Parameter) -> None:
-    """Copy the compute-precision shard of one partitioned parameter to another's."""
-    shard(target).copy_(shard(source))
-
-
-def forget_gathered(parameter: nn.Parameter) -> None:
-    """Drop gathered copies of a parameter whose shard is about to change."""
-    if parameter.ds_status.name == "AVAILABLE":  # type: ignore[attr-defined]
-        # A small parameter that ZeRO keeps gathered would go on serving the old value.
-        parameter.partition()  # type: ignore[attr-defined]
-    # Last: partitioning makes the node's copy (hpZ) anew, from the old value.
-    parameter.ds_secondary_tensor = None  # type: ignore[attr-defined]
+    missing = [name for name in names if not hasattr(owner, name)]
+    if missing:
+        kind = owner if isinstance(owner, type) else type(owner)
+        raise RuntimeError(
+            f"the installed DeepSpeed has no {kind.__name__}.{missing[0]}, which the engine "
+            "reads; install a version that pyproject.toml allows"
+        )

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from m3i_scale.cluster.launch import World, seed_rank
 from m3i_scale.engine import shards
-from m3i_scale.engine.checkpoint import CheckpointError, CheckpointReader, Extent, extent
+from m3i_scale.engine.checkpoint import CheckpointError, CheckpointReader, extent
 from m3i_scale.engine.zero import Sharded
 from m3i_scale.objective.balance import LossBalance
 
@@ -35,16 +35,17 @@ def snapshot(
     stated: Mapping[str, Any] | None = None,
     copy: bool = True,
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """This rank's tensors in CPU memory, and the state that all ranks share.
+    """This rank's tensors in CPU memory, and the state that all ranks share (a collective).
 
     The tensors are private copies, or with `copy` False, on a CPU, the living ones: for a write
     that ends before the next step, where memory does not hold a second copy of everything.
     `stated` are further entries of the state, what the run says about itself (`agreement`).
     """
-    tensors = {
-        key: view[: own.stop - own.start].detach().to("cpu", copy=copy)
-        for key, view, own in _local_tensors(sharded, world)
-    }
+    tensors: dict[str, Tensor] = {}
+    for kind, parts in _kinds(sharded).items():
+        slices = sharded.shards.even([(parameter, view) for _, parameter, view in parts])
+        for (name, _, _), part in zip(parts, slices, strict=True):
+            tensors[f"{kind}/{name}"] = part.detach().to("cpu", copy=copy)
     for name, buffer in buffers(sharded.model):  # all ranks have them, each writes its slice
         own = extent(buffer.numel(), world.rank, world.size)
         part = buffer.flatten()[own.start : own.stop]
@@ -56,7 +57,7 @@ def snapshot(
         "skipped": progress.skipped,
         "start_rank": progress.start_rank,
         "ranks": world.size,
-        "adam_step": shards.get_adam_step(sharded.engine.optimizer),
+        "adam_step": sharded.shards.adam_step,
         "balance": balance.state_dict(),
         "shapes": parameter_shapes(sharded.model),
         "buffers": buffer_shapes(sharded.model),
@@ -79,14 +80,13 @@ def restore(
     """
     model = sharded.model
     _require_same_networks(reader, parameter_shapes(model) | buffer_shapes(model))
-    for key, view, own in _local_tensors(sharded, world):
-        kind, name = key.split("/", 1)
-        view[: own.stop - own.start].copy_(reader.slice(kind, name, own.start, own.stop))
+    for kind, parts in _kinds(sharded).items():
+        for name, parameter, view in parts:
+            view.copy_(reader.slice(kind, name, *sharded.shards.extent(parameter)))
     for name, buffer in buffers(model):
         buffer.copy_(reader.tensor("buffer", name))
-    optimizer = sharded.engine.optimizer
-    shards.set_adam_step(optimizer, reader.state["adam_step"])
-    shards.publish_weights(optimizer)
+    sharded.shards.adam_step = reader.state["adam_step"]
+    sharded.shards.publish()
     if sharded.teacher is not None:
         sharded.teacher.publish()
     balance.load_state_dict(reader.state["balance"])
@@ -121,18 +121,18 @@ class InitialWeights(Protocol):
 
 
 @torch.no_grad()
-def start_from(initial: InitialWeights, sharded: Sharded, world: World) -> None:
+def start_from(initial: InitialWeights, sharded: Sharded) -> None:
     """Set the student's backbone, and the teacher's average of it, to given weights.
 
     Frozen parameters, which nothing reads and no checkpoint has, stay as drawn.
     """
     names = {f"student.backbone.{name}": name for name in initial.names}
-    for key, view, own in _local_tensors(sharded, world):
-        kind, name = key.split("/", 1)
-        if kind in ("weight", "teacher") and name in names:
-            value = initial.tensor(names[name]).flatten()
-            view[: own.stop - own.start].copy_(value[own.start : own.stop])
-    shards.publish_weights(sharded.engine.optimizer)
+    for kind, parts in _kinds(sharded).items():
+        for name, parameter, view in parts if kind in ("weight", "teacher") else ():
+            if name in names:
+                own = sharded.shards.extent(parameter)
+                view.copy_(initial.tensor(names[name]).flatten()[own.start : own.stop])
+    sharded.shards.publish()
     if sharded.teacher is not None:
         sharded.teacher.publish()
 
@@ -155,17 +155,15 @@ def buffer_shapes(model: nn.Module) -> dict[str, list[int]]:
     return {name: list(buffer.shape) for name, buffer in buffers(model)}
 
 
-def _local_tensors(sharded: Sharded, world: World) -> Iterator[tuple[str, Tensor, Extent]]:
-    """Key, view of the padded local shard and its extent, of everything a checkpoint holds."""
-    optimizer = sharded.engine.optimizer
-    for name, parameter in shards.trained(sharded.model):
-        own = extent(parameter.ds_numel, world.rank, world.size)  # type: ignore[attr-defined]
-        yield f"weight/{name}", shards.local_weight(optimizer, parameter), own
-        for moment in shards.MOMENTS:
-            yield f"{moment}/{name}", shards.local_moment(optimizer, parameter, moment), own
-        average = _average_of(sharded, name)
-        if average is not None:
-            yield f"teacher/{name}", average, own
+def _kinds(sharded: Sharded) -> dict[str, list[tuple[str, nn.Parameter, Tensor]]]:
+    """Names, parameters and views of this rank's part, of everything that a checkpoint holds."""
+    own, parameters = sharded.shards, list(shards.trained(sharded.model))
+    kinds = {"weight": [(name, p, own.weight(p)) for name, p in parameters]}
+    for moment in shards.MOMENTS:
+        kinds[moment] = [(name, p, own.moment(p, moment)) for name, p in parameters]
+    averages = ((name, p, _average_of(sharded, name)) for name, p in parameters)
+    averaged = [(name, p, view) for name, p, view in averages if view is not None]
+    return kinds | ({"teacher": averaged} if averaged else {})
 
 
 def _average_of(sharded: Sharded, name: str) -> Tensor | None:

@@ -52,6 +52,14 @@ def gather_rows(local: Tensor) -> Tensor:
     return table
 
 
+def gather_rows_into(table: Tensor, local: Tensor) -> None:
+    """Equal flat tensors (K,) of all ranks into one (size * K,), without gradient."""
+    if rank_and_size()[1] == 1:
+        table.copy_(local)
+    else:
+        _gather_into(table, local)
+
+
 class _GatherWithGradient(torch.autograd.Function):
     @staticmethod
     def forward(ctx: torch.autograd.function.FunctionCtx, local: Tensor) -> Tensor:

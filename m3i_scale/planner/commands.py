@@ -90,7 +90,7 @@ def run(options: argparse.Namespace) -> int:
     cluster = Cluster(unit, options.nodes, options.gpus_per_node)
     plan = make_plan(config, traced, cluster, assumed)
     advice = [] if plan.fits else list(remedies(config, traced, plan))
-    text = describe(plan, traced, length, advice, other_place(config, traced, plan))
+    text = describe(plan, traced, length, advice, alternatives(config, traced, plan))
     if counts:
         plans = [make_plan(config, traced, cluster._replace(nodes=n), assumed) for n in counts]
         text += "\n" + scaling_table(plans, length)
@@ -102,13 +102,27 @@ def run(options: argparse.Namespace) -> int:
     return 0
 
 
-def other_place(config: Config, traced: Any, plan: Any) -> Any | None:
-    """The same plan with the teacher in its other place; None without a teacher, or on one rank."""
+def alternatives(config: Config, traced: Any, plan: Any) -> list[Any]:
+    """The same plan with each of ZeRO's stages, and at stage 3 the teacher in both its places.
+
+    The plan itself is among them. States that are offloaded, or copies on nodes (hpZ), need stage
+    3; a teacher has one place on a single rank.
+    """
     from m3i_scale.planner.estimate import make_plan
 
-    if not config.objective.has_teacher or plan.cluster.ranks == 1:
-        return None
-    return make_plan(_teacher_elsewhere(config), traced, plan.cluster, plan.assumed)
+    zero, place = config.engine.zero, config.engine.teacher
+    stages = (3,) if zero.offload_optimizer or zero.hpz_partition > 1 else (1, 2, 3)
+    choices = [(stage, "whole") for stage in stages]
+    if config.objective.has_teacher and plan.cluster.ranks > 1:
+        choices.append((3, "sharded"))
+    if (zero.stage, place) not in choices:
+        choices.append((zero.stage, place))
+    return [
+        plan
+        if choice == (zero.stage, place)
+        else make_plan(_elsewhere(config, *choice), traced, plan.cluster, plan.assumed)
+        for choice in choices
+    ]
 
 
 def remedies(config: Config, traced: Any, plan: Any) -> Iterator[str]:
@@ -118,16 +132,16 @@ def remedies(config: Config, traced: Any, plan: Any) -> Iterator[str]:
     def fits(changed: Config, checkpointed: bool | None, cluster: Any = plan.cluster) -> bool:
         return make_plan(changed, traced, cluster, plan.assumed, checkpointed=checkpointed).fits
 
-    elsewhere = other_place(config, traced, plan)
-    if elsewhere is not None and elsewhere.fits:
-        yield f"engine.teacher={elsewhere.config.engine.teacher}"
+    yield from _another_way(config, traced, plan)
     all_recomputed = all(block.recomputed for block in traced.blocks)
     options = [(None, "")] if all_recomputed else [(None, ""), (True, "checkpoint_blocks: true, ")]
-    offloaded = _changed(config, zero={"offload_optimizer": True})
+    needed = "" if config.engine.zero.stage == 3 else "engine.zero.stage=3, "
+    offload_words = f"{needed}engine.zero.offload_optimizer=true, "
+    offloaded = _changed(config, zero={"offload_optimizer": True, "stage": 3})
     for checkpointed, words in options:
         if words and fits(config, checkpointed):
             yield f"{words.rstrip(', ')} for all networks"
-        for changed, offload in ((config, ""), (offloaded, "engine.zero.offload_optimizer=true, ")):
+        for changed, offload in ((config, ""), (offloaded, offload_words)):
             micro = _largest_micro_batch(plan, lambda c, k=checkpointed: fits(c, k), changed)
             if micro:
                 yield f"{words}{offload}optimizer.max_micro_batch={micro}"
@@ -142,16 +156,32 @@ def remedies(config: Config, traced: Any, plan: Any) -> Iterator[str]:
             continue
 
 
+def _another_way(config: Config, traced: Any, plan: Any) -> Iterator[str]:
+    """The first way to shard it that fits, in words of the command line."""
+    for other in alternatives(config, traced, plan):
+        if other.fits:
+            yield " ".join(_differences(config, other.config))
+            return
+
+
 def _largest_micro_batch(plan: Any, fits: Any, config: Config) -> int | None:
     share = config.optimizer.global_batch_size // plan.cluster.ranks
     sizes = (m for m in range(plan.batch.micro, 0, -2) if m % 2 == 0 and share % m == 0)
     return next((m for m in sizes if fits(_changed(config, max_micro_batch=m))), None)
 
 
-def _teacher_elsewhere(config: Config) -> Config:
-    place = "sharded" if config.engine.teacher == "whole" else "whole"
-    engine = config.engine.model_copy(update={"teacher": place})
+def _elsewhere(config: Config, stage: int, teacher: str) -> Config:
+    zero = config.engine.zero.model_copy(update={"stage": stage})
+    engine = config.engine.model_copy(update={"teacher": teacher, "zero": zero})
     return config.model_copy(update={"engine": engine})
+
+
+def _differences(config: Config, other: Config) -> Iterator[str]:
+    """What to say on the command line to get the one from the other."""
+    if other.engine.zero.stage != config.engine.zero.stage:
+        yield f"engine.zero.stage={other.engine.zero.stage}"
+    if other.engine.teacher != config.engine.teacher:
+        yield f"engine.teacher={other.engine.teacher}"
 
 
 def _changed(config: Config, *, zero: dict[str, Any] | None = None, **optimizer: Any) -> Config:

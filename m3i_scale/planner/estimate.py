@@ -1,7 +1,8 @@
 """What a run needs, before it starts: memory, communication, time, data. `m3i plan` prints it.
 
 Nothing is run but one pass on fake tensors (`trace`) and a replay of what ZeRO-3 gathers
-(`gathers`); state and traffic follow from how the engine shards (`zero`, `shards`, `momentum`).
+(`zero3_replay`); state and traffic follow from how the engine shards (`zero`, `momentum`). Stages 1
+and 2 of ZeRO are the subject of `flat`.
 Memory and traffic are compared with real ranks in tests/planner/test_estimate.py; times rest on the
 `Assumptions`, which are printed with them.
 """
@@ -18,9 +19,9 @@ from m3i_scale.config import Boltzmann, Config, Engine, Model, Objective
 from m3i_scale.engine import memory
 from m3i_scale.engine.schedules import BatchSplit, split_batch
 from m3i_scale.engine.zero import deepspeed_config
-from m3i_scale.models.precision import DTYPES
-from m3i_scale.planner import host, two_passes
+from m3i_scale.planner import flat, host, two_passes
 from m3i_scale.planner.gpus import Gpu
+from m3i_scale.planner.sizes import Flow, Traffic, Widths, averaged_weights, shard
 from m3i_scale.planner.zero3_replay import Gathers, Replay, Settings, uses
 from m3i_scale.profiling.flops import Flops, flops_of
 from m3i_scale.profiling.trace import Trace, Weight
@@ -55,24 +56,6 @@ class Assumptions(NamedTuple):
     host: float = 1.5
     workspace: float = 2.5e9  # bytes: device context, NCCL, cuBLAS, cuDNN
     sample_bytes: float = 30e3  # of one stored image with its caption
-
-
-class Traffic(NamedTuple):
-    """One kind of collective in one optimiser step."""
-
-    name: str
-    size: float  # bytes of the full tensors
-    sent: float  # bytes that each GPU sends, by ring algorithms
-    local: bool  # inside nodes only
-
-
-class Flow(NamedTuple):
-    """What one optimiser step moves between ranks, and what of it lives at once."""
-
-    traffic: list[Traffic]
-    collectives: int = 0
-    live: int = 0  # most gathered elements at once
-    waiting: int = 0  # gathered elements between forward and backward
 
 
 class Activations(NamedTuple):
@@ -184,21 +167,30 @@ def make_plan(
     flow = step_flow(config, traced, cluster.ranks, batch, deepspeed, checkpointed=checkpointed)
     acts = activations(traced, checkpointed)
     trained = sum(w.elements for w in traced.weights if w.trained)
-    bucket = min(int(deepspeed["zero_optimization"]["reduce_bucket_size"]), trained)
-    group = int(deepspeed["zero_optimization"].get("sub_group_size", 1e9))
-    owned = sum(shard(w.elements, cluster.ranks) for w in traced.weights if w.trained)
     averaged = sum(w.elements for w in averaged_weights(traced.weights))
     passing = {
         "activations": acts.kept * batch.micro,
         "block being recomputed": acts.inside * batch.micro,
         memory.GATHERED: flow.live * widths.compute,
-        "gradients being reduced": bucket * widths.reduced,
     }
     wait = two_passes.waiting(config, traced, cluster.ranks, batch)
     kept = {"embeddings of the batch": wait.embeddings, "teacher's encodings": wait.encodings}
     passing |= {name: size for name, size in kept.items() if size}
     flops, twice = flops_of(traced), two_passes.runs_twice(config, batch)
     first_visits = two_passes.first_pass_visits(config, traced)
+    if engine.zero.stage == 3:
+        bucket = min(int(deepspeed["zero_optimization"]["reduce_bucket_size"]), trained)
+        group = int(deepspeed["zero_optimization"].get("sub_group_size", 1e9))
+        owned = sum(shard(w.elements, cluster.ranks) for w in traced.weights if w.trained)
+        reducing: dict[str, float] = {"gradients being reduced": bucket * widths.reduced}
+        update: float = 0 if offloaded else min(group, owned) * widths.master
+    else:
+        reducing = flat.gradient_memory(
+            traced.weights, config.engine.zero.stage, cluster.ranks, batch, widths, deepspeed
+        )
+        update = flat.update_memory(traced.weights, cluster.ranks, widths)
+    gathers = whole and engine.zero.stage == 3
+    refresh = refresh_size(traced.weights, cluster.ranks, whole=gathers)
     return Plan(
         config=config,
         cluster=cluster,
@@ -207,12 +199,8 @@ def make_plan(
         checkpointed=checkpointed,
         state=state,
         offloaded=offloaded,
-        passing=passing,
-        update=max(
-            0 if offloaded else min(group, owned) * widths.master,
-            refresh_size(traced.weights, cluster.ranks, whole=whole) * widths.compute,
-            sum(wait),
-        ),
+        passing=passing | reducing,
+        update=max(update, refresh * widths.compute, sum(wait)),
         flow=flow,
         waiting_parameters=flow.waiting * widths.compute,
         flops=two_passes.with_first_pass(flops, config) if twice else flops,
@@ -224,6 +212,7 @@ def make_plan(
             whole_teacher=whole,
             checkpointed=checkpointed,
             first_pass=first_visits if twice else 0,
+            stage=config.engine.zero.stage,
         ),
         checkpoint=3 * trained * widths.master + 4 * averaged,
     )
@@ -232,43 +221,8 @@ def make_plan(
 # ------------------------------------------------------------------------------------------- memory
 
 
-class Widths(NamedTuple):
-    """Bytes per element."""
-
-    compute: int
-    master: int  # weights that the optimiser updates, and Adam's moments
-    accumulated: int  # gradient shards
-    reduced: int  # gradients on the wire
-
-    @classmethod
-    def of(cls, precision: str, deepspeed: dict[str, Any]) -> Widths:
-        """Of a precision of computation and DeepSpeed's configuration."""
-        bf16 = deepspeed.get("bf16", {}).get("bf16_master_weights_and_grads", False)
-        return cls(
-            DTYPES[precision].itemsize,
-            2 if bf16 else 4,
-            DTYPES[deepspeed["data_types"]["grad_accum_dtype"]].itemsize,
-            DTYPES[deepspeed["communication_data_type"]].itemsize,
-        )
-
-
-def shard(elements: int, ranks: int) -> int:
-    """Elements of a parameter that one rank holds, padding included."""
-    return -(-elements // ranks)
-
-
-def averaged_weights(weights: list[Weight]) -> list[Weight]:
-    """Parameters of the teacher that follow a trained one."""
-    trained = {w.name for w in weights if w.trained}
-    return [
-        w
-        for w in weights
-        if w.of_teacher and f"student.{w.name.removeprefix('teacher.')}" in trained
-    ]
-
-
 def refresh_size(weights: list[Weight], ranks: int, *, whole: bool) -> int:
-    """Elements of all ranks' shards of a whole teacher, which are gathered after every step."""
+    """Elements of all ranks' shards of a whole teacher, which stage 3 gathers after a step."""
     if not whole or ranks == 1:
         return 0
     return sum(ranks * shard(w.elements, ranks) for w in averaged_weights(weights))
@@ -277,7 +231,7 @@ def refresh_size(weights: list[Weight], ranks: int, *, whole: bool) -> int:
 def state_memory(
     weights: list[Weight], ranks: int, widths: Widths, deepspeed: dict[str, Any], *, whole: bool
 ) -> dict[str, float]:
-    """Bytes per rank of what lives as long as the run, by the kinds of `memory.held_memory`.
+    """Stage 3: bytes per rank of what lives as long as the run, as `memory.held_memory` has them.
 
     `whole`: the teacher is.
     """
@@ -311,7 +265,10 @@ def lasting_memory(
 ) -> tuple[dict[str, float], dict[str, float]]:
     """Bytes per rank of what lives as long as the run, by kind: on the device, in the host."""
     widths = Widths.of(spec.precision, deepspeed)
-    state = state_memory(weights, ranks, widths, deepspeed, whole=spec.teacher == "whole")
+    if spec.zero.stage == 3:
+        state = state_memory(weights, ranks, widths, deepspeed, whole=spec.teacher == "whole")
+    else:
+        state = flat.state_memory(weights, ranks, widths)
     movable = (memory.MASTER, memory.MOMENTS, memory.GRADIENTS)
     offloaded = {k: state.pop(k) for k in movable if spec.zero.offload_optimizer}
     return state, offloaded
@@ -347,6 +304,13 @@ def step_flow(
     """
     if ranks == 1:
         return Flow([])
+    if config.engine.zero.stage < 3:
+        widths = Widths.of(config.engine.precision, deepspeed)
+        moving = flat.step_flow(
+            traced.weights, config.engine.zero.stage, ranks, batch, widths, deepspeed
+        )
+        losses = _contrast(config.model, config.objective, traced, ranks, batch)
+        return moving._replace(traffic=[*moving.traffic, *(t for t in losses if t.size)])
     settings, widths = Settings.of(deepspeed), Widths.of(config.engine.precision, deepspeed)
     hpz = deepspeed["zero_optimization"]["zero_hpz_partition_size"]
     whole = config.engine.teacher == "whole"

@@ -3,11 +3,14 @@
 Python visits modules, parameter tensors and collectives, and takes about the same time for each:
 
     seconds = A (a module visits + b tensors) + c collectives x ranks,    A: micro-steps
+    seconds = A (a module visits + d tensors)                 at ZeRO stages 1 and 2
 
 - A module is visited in the forward pass, again where its block is computed again, and in the
   backward pass where it has gradients.
 - The tensors are those that ZeRO-3 gathers, reduces and releases; a whole teacher's are not.
 - A collective copies one slice of each rank.
+- At stages 1 and 2 the tensors are those that are trained, each with a gradient to be added up and
+  reduced; the collectives, some ten a step, move flat tensors as they are.
 
 `SECONDS` are fitted to measurements of `benchmarks/host_time.py` by `benchmarks/host_fit.py`. They
 are CPU seconds of one core; a GPU's host takes longer, since launching a kernel costs more than
@@ -27,10 +30,11 @@ class Work(NamedTuple):
     modules: int  # visits
     tensors: int
     slices: int  # collectives x ranks
+    gradients: int = 0  # tensors of stages 1 and 2
 
 
 # Seconds of each, in the order of `Work`.
-SECONDS = (5.22e-05, 3.65e-04, 9.31e-06)
+SECONDS = (5.22e-05, 3.65e-04, 9.31e-06, 1.84e-04)
 
 
 def step_work(
@@ -40,6 +44,7 @@ def step_work(
     accumulation: int,
     collectives: int,
     whole_teacher: bool,
+    stage: int,
     checkpointed: bool | None = None,
     first_pass: int = 0,
 ) -> Work:
@@ -51,6 +56,7 @@ def step_work(
         accumulation: micro-steps.
         collectives: of the step.
         whole_teacher: the teacher lies outside of ZeRO.
+        stage: of ZeRO.
         checkpointed: all blocks or none; None as configured.
         first_pass: modules that a micro-batch visits in a pass without gradient before.
     """
@@ -61,9 +67,12 @@ def step_work(
         for block in traced.blocks
         if (block.recomputed if checkpointed is None else checkpointed)
     )
+    visits = accumulation * (forward + backward + again + first_pass)
+    if stage < 3:
+        return Work(visits, 0, 0, accumulation * sum(w.trained for w in traced.weights))
     tensors = sum(w.trained or not (whole_teacher and w.of_teacher) for w in traced.weights)
     return Work(
-        accumulation * (forward + backward + again + first_pass),
+        visits,
         accumulation * tensors,
         collectives * ranks if ranks > 1 else 0,
     )

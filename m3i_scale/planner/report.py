@@ -40,12 +40,12 @@ def describe(
     traced: Trace,
     length: Length,
     remedies: Sequence[str],
-    other_place: Plan | None = None,
+    alternatives: Sequence[Plan] = (),
 ) -> str:
-    """The whole plan; `other_place` is the same with the teacher in its other place."""
+    """The whole plan; `alternatives` are the same in other ways to shard it, itself among them."""
     parts = (
         _head(plan, traced), _memory(plan, traced), _verdict(plan, remedies),
-        _places(plan, other_place), _compute(plan), _traffic(plan), _time(plan, length),
+        _ways(plan, alternatives), _compute(plan), _traffic(plan), _time(plan, length),
         _assumptions(plan),
     )  # fmt: skip
     return "\n".join("\n".join(part) + "\n" for part in map(list, parts) if part)
@@ -95,17 +95,27 @@ def _verdict(plan: Plan, remedies: Sequence[str]) -> Iterator[str]:
         yield "No setting of this program would make it fit; take more GPUs, or larger ones."
 
 
-def _places(plan: Plan, other: Plan | None) -> Iterator[str]:
-    """The teacher where it is, and where it could be."""
-    if other is None:
+def _ways(plan: Plan, alternatives: Sequence[Plan]) -> Iterator[str]:
+    """What ZeRO's stages and the teacher's places need, and which of them is the fastest."""
+    if len(alternatives) < 2:
         return
-    yield "engine.teacher    GiB/GPU  fits  sent, GB  collectives  host, s  s/step"
-    for one, word in ((plan, "as configured"), (other, "")):
+    yield "engine.zero.stage  engine.teacher  GiB/GPU  fits  sent, GB  collectives  host, s  s/step"
+    for one in alternatives:
         sent = sum(traffic.sent for traffic in one.flow.traffic) / 1e9
+        word = "as configured" if one is plan else ""
         yield (
-            f"  {one.config.engine.teacher:14s}{one.peak_memory / GIB:9.1f}"
-            f"{'yes' if one.fits else 'NO':>6s}{sent:10.2f}{one.flow.collectives:13,d}"
-            f"{one.on_host:9.2f}{one.step:8.2f}  {word}".rstrip()
+            f"  {one.config.engine.zero.stage:<17d}{one.config.engine.teacher:14s}"
+            f"{one.peak_memory / GIB:9.1f}{'yes' if one.fits else 'NO':>6s}{sent:10.2f}"
+            f"{one.flow.collectives:13,d}{one.on_host:9.2f}{one.step:8.2f}  {word}".rstrip()
+        )
+    fitting = [one for one in alternatives if one.fits]
+    if fitting:
+        best = min(fitting, key=lambda one: (one.step, one.on_host))
+        engine = best.config.engine
+        yield (
+            f"Fastest of those that fit: engine.zero.stage={engine.zero.stage} "
+            f"engine.teacher={engine.teacher}{' (as configured)' if best is plan else ''}; "
+            "between equal steps the one that leaves Python more time."
         )
 
 
@@ -160,10 +170,13 @@ def _assumptions(plan: Plan) -> Iterator[str]:
         f"  communication hides behind {100 * assumed.overlap:.0f} % of computing; "
         "the rest is added"
     )
+    work = plan.work
+    rest = f"{work.tensors:,} tensors and {work.slices:,} slices of collectives"
+    if work.gradients:
+        rest = f"{work.gradients:,} gradients"
     yield (
-        f"  Python visits {plan.work.modules:,} modules, {plan.work.tensors:,} tensors and "
-        f"{plan.work.slices:,} slices of collectives a step, at {assumed.host:g} x the seconds "
-        "of a CPU run"
+        f"  Python visits {work.modules:,} modules, {rest} a step, at {assumed.host:g} x the "
+        "seconds of a CPU run"
     )
     yield f"  {assumed.sample_bytes / 1e3:.0f} kB per sample; no waiting for data, no restarts"
 

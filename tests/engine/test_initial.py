@@ -76,16 +76,19 @@ def start_and_resume(
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize(("precision", "teacher"), [("fp32", "whole"), ("bf16", "sharded")])
+@pytest.mark.parametrize(
+    ("precision", "teacher", "stage"),
+    [("fp32", "whole", 3), ("bf16", "sharded", 3), ("bf16", "whole", 1)],
+)
 def test_a_run_starts_from_weights_and_resumes_without_them(
-    tmp_path: Path, precision: str, teacher: str
+    tmp_path: Path, precision: str, teacher: str, stage: int
 ):
     file = tmp_path / "published.safetensors"
     write_weights(file)
     overrides = {
         "model.init": str(file), "engine.precision": precision, "engine.teacher": teacher,
         "optimizer.duration": "2 steps", "optimizer.warmup": "0 steps",
-        "engine.zero.persistence_threshold": 500,
+        "engine.zero.persistence_threshold": 500, "engine.zero.stage": stage,
     }  # fmt: skip
     for found in run_ranks(2, start_and_resume, tmp_path, overrides=overrides, file=str(file)):
         assert found["wrong"] == []

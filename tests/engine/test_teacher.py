@@ -15,7 +15,7 @@ from helpers.training import full_weights, open_small
 from m3i_scale.cluster.launch import World
 from m3i_scale.cluster.numerics import set_numerics
 from m3i_scale.config import ConfigError
-from m3i_scale.engine import loop, shards
+from m3i_scale.engine import loop, partitioned, shards
 from m3i_scale.engine.zero import deepspeed_config
 
 pytestmark = pytest.mark.distributed
@@ -90,10 +90,11 @@ def misaligned_weights(world: World, folder: Path, overrides: dict[str, Any]) ->
     return found
 
 
-@pytest.mark.parametrize("ranks", [1, 2])
-def test_weights_begin_where_kernels_can_read_them(tmp_path: Path, ranks: int):
+@pytest.mark.parametrize(("ranks", "stage"), [(1, 3), (2, 3), (2, 1)])
+def test_weights_begin_where_kernels_can_read_them(tmp_path: Path, ranks: int, stage: int):
     # On a GPU, cuDNN finds no algorithm for weights at odd places, and vectorised kernels fault.
-    for found in run_ranks(ranks, misaligned_weights, tmp_path, overrides=BASE):
+    overrides = BASE | {"engine.zero.stage": stage}
+    for found in run_ranks(ranks, misaligned_weights, tmp_path, overrides=overrides):
         assert found == []
 
 
@@ -123,23 +124,22 @@ def resume_where_to_copies(world: World, folder: Path, overrides: dict[str, Any]
         shards.trained(first.sharded.model), shards.trained(second.sharded.model), strict=True
     )
     for (name, old), (_, new) in pairs:
-        optimizers = [run.sharded.engine.optimizer for run in (first, second)]
+        pairs_of_shards = [(first.sharded.shards, old), (second.sharded.shards, new)]
         for kind in (None, *shards.MOMENTS):
-            values = [
-                shards.local_weight(optimizer, parameter)
-                if kind is None
-                else shards.local_moment(optimizer, parameter, kind)
-                for optimizer, parameter in zip(optimizers, (old, new), strict=True)
-            ]
-            own = min(values[0].numel(), max(0, old.ds_numel - world.rank * values[0].numel()))
-            same[f"{name} {kind}"] = torch.equal(values[0][:own], values[1][:own])
+            one, two = (
+                own.weight(parameter) if kind is None else own.moment(parameter, kind)
+                for own, parameter in pairs_of_shards
+            )
+            same[f"{name} {kind}"] = torch.equal(one, two)
     weights = [full_weights(run) for run in (first, second)]
     same |= {name: torch.equal(weights[0][name], weights[1][name]) for name in weights[0]}
     return same
 
 
-def test_a_resume_writes_into_the_optimisers_own_storage(tmp_path: Path):
-    for same in run_ranks(2, resume_where_to_copies, tmp_path, overrides=BASE):
+@pytest.mark.parametrize("stage", [3, 2])
+def test_a_resume_writes_into_the_optimisers_own_storage(tmp_path: Path, stage: int):
+    overrides = BASE | {"engine.zero.stage": stage}
+    for same in run_ranks(2, resume_where_to_copies, tmp_path, overrides=overrides):
         assert len(same) > 100
         assert all(same.values()), [name for name, equal in same.items() if not equal]
 
@@ -159,7 +159,7 @@ class Partitioned:
 
 def test_no_copy_of_the_old_value_is_left_on_the_node():
     parameter = Partitioned()
-    shards.forget_gathered(parameter)  # type: ignore[arg-type]
+    partitioned.forget_gathered(parameter)  # type: ignore[arg-type]
     assert parameter.ds_secondary_tensor is None
     assert parameter.ds_status.name == "NOT_AVAILABLE"
 

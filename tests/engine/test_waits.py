@@ -138,9 +138,12 @@ def step_waits(world: World, folder: Path, overrides: dict[str, Any]) -> dict[st
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize("micro", [4, 2])
-def test_a_step_waits_five_times_at_most_whatever_the_accumulation(tmp_path: Path, micro: int):
+@pytest.mark.parametrize(("stage", "micro"), [(3, 4), (3, 2), (1, 2), (2, 2)])
+def test_a_step_waits_five_times_at_most_whatever_the_accumulation(
+    tmp_path: Path, stage: int, micro: int
+):
     overrides = {
+        "engine.zero.stage": stage,
         "optimizer.max_micro_batch": micro,
         "engine.zero.persistence_threshold": 500,
         "model.backbone.options.checkpoint_blocks": True,

@@ -37,6 +37,34 @@ def test_prints_a_plan_and_draws_a_sweep(
     assert (out / "scaling.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_compares_the_stages_and_names_the_fastest_that_fits(
+    config: str, capsys: pytest.CaptureFixture[str]
+):
+    assert plan("--config", config, "--nodes", "2") == 0
+    text = capsys.readouterr().out
+    lines = text[text.index("engine.zero.stage ") :].splitlines()
+    rows = [line.split() for line in lines[1:5]]
+    assert [row[:2] for row in rows] == [
+        ["1", "whole"], ["2", "whole"], ["3", "whole"], ["3", "sharded"]
+    ]  # fmt: skip
+    assert [row[8:] for row in rows] == [[], [], ["as", "configured"], []]
+    seconds = [float(row[7]) for row in rows]  # small networks: Python is the limit
+    assert seconds[0] < seconds[2] < seconds[3]
+    assert "Fastest of those that fit: engine.zero.stage=1 engine.teacher=whole;" in lines[5]
+
+
+def test_a_stage_that_does_not_fit_is_not_the_fastest(
+    config: str, capsys: pytest.CaptureFixture[str]
+):
+    # Two buckets of this size stay within a GPU at stage 3, which has one, and not at stage 1.
+    bucket = "engine.zero.reduce_bucket=15_000_000_000"
+    assert plan("--config", config, "engine.zero.stage=1", bucket, "engine.precision=fp32") == 0
+    text = capsys.readouterr().out
+    assert "does NOT fit" in text
+    assert "Fastest of those that fit: engine.zero.stage=3" in text
+    assert "What would fit: engine.zero.stage=3;" in text
+
+
 def test_says_when_it_does_not_fit_and_what_would(config: str, capsys: pytest.CaptureFixture[str]):
     huge = (
         "data.image_size=1024",

@@ -18,11 +18,12 @@ from helpers.ranks import run_ranks
 from helpers.small import small_config
 from helpers.training import open_small
 from m3i_scale.cluster.launch import World
+from m3i_scale.config import Config
 from m3i_scale.engine import loop
 from m3i_scale.engine.memory import held_memory
 from m3i_scale.planner.estimate import Cluster, Plan, make_plan
 from m3i_scale.planner.gpus import gpu
-from m3i_scale.profiling.trace import trace
+from m3i_scale.profiling.trace import Trace, trace
 
 RANKS = 2
 
@@ -55,6 +56,20 @@ CASES: dict[str, dict[str, Any]] = {
     },
     # One micro-step, no persistent parameters, everything prefetched and kept.
     "fp32": {"engine.zero.persistence_threshold": 0, "optimizer.max_micro_batch": 8},
+    # Two micro-steps; several buckets.
+    "stage 1": {
+        "engine.zero.stage": 1,
+        "engine.precision": "bf16",
+        "engine.zero.reduce_bucket": 150_000,
+        "optimizer.max_micro_batch": 4,
+    },
+    "stage 2": {
+        "engine.zero.stage": 2,
+        "engine.precision": "bf16",
+        "engine.zero.reduce_bucket": 150_000,
+        "optimizer.max_micro_batch": 4,
+        "model.backbone.options.checkpoint_blocks": True,
+    },
 }
 # Four micro-steps of samples that are compared with each other, each of them twice.
 CASES["two passes"] = CASES["bf16"] | {
@@ -199,3 +214,47 @@ def test_what_waits_for_the_backward_pass_is_what_a_forward_pass_allocates(
     waiting = plan.passing["activations"] + plan.waiting_parameters
     # The first micro-step's forward pass gathers the small parameters, which then stay.
     assert waiting == pytest.approx(max(measured[case]["turns"]), rel=0.1)
+
+
+@pytest.fixture(scope="module")
+def whole() -> tuple[Config, Trace]:
+    config = small_config(Path(), MEDIUM | {"engine.precision": "bf16"})
+    traced = trace(
+        config.model,
+        config.objective,
+        config.data.image_size,
+        precision=config.engine.precision,
+        kernels=False,
+    )
+    return config, traced
+
+
+@pytest.mark.parametrize("stage", [1, 2])
+@pytest.mark.parametrize(("ranks", "accumulation"), [(8, 1), (8, 4), (64, 2)])
+def test_stages_1_and_2_need_what_the_zero_paper_says(
+    whole: tuple[Config, Trace], stage: int, ranks: int, accumulation: int
+):
+    # arXiv 1910.02054, sections 5 and 7, with gradients in fp32 and an averaged teacher.
+    config, traced = whole
+    zero = config.engine.zero.model_copy(update={"stage": stage})
+    batch = {"global_batch_size": 4 * ranks * accumulation, "max_micro_batch": 4}
+    config = config.model_copy(
+        update={
+            "engine": config.engine.model_copy(update={"zero": zero}),
+            "optimizer": config.optimizer.model_copy(update=batch),
+        }
+    )
+    plan = make_plan(config, traced, Cluster(gpu("h100"), 1, ranks))
+    trained = sum(w.elements for w in traced.weights if w.trained)
+    teacher = sum(w.elements for w in traced.weights if not w.trained)
+    state = 2 * trained + 12 * trained / ranks + 2 * teacher + 4 * teacher / ranks
+    assert sum(plan.state.values()) == pytest.approx(state, rel=0.01)
+    gradients = 4 * trained / ranks + (4 * trained if (stage, accumulation > 1) == (1, True) else 0)
+    assert plan.passing["gradients of a step"] == pytest.approx(gradients, rel=0.01)
+    ring = (ranks - 1) / ranks
+    reduced = 2 * ring * 4 * trained * (accumulation if stage == 2 else 1)
+    gathered = ring * 2 * (trained + teacher)
+    losses = sum(t.sent for t in plan.flow.traffic if "softmax" in t.name or "their" in t.name)
+    sent = sum(t.sent for t in plan.flow.traffic)
+    assert sent - losses == pytest.approx(reduced + gathered, rel=0.01)
+    assert plan.flow.live == plan.waiting_parameters == 0

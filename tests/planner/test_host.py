@@ -66,6 +66,7 @@ def plan_of(seen: tuple[str, Trace], ranks: int = 8, **changes: Any) -> Plan:
         f"optimizer.max_micro_batch={micro}",
         f"optimizer.global_batch_size={micro * ranks * accumulation}",
         *(f"engine.{key}={value}" for key, value in changes.items() if key == "teacher"),
+        f"engine.zero.stage={changes.get('stage', 3)}",
     ]
     config = load_config(seen[0], overrides)
     assumed = Assumptions(host=changes.get("factor", 1.0))
@@ -92,3 +93,7 @@ def test_what_python_visits(seen: tuple[str, Trace]):
     thrice = plan_of(seen, accumulation=3).work
     assert (thrice.modules, thrice.tensors) == (3 * work.modules, 3 * work.tensors)
     assert plan_of(seen, ranks=1).work.slices == 0
+    flat = plan_of(seen, stage=1, accumulation=3).work
+    assert (flat.modules, flat.tensors, flat.slices) == (thrice.modules, 0, 0)
+    assert flat.gradients == thrice.tensors
+    assert plan_of(seen, stage=2).on_host < plan_of(seen).on_host
