@@ -57,11 +57,12 @@ def three_steps(world: World, folder: Path, overrides: dict[str, Any]) -> dict[s
 
     run = open_small(world, folder, overrides)
     engine, model = run.sharded.engine, run.sharded.model
+    partitioned = run.config.engine.zero.stage == 3
     gradients: dict[str, torch.Tensor] = {}
     original, teacher = engine.step, []
 
     def step() -> None:
-        if engine.is_gradient_accumulation_boundary() and not gradients:
+        if partitioned and engine.is_gradient_accumulation_boundary() and not gradients:
             for name, parameter in model.named_parameters():
                 if parameter.requires_grad:
                     gradients[name] = safe_get_full_grad(parameter).clone()
@@ -77,8 +78,9 @@ def three_steps(world: World, folder: Path, overrides: dict[str, Any]) -> dict[s
     for _ in range(3):
         figures.append(loop.train_step(run, batches)[0])
         run.progress.step += 1
-    offload = engine.optimizer.parameter_offload
-    known = [offload.param_coordinator, run.sharded.first_pass._own]
+    known = []
+    if partitioned:
+        known = [engine.optimizer.parameter_offload.param_coordinator, run.sharded.first_pass._own]
     return {
         "figures": figures,
         "gradients": gradients,
@@ -105,8 +107,9 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     [
         (2, 2, {}),
         (1, 4, {"engine.teacher": "sharded", "model.backbone.options.checkpoint_blocks": True}),
+        (2, 2, {"engine.zero.stage": 1}),
     ],
-    ids=["2 ranks x 3 x 2", "1 rank x 3 x 4"],
+    ids=["2 ranks x 3 x 2", "1 rank x 3 x 4", "stage 1"],
 )
 def test_any_split_of_a_batch_is_the_same_step(
     whole: dict[str, Any], tmp_path: Path, ranks: int, micro_batch: int, keys: dict[str, Any]
@@ -120,10 +123,13 @@ def test_any_split_of_a_batch_is_the_same_step(
         assert b["loss/total"] == pytest.approx(a["loss/total"], rel=tolerance)
         for name in names:
             assert b[name] == pytest.approx(a[name], rel=max(tolerance, 1e-5), abs=1e-6), name
-    a, b = (torch.cat([g.flatten() for g in r["gradients"].values()]) for r in (whole, parts))
-    assert (a - b).norm() < 2e-6 * a.norm()
+    if parts["gradients"]:
+        a, b = (torch.cat([g.flatten() for g in r["gradients"].values()]) for r in (whole, parts))
+        assert (a - b).norm() < 2e-6 * a.norm()
+    else:
+        assert keys["engine.zero.stage"] == 1  # gradients have gone before they can be gathered
     for name, buffer in whole["buffers"].items():
         torch.testing.assert_close(parts["buffers"][name], buffer, rtol=1e-2, atol=1e-2)
     # The teacher sees each sample once, and ZeRO knows the order of both kinds of passes.
     assert parts["teacher"] == 3 * 3
-    assert parts["known"] == [True, True]
+    assert all(parts["known"])
