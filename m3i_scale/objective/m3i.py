@@ -9,7 +9,8 @@ to its place.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -52,6 +53,8 @@ from m3i_scale.objective.terms import (
     image_term,
     text_term,
 )
+
+Pool = Callable[[Tensor, Tensor], Tensor]  # tokens (B, N, D), which of them (B, N) -> (B, E)
 
 
 class Targets(NamedTuple):
@@ -204,6 +207,7 @@ class M3I(nn.Module):
         outputs = self.target_outputs(mixed, step)  # z_y
         features = self._features(mixed)  # z_x
         for_ssp, for_sp = (z.chunk(len(self.shown)) for z in self.probe.split(features))
+        pool: Pool = functools.cache(self.student.backbone.pool)  # once for text and category
 
         roles = [self.roles(mixed, view) for view in self.shown]
         terms: dict[str, list[Term]] = {target.name: [] for target in self.objective.targets}
@@ -211,7 +215,7 @@ class M3I(nn.Module):
             for target in self.objective.targets:
                 z_x = (for_sp if target.supervised else for_ssp)[number]
                 known = None if step is None else step.known(target, number)
-                term = self._term(target, z_x, role[target.image], mixed, outputs, known)
+                term = self._term(target, z_x, role[target.image], mixed, outputs, pool, known)
                 terms[target.name].append(term)
 
         zero = features.new_zeros((), dtype=torch.float32)
@@ -244,7 +248,8 @@ class M3I(nn.Module):
             role = self.roles(mixed, view)
             for target in across:
                 image, predict, scale = role[target.image], target.compares, None
-                pair = self._pair(target, z_x, image, mixed, outputs, predict=predict)
+                pool = self.student.backbone.pool
+                pair = self._pair(target, z_x, image, mixed, outputs, pool, predict=predict)
                 embedding = embed(target, pair, queued=target.name in self.queues)
                 if isinstance(target.likelihood, Boltzmann):
                     one = embedding.whole.new_ones(())
@@ -353,16 +358,14 @@ class M3I(nn.Module):
         projected = self.student.dense_projector(features)
         return self.dense_predictor(projected) if hasattr(self, "dense_predictor") else projected
 
-    def predict_global(self, features: Tensor, role: Role) -> Tensor:
-        """z_hat_y of a global target: projected pool of the image's own tokens, (B, G)."""
-        pooled = self.student.backbone.pool(features, role.seen)
+    def predict_global(self, pooled: Tensor) -> Tensor:
+        """z_hat_y of a global target, (B, G), from the pool of the image's own tokens (B, E)."""
         assert self.student.projector is not None  # built when a target is global
         projected = self.student.projector(pooled)
         return self.predictor(projected) if hasattr(self, "predictor") else projected
 
-    def predict_text(self, features: Tensor, role: Role) -> Tensor:
-        """z_hat_y of a text target: projected pool of the image's tokens, unit length (B, E)."""
-        pooled = self.student.backbone.pool(features, role.seen)
+    def predict_text(self, pooled: Tensor) -> Tensor:
+        """z_hat_y of a text target, unit length (B, T), from the image's pooled tokens (B, E)."""
         return normalise(self.text_projection(pooled), "l2")
 
     def _pair(
@@ -372,6 +375,7 @@ class M3I(nn.Module):
         role: Role,
         mixed: MixedBatch,
         outputs: Targets,
+        pool: Pool,
         *,
         predict: bool = True,
     ) -> Pair:
@@ -383,7 +387,7 @@ class M3I(nn.Module):
         if target.representation == "text":
             assert z_x is not None  # texts are compared, and so predicted
             assert outputs.texts is not None  # the text tower is there where a target wants it
-            z_hat, present = self.predict_text(z_x, role), mixed.has_text[role.sample]
+            z_hat, present = self.predict_text(pool(z_x, role.seen)), mixed.has_text[role.sample]
             return Pair(z_hat, outputs.texts[role.sample], None, present)
         view = target_view(target.view, role.view)
         encoding = outputs.images[target.encoder, view] if target.encoded else None
@@ -401,7 +405,7 @@ class M3I(nn.Module):
             z_hat = (
                 self.predict_dense(target, z_x, role, mixed)
                 if dense
-                else self.predict_global(z_x, role)
+                else self.predict_global(pool(z_x, role.seen))
             )
         return Pair(z_hat, z_y[role.sample], chosen, present)
 
@@ -412,15 +416,16 @@ class M3I(nn.Module):
         role: Role,
         mixed: MixedBatch,
         outputs: Targets,
+        pool: Pool,
         known: Known | None,
     ) -> Term:
         """The loss of one group about one image of the input, from z_x (B, N, D)."""
         temperature = _part(self.temperatures, target.representation)
         if target.representation == "category":
-            pooled = self.student.backbone.pool(z_x, role.seen)  # (B, E)
+            pooled = pool(z_x, role.seen)  # (B, E)
             category = mixed.category[role.sample]
             return category_term(target, pooled, self.category_head(pooled), category, temperature)
-        pair = self._pair(target, z_x, role, mixed, outputs)
+        pair = self._pair(target, z_x, role, mixed, outputs, pool)
         if target.representation == "text":
             return text_term(target, pair, role.sample, temperature, outputs.candidates, known)
         return image_term(

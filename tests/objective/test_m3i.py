@@ -205,7 +205,8 @@ def test_texts_tell_predictions_of_their_own_image_apart_in_a_mix(small_tree: di
     role = model.roles(view)["j"]
     texts = F.normalize(model.text_tower(view.tokens, view.token_mask), dim=-1)[role.sample]
     rows = view.has_text[role.sample].nonzero()[:, 0]
-    predicted = model.predict_text(model.student.backbone.features(view.image), role)
+    backbone = model.student.backbone
+    predicted = model.predict_text(backbone.pool(backbone.features(view.image), role.seen))
     scores = predicted[rows] @ texts[rows].T / 0.2
     own = torch.arange(len(rows))
     both = F.cross_entropy(scores, own, reduction="sum")

@@ -35,10 +35,7 @@ def dcnv3_reference(
     """
     compute = torch.promote_types(x.dtype, torch.float32)
     value = x.to(compute)
-    m = mask.to(compute).unflatten(-1, (geometry.groups, geometry.points))  # (N, Ho, Wo, G, K)
-    if mask_is_logits:
-        m = m.softmax(-1)
-    y = _sample_and_sum(value, offset.to(compute), m, geometry)
+    y = _sample_and_sum(value, offset.to(compute), mask.to(compute), geometry, mask_is_logits)
     if center_scale is not None:
         gate = center_scale.to(compute).unsqueeze(-1)  # (N, Ho, Wo, G, 1)
         grouped = (geometry.groups, -1)
@@ -46,14 +43,19 @@ def dcnv3_reference(
     return y.to(x.dtype)
 
 
-def _sample_and_sum(x: Tensor, offset: Tensor, m: Tensor, geometry: Geometry) -> Tensor:
+def _sample_and_sum(
+    x: Tensor, offset: Tensor, mask: Tensor, geometry: Geometry, mask_is_logits: bool
+) -> Tensor:
     N, H, W, C = x.shape
-    Ho, Wo, G, K = m.shape[1:]
+    Ho, Wo = offset.shape[1:3]
+    G, K = geometry.groups, geometry.points
     images = x.reshape(N, H * W, C).transpose(1, 2).reshape(N * G, C // G, H, W)
-    grid = _sampling_grid(offset, geometry, H, W)  # (N, Ho, Wo, G, K, 2)
-    # K outside the positions: the sum over points then runs along contiguous memory
-    grid = grid.permute(0, 3, 4, 1, 2, 5).reshape(N * G, K, Ho * Wo, 2)
-    weights = m.reshape(N, Ho * Wo, G * K).transpose(1, 2).reshape(N * G, 1, K, Ho * Wo)
+    # K outside the positions: softmax and the sum over points then run along contiguous memory
+    weights = mask.reshape(N, Ho * Wo, G * K).transpose(1, 2).reshape(N * G, 1, K, Ho * Wo)
+    if mask_is_logits:
+        weights = weights.softmax(2)
+    grid = _sampling_grid(offset, geometry, H, W)  # (N, Ho * Wo, G, K, 2)
+    grid = grid.permute(0, 2, 3, 1, 4).reshape(N * G, K, Ho * Wo, 2)
     sampled = F.grid_sample(
         images, grid, mode="bilinear", padding_mode="zeros", align_corners=False
     )
@@ -62,15 +64,20 @@ def _sample_and_sum(x: Tensor, offset: Tensor, m: Tensor, geometry: Geometry) ->
 
 
 def _sampling_grid(offset: Tensor, geometry: Geometry, H: int, W: int) -> Tensor:
-    """Sampling locations in the coordinates of `grid_sample`, (N, Ho, Wo, G, K, 2) as (x, y)."""
-    Ho, Wo = offset.shape[1:3]
+    """Sampling locations in the coordinates of `grid_sample`, (N, Ho * Wo, G, K, 2) as (x, y).
+
+    A location p is (2 p + 1) / size - 1 there, so an offset moves it by 2 / size of itself: one
+    pass over the offsets.
+    """
+    N, Ho, Wo = offset.shape[:3]
     like: dict[str, Any] = {"dtype": offset.dtype, "device": offset.device}
     first_y, first_x = geometry.first_center()
     center_x = torch.arange(Wo, **like) * geometry.stride[1] + first_x
     center_y = torch.arange(Ho, **like) * geometry.stride[0] + first_y
     center = torch.stack(torch.meshgrid(center_x, center_y, indexing="xy"), -1)  # (Ho, Wo, 2)
     points = torch.tensor(geometry.grid_points(), **like)  # (K, 2)
-    deformed = points + offset.unflatten(-1, (geometry.groups, geometry.points, 2))
-    location = center[:, :, None, None, :] + geometry.offset_scale * deformed
     size = torch.tensor((W, H), **like)
-    return (2 * location + 1) / size - 1
+    location = center.view(Ho * Wo, 1, 1, 2) + geometry.offset_scale * points
+    undeformed = (2 * location + 1) / size - 1  # (Ho * Wo, 1, K, 2)
+    deformation = offset.reshape(N, Ho * Wo, geometry.groups, geometry.points, 2)
+    return torch.addcmul(undeformed, deformation, 2 * geometry.offset_scale / size)
