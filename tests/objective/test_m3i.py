@@ -76,6 +76,14 @@ def independent_loss(model: M3I, size: int) -> tuple[Tensor, Tensor]:
     return ssp, sp
 
 
+def test_text_and_category_of_an_image_share_its_pool(small: Config):
+    model, view = build(small)
+    calls: list[object] = []
+    model.student.backbone.pooling.register_forward_hook(lambda *_: calls.append(None))
+    model(view)
+    assert len(calls) == 2  # image i and image j
+
+
 def test_loss_and_all_gradients_equal_the_independent_computation(small: Config):
     model, view = build(small)
     model.eval()
