@@ -92,20 +92,19 @@ def fit(measured: list[Row]) -> list[float]:
     kinds = zip(*(one.work for one in measured), strict=True)
     if len(measured) < len(Work._fields) or not all(map(any, kinds)):
         raise ValueError("the measurements do not show every kind of work: measure more sizes")
-    module = _smallest_error(
-        [[one.work.modules] for one in measured],
-        [one.networks for one in measured],
-        [one.networks for one in measured],
+    partitioned = [one for one in measured if not one.work.gradients]
+    flat = [one for one in measured if one.work.gradients]
+    module = _smallest_error(  # once for each: at stages 1 and 2 the networks are the same
+        [[one.work.modules] for one in partitioned],
+        [one.networks for one in partitioned],
+        [one.networks for one in partitioned],
     )
     found = list(module)
-    for names, stage in (
-        (("tensors", "slices"), [one for one in measured if not one.work.gradients]),
-        (("gradients",), [one for one in measured if one.work.gradients]),
-    ):
+    for names, some in ((("tensors", "slices"), partitioned), (("gradients",), flat)):
         found += _smallest_error(
-            [[getattr(one.work, name) for name in names] for one in stage],
-            [one.measured - module[0] * one.work.modules for one in stage],
-            [one.measured for one in stage],
+            [[getattr(one.work, name) for name in names] for one in some],
+            [one.measured - module[0] * one.work.modules for one in some],
+            [one.measured for one in some],
         )
     if min(found) <= 0:
         raise ValueError(f"a kind of work seems to cost nothing: {found}; measure more sizes")
