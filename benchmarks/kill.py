@@ -36,6 +36,8 @@ from typing import Any, NamedTuple
 import yaml
 from forks import Ranks, wait_for
 
+from m3i_scale.engine.lines import of_training
+
 ROOT = Path(__file__).resolve().parents[1]
 DEMO = ROOT / "configs" / "demo.yaml"
 # The demonstration's networks made smaller, with draws of drop-path that must continue, too.
@@ -181,8 +183,7 @@ def read_curve(run: Path) -> dict[int, dict[str, Any]]:
     path, found = run / "metrics.jsonl", dict[int, dict[str, Any]]()
     for line in path.read_text().splitlines() if path.exists() else ():
         values = read_line(line)
-        kept = {k: v for k, v in values.items() if "second" not in k and "machine/" not in k}
-        kept.pop("time")
+        kept = of_training(values)
         found.setdefault(kept.pop("step"), kept)
     return found
 

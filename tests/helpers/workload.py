@@ -9,6 +9,7 @@ from helpers.run_folder import captioned_config
 from helpers.shards import write_images
 from helpers.small import small_targets
 from m3i_scale.config import SourceKind, dump_config
+from m3i_scale.engine.lines import of_training
 
 STEPS = 24
 OVERRIDES = {
@@ -49,7 +50,7 @@ def steps_done(run_folder: Path) -> int:
 
 
 def curve(run_folder: Path) -> dict[int, dict[str, float]]:
-    """Everything measured of each step but times and machines; what ran twice must be the same.
+    """Everything measured of each step that repeats; what ran twice must be the same.
 
     Raises:
         AssertionError: it did not.
@@ -60,7 +61,6 @@ def curve(run_folder: Path) -> dict[int, dict[str, float]]:
             break
         values = json.loads(line, parse_constant=str)  # or NaN would differ from itself
         step = values.pop("step")
-        of_time = ("second", "machine/", "time")
-        kept = {k: v for k, v in values.items() if not any(word in k for word in of_time)}
+        kept = of_training(values)
         assert found.setdefault(step, kept) == kept, f"step {step} differs when repeated"
     return found
