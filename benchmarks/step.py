@@ -201,7 +201,8 @@ def profiled(
 @contextlib.contextmanager
 def annotated(ready: Any) -> Iterator[None]:
     """Mark the phases of a step in the profiler's trace; what is in none of them is the input."""
-    engine, model, teacher = ready.sharded
+    sharded = ready.sharded
+    engine, model, teacher = sharded.engine, sharded.model, sharded.teacher
     marks = [
         (model, "target_outputs", timeline.TARGETS),
         (engine, "forward", timeline.FORWARD),
