@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from m3i_scale.objective.collapse import SAMPLE, effective_rank, position_share, spread
-from m3i_scale.objective.terms import student_figures
+from m3i_scale.objective.figures import student_figures
 
 
 @pytest.fixture(autouse=True)
