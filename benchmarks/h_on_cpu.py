@@ -111,21 +111,14 @@ def train(options: argparse.Namespace) -> int:
 def compare(options: argparse.Namespace, folder: Path) -> None:
     """Print measured bytes by kind beside those of the plan."""
     from m3i_scale.config import load_config
-    from m3i_scale.planner.estimate import Cluster, make_plan
+    from m3i_scale.planner.estimate import Cluster, make_plan, trace_of
     from m3i_scale.planner.gpus import gpu
-    from m3i_scale.profiling.trace import trace
 
     config = load_config(options.config, options.overrides)
     # Of the first process and of the one that went on.
     first, second = (json.loads(path.read_text()) for path in sorted(folder.glob("memory-*.json")))
     # One rank; of the GPU only the time would depend.
-    traced = trace(
-        config.model,
-        config.objective,
-        config.data.image_size,
-        precision=config.engine.precision,
-        kernels=False,
-    )
+    traced = trace_of(config)
     plan = make_plan(config, traced, Cluster(gpu("h100"), 1, 1))
     held, planned = second["held"], plan.state
     passing = max(sum(plan.passing.values()), plan.update)

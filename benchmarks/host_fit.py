@@ -23,10 +23,10 @@ from typing import Any, NamedTuple
 import torch
 
 from m3i_scale.config import Config, load_config
-from m3i_scale.planner.estimate import Cluster, make_plan
+from m3i_scale.planner.estimate import Cluster, make_plan, trace_of
 from m3i_scale.planner.gpus import gpu
 from m3i_scale.planner.host import Work
-from m3i_scale.profiling.trace import Trace, trace
+from m3i_scale.profiling.trace import Trace
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = Path(__file__).parent / "results" / "host_time"
@@ -49,14 +49,7 @@ def traced(file: str, overrides: list[str]) -> tuple[Config, Trace]:
 
 @cache
 def _networks(file: str, overrides: tuple[str, ...]) -> Trace:
-    config = load_config(ROOT / file, list(overrides))
-    return trace(
-        config.model,
-        config.objective,
-        config.data.image_size,
-        precision=config.engine.precision,
-        kernels=False,
-    )
+    return trace_of(load_config(ROOT / file, list(overrides)))
 
 
 def row(name: str, found: dict[str, Any]) -> Row:

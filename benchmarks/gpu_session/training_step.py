@@ -101,18 +101,11 @@ def account(out: Path, micro: int, code: int) -> None:
 def plan(config_file: str) -> int:
     """Rows of what `m3i plan` says of the same step, for every micro-batch."""
     from m3i_scale.config import load_config
-    from m3i_scale.planner.estimate import Cluster, make_plan
+    from m3i_scale.planner.estimate import Cluster, make_plan, trace_of
     from m3i_scale.planner.gpus import gpu
-    from m3i_scale.profiling.trace import trace
 
     config = load_config(config_file, [])
-    seen = trace(  # the same for any micro-batch
-        config.model,
-        config.objective,
-        config.data.image_size,
-        precision=config.engine.precision,
-        kernels=True,
-    )
+    seen = trace_of(config, kernels=True)  # the same for any micro-batch
     for micro in sizes():
         changes = [f"optimizer.global_batch_size={micro}", f"optimizer.max_micro_batch={micro}"]
         config = load_config(config_file, changes)

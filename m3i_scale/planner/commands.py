@@ -63,9 +63,8 @@ def register(commands: Any) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """`m3i plan`."""
-    from m3i_scale.planner.estimate import Assumptions, Cluster, make_plan
+    from m3i_scale.planner.estimate import Assumptions, Cluster, make_plan, trace_of
     from m3i_scale.planner.report import describe, run_length, scaling_plot, scaling_table
-    from m3i_scale.profiling.trace import trace
 
     config = load_config(options.config, options.overrides)
     counts = _node_counts(options.sweep, options.gpus_per_node) if options.sweep is not None else []
@@ -80,13 +79,7 @@ def run(options: argparse.Namespace) -> int:
         host=options.host_factor,
         sample_bytes=options.sample_bytes,
     )
-    traced = trace(
-        config.model,
-        config.objective,
-        config.data.image_size,
-        precision=config.engine.precision,
-        kernels=config.engine.kernels != "reference",
-    )
+    traced = trace_of(config, kernels=config.engine.kernels != "reference")
     cluster = Cluster(unit, options.nodes, options.gpus_per_node)
     plan = make_plan(config, traced, cluster, assumed)
     advice = [] if plan.fits else list(remedies(config, traced, plan))

@@ -24,7 +24,7 @@ from m3i_scale.planner.gpus import Gpu
 from m3i_scale.planner.sizes import Flow, Traffic, Widths, averaged_weights, shard
 from m3i_scale.planner.zero3_replay import Gathers, Replay, Settings, uses
 from m3i_scale.profiling.flops import Flops, flops_of
-from m3i_scale.profiling.trace import Trace, Weight
+from m3i_scale.profiling.trace import Trace, Weight, trace
 
 USABLE = 0.95  # of a GPU's memory; the driver and fragments have the rest
 HPZ = "node's copies (hpZ)"
@@ -137,6 +137,17 @@ class Plan:
         return needed / (self.cluster.gpu.peak * self.step)
 
 
+def trace_of(config: Config, *, kernels: bool = False) -> Trace:
+    """What `trace` finds out about a configuration's networks; `kernels` as there."""
+    return trace(
+        config.model,
+        config.objective,
+        config.data.image_size,
+        precision=config.engine.precision,
+        kernels=kernels,
+    )
+
+
 def make_plan(
     config: Config,
     traced: Trace,
@@ -149,7 +160,7 @@ def make_plan(
 
     Args:
         config: the whole of it.
-        traced: what `trace` found out about its networks.
+        traced: what `trace_of` found out about its networks.
         cluster: where it is to run.
         assumed: figures that are not derived.
         checkpointed: all blocks or none; None as configured.
@@ -177,7 +188,7 @@ def make_plan(
     kept = {"embeddings of the batch": wait.embeddings, "teacher's encodings": wait.encodings}
     passing |= {name: size for name, size in kept.items() if size}
     flops, twice = flops_of(traced), two_passes.runs_twice(config, batch)
-    first_visits = two_passes.first_pass_visits(config, traced)
+    first_visits = two_passes.first_pass_visits(config, traced) if twice else 0
     if engine.zero.stage == 3:
         bucket = min(int(deepspeed["zero_optimization"]["reduce_bucket_size"]), trained)
         group = int(deepspeed["zero_optimization"].get("sub_group_size", 1e9))
@@ -186,7 +197,7 @@ def make_plan(
         update: float = 0 if offloaded else min(group, owned) * widths.master
     else:
         reducing = flat.gradient_memory(
-            traced.weights, config.engine.zero.stage, cluster.ranks, batch, widths, deepspeed
+            traced.weights, engine.zero.stage, cluster.ranks, batch, widths, deepspeed
         )
         update = flat.update_memory(traced.weights, cluster.ranks, widths)
     gathers = whole and engine.zero.stage == 3
@@ -211,8 +222,8 @@ def make_plan(
             collectives=flow.collectives,
             whole_teacher=whole,
             checkpointed=checkpointed,
-            first_pass=first_visits if twice else 0,
-            stage=config.engine.zero.stage,
+            first_pass=first_visits,
+            stage=engine.zero.stage,
         ),
         checkpoint=3 * trained * widths.master + 4 * averaged,
     )

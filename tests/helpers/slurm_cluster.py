@@ -177,13 +177,6 @@ class Cluster:
         text = self.run("scontrol", "show", "job", "-o", job)
         return dict(re.findall(r"(\S+?)=(\S*)", text))
 
-    def wait_state(self, job: str, state: str, seconds: float) -> dict[str, str]:
-        """Wait until a job is in this state."""
-        wait_for(
-            lambda: self.job(job)["JobState"] == state, seconds, f"job {job} {state}", self.report
-        )
-        return self.job(job)
-
     def report(self) -> str:
         """Jobs, nodes and the ends of all logs, for a failure's message."""
         logs = sorted(self.folder.glob("*.log")) + sorted(self.folder.glob("*.out"))

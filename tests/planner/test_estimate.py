@@ -21,9 +21,9 @@ from m3i_scale.cluster.launch import World
 from m3i_scale.config import Config
 from m3i_scale.engine import loop
 from m3i_scale.engine.memory import held_memory
-from m3i_scale.planner.estimate import Cluster, Plan, make_plan
+from m3i_scale.planner.estimate import Cluster, Plan, make_plan, trace_of
 from m3i_scale.planner.gpus import gpu
-from m3i_scale.profiling.trace import Trace, trace
+from m3i_scale.profiling.trace import Trace
 
 RANKS = 2
 
@@ -170,14 +170,7 @@ def measured(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 @functools.cache  # a trace takes seconds, and all tests of a case read the same plan
 def plan_of(name: str) -> Plan:
     config = small_config(Path("runs"), MEDIUM | CASES[name])
-    traced = trace(
-        config.model,
-        config.objective,
-        config.data.image_size,
-        precision=config.engine.precision,
-        kernels=False,
-    )
-    return make_plan(config, traced, Cluster(gpu("h100"), 1, RANKS))
+    return make_plan(config, trace_of(config), Cluster(gpu("h100"), 1, RANKS))
 
 
 @pytest.mark.distributed
@@ -219,14 +212,7 @@ def test_what_waits_for_the_backward_pass_is_what_a_forward_pass_allocates(
 @pytest.fixture(scope="module")
 def whole() -> tuple[Config, Trace]:
     config = small_config(Path(), MEDIUM | {"engine.precision": "bf16"})
-    traced = trace(
-        config.model,
-        config.objective,
-        config.data.image_size,
-        precision=config.engine.precision,
-        kernels=False,
-    )
-    return config, traced
+    return config, trace_of(config)
 
 
 @pytest.mark.parametrize("stage", [1, 2])

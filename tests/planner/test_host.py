@@ -11,9 +11,9 @@ import pytest
 from helpers.small import SMALL
 from m3i_scale.config import load_config
 from m3i_scale.planner import host
-from m3i_scale.planner.estimate import Assumptions, Cluster, Plan, make_plan
+from m3i_scale.planner.estimate import Assumptions, Cluster, Plan, make_plan, trace_of
 from m3i_scale.planner.gpus import gpu
-from m3i_scale.profiling.trace import Trace, trace
+from m3i_scale.profiling.trace import Trace
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 import host_fit
@@ -50,14 +50,7 @@ def seen(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Trace]:
     path = tmp_path_factory.mktemp("host") / "small.yaml"
     path.write_text(SMALL)
     config = load_config(path, [])
-    traced = trace(
-        config.model,
-        config.objective,
-        config.data.image_size,
-        precision=config.engine.precision,
-        kernels=False,
-    )
-    return str(path), traced
+    return str(path), trace_of(config)
 
 
 def plan_of(seen: tuple[str, Trace], ranks: int = 8, **changes: Any) -> Plan:
