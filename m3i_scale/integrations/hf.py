@@ -151,6 +151,12 @@ class InternImagePreTrainedModel(PreTrainedModel):
         for stage in self._stages():
             stage.checkpoint_blocks = enable
 
+    def _encode(self, pixel_values: Tensor) -> list[Tensor]:
+        """Maps (B, H, W, .) of the stem and the stages; refuses sizes that the fused map lacks."""
+        if self.config.use_clip_projector:
+            self.model.grid_size(*pixel_values.shape[-2:])
+        return self.model.forward_maps(pixel_values)
+
     def _stages(self) -> list[Stage]:
         return [module for module in self.modules() if isinstance(module, Stage)]
 
@@ -214,9 +220,7 @@ class InternImageModel(InternImagePreTrainedModel):
         **_: Any,
     ) -> Any:
         """Encode images."""
-        if self.config.use_clip_projector:
-            self.model.grid_size(*pixel_values.shape[-2:])
-        maps = self.model.forward_maps(pixel_values)
+        maps = self._encode(pixel_values)
         if self.config.use_clip_projector:
             last = self.model.fuse(*maps[-2:])
             pooled = self.model.pool(last.flatten(2).transpose(1, 2))
@@ -253,9 +257,7 @@ class InternImageForImageClassification(InternImagePreTrainedModel):
         **_: Any,
     ) -> Any:
         """Classify images (B, 3, H, W); `labels` are (B,) class numbers, as in transformers."""
-        if self.config.use_clip_projector:
-            self.model.grid_size(*pixel_values.shape[-2:])
-        maps = self.model.forward_maps(pixel_values)
+        maps = self._encode(pixel_values)
         logits = self.model.head(self.model.embed(maps[1:]))
         loss = None
         if labels is not None:

@@ -9,7 +9,6 @@ else must fit, by name, shape and the options that shapes do not show.
 from __future__ import annotations
 
 import hashlib
-import inspect
 import json
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -23,7 +22,7 @@ from torch import Tensor, nn
 from m3i_scale.config import ConfigError, Model
 from m3i_scale.integrations import vit_names
 from m3i_scale.integrations.folders import Entry, Stored, open_weights
-from m3i_scale.models.backbone import backbone_options, build_backbone
+from m3i_scale.models.backbone import backbone_options, build_backbone, with_defaults
 from m3i_scale.models.intern_image import INTERN_IMAGE_VARIANTS, InternImage
 from m3i_scale.models.weights import plain_name
 
@@ -134,7 +133,7 @@ def check(source: str, stored: Stored, model: Model) -> Initial:
     own = {n: tuple(p.shape) for n, p in backbone.state_dict().items()}
     entries = _named(stored, kind)
     new, left = _fit(f"{stored.path} does not fit the backbone {name}", own, entries, kind)
-    _require_options(stored, kind, _with_defaults(build, arguments), entries)
+    _require_options(stored, kind, with_defaults(build, arguments), entries)
     notes = _notes(kind, entries, stored)
     if kind == "vit" and vit_names.has_x_first(entries):
         entries = vit_names.exchange_halves(entries)
@@ -196,24 +195,19 @@ def _few(names: Sequence[str]) -> str:
     return ", ".join(names[:4]) + more
 
 
-def _with_defaults(build: Any, arguments: Mapping[str, Any]) -> dict[str, Any]:
-    parameters = inspect.signature(build).parameters.values()
-    return {p.name: p.default for p in parameters if p.default is not p.empty} | dict(arguments)
-
-
 def _described(stored: Stored, kind: str) -> dict[str, Any]:
     """What the weights say about their network: arguments of the backbone, where they are known."""
     config = stored.config
     if "backbone" in stored.metadata:  # of `m3i export`
         described = json.loads(stored.metadata["backbone"])
-        return _with_defaults(*backbone_options(described["name"], described["options"]))
+        return with_defaults(*backbone_options(described["name"], described["options"]))
     if kind == "intern_image" and config.get("model_type") == "internimage":
-        return _with_defaults(InternImage, config)
+        return with_defaults(InternImage, config)
     architecture = str(config.get("architecture", ""))
     if kind == "intern_image" and architecture.startswith("intern_image"):
         size = architecture.removeprefix("intern_image").removeprefix("_") or "t"
         named = INTERN_IMAGE_VARIANTS.get(size, {})
-        return _with_defaults(InternImage, {**named, **config.get("model_args", {})})
+        return with_defaults(InternImage, {**named, **config.get("model_args", {})})
     if kind == "vit" and "num_attention_heads" in config:
         return {"heads": config["num_attention_heads"]}
     if kind == "vit" and architecture:

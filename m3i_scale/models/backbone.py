@@ -93,6 +93,16 @@ def backbone_options(
     return build, merged
 
 
+def with_defaults(build: Callable[..., Any], given: Mapping[str, Any]) -> dict[str, Any]:
+    """The given arguments of a backbone's class and the defaults of the others.
+
+    In the order of its signature; what it has no parameter for comes last.
+    """
+    parameters = inspect.signature(build).parameters.values()
+    known = [p for p in parameters if p.name in given or p.default is not p.empty]
+    return {p.name: p.default for p in known} | dict(given)
+
+
 def _suggest(word: str, valid: Any) -> str:
     close = difflib.get_close_matches(word, list(valid), n=2)
     hint = f"did you mean {' or '.join(close)}? " if close else ""

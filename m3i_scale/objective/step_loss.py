@@ -77,10 +77,8 @@ class StepLoss:
             products, mean = z.T @ z / len(z), z.mean(0)
         if target.compares:
             assert embedding.z_hat is not None  # the model predicts where samples are compared
-            z, z_hat, present = embedding.z, embedding.z_hat, embedding.present
-            if present is None:
-                present = torch.ones(z.shape[:-1], dtype=torch.bool, device=z.device)
-            rows = z_hat.flatten(0, -2), z.flatten(0, -2), present.flatten()
+            z_hat, z, exists = embedding.z_hat, embedding.z, embedding.exists
+            rows = z_hat.flatten(0, -2), z.flatten(0, -2), exists.flatten()
             compared = _Compared(*rows, scale)
         self._parts[target.name, number].append(
             _Part(compared, moments, products, mean, embedding.keys)

@@ -61,6 +61,14 @@ class Embedding(NamedTuple):
         """The targets that are predicted, (B, M, D) or (B, D)."""
         return self.choose(self.whole)
 
+    @property
+    def exists(self) -> Tensor:
+        """Which predictions have a target, bool (B, M) or (B,)."""
+        if self.present is not None:
+            return self.present
+        assert self.z_hat is not None  # there are predictions where somebody asks
+        return torch.ones(self.z_hat.shape[:-1], dtype=torch.bool, device=self.z_hat.device)
+
 
 class Given(NamedTuple):
     """A group's term that was computed before, and its derivatives (see `step_loss`)."""
@@ -170,14 +178,11 @@ def image_term(
         term = _gaussian_term(target, target.likelihood, z_hat, z, pair.present, correlation)
     else:
         assert temperature is not None
-        present = pair.present
-        if present is None:
-            present = torch.ones(z.shape[:-1], dtype=torch.bool, device=z.device)
         term = softmax_term(
             target.likelihood,
             z_hat.flatten(0, -2),
             z.flatten(0, -2),
-            present.flatten(),
+            embedding.exists.flatten(),
             temperature,
             queue,
         )

@@ -11,7 +11,6 @@ neither library has it. What they compute, the tokens after the last norm, is wh
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Mapping
 from typing import Any, Literal, NamedTuple
 
@@ -19,7 +18,7 @@ import torch
 from torch import Tensor
 
 from m3i_scale.config import Config, Data
-from m3i_scale.models.backbone import backbone_options
+from m3i_scale.models.backbone import backbone_options, with_defaults
 from m3i_scale.models.intern_image import InternImage
 from m3i_scale.models.pooling import AttentionPool
 from m3i_scale.models.positions import grid_embedding
@@ -61,10 +60,7 @@ def backbone_class(config: Config) -> type:
 def arguments(config: Config) -> dict[str, Any]:
     """All arguments of the backbone's class, defaults included."""
     backbone = config.model.backbone
-    build, given = backbone_options(backbone.name, backbone.options)
-    bound = inspect.signature(build).bind(**given)
-    bound.apply_defaults()
-    return dict(bound.arguments)
+    return with_defaults(*backbone_options(backbone.name, backbone.options))
 
 
 def layout(library: Library, config: Config, entries: Mapping[str, Entry], dtype: Dtype) -> Layout:
