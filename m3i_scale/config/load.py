@@ -4,7 +4,8 @@ A file may start from others with `base: other.yaml` or a list of them: paths re
 `m3i:NAME` (`shipped`). Later ones win, mappings are merged, lists and values replaced. One
 exception: a file that states `objective.targets` states a method, and its `objective.input` and
 `balance` are its own too or the defaults, never those of the files below it. (`without_source` is
-of the data, and stays.) An override changes its key and nothing else.
+of the data and `negatives` of the step, and both stay.) An override changes its key and nothing
+else.
 
 What is wrong is blamed on who said it: the line of a file, or the override.
 """
