@@ -71,7 +71,8 @@ class Flat(Shards):
         start = min(max(rank * share - offset, 0), elements)
         return Extent(start, min(max((rank + 1) * share - offset, 0), elements))
 
-    def _place(self, parameter: nn.Parameter) -> tuple[int, int]:
+    def place(self, parameter: nn.Parameter) -> tuple[int, int]:
+        """Index of the group, and offset in this rank's part of its flat tensor."""
         group, own = self.group(parameter), self.extent(parameter)
         if own.start == own.stop:
             return group, 0

@@ -140,15 +140,13 @@ class FlatTeacher(Teacher):
         parameters = dict(trained(student))
         groups = sorted({shards.group(p) for p in parameters.values()})
         super().__init__(teacher, [shards.masters[group] for group in groups], device)
-        starts = {group: shards.rank * shards.masters[group].numel() for group in groups}
         parts = dict(zip(groups, self._parts, strict=True))
         self._tables = {group: shards.whole(group).clone() for group in groups}
         self.averages = {}
         for name, parameter in parameters.items():
-            group, offset = shards.group(parameter), shards.offset(parameter)
-            own = shards.extent(parameter)
-            begin = offset + own.start - starts[group] if own.stop > own.start else 0
-            self.averages[name] = parts[group][begin : begin + own.stop - own.start]
+            own, (group, begin) = shards.extent(parameter), shards.place(parameter)
+            self.averages[name] = parts[group].narrow(0, begin, own.stop - own.start)
+            offset = shards.offset(parameter)
             weight = self._tables[group][offset : offset + parameter.numel()]
             replace_parameter(teacher, name, weight.view(parameter.shape))
         for name, weight in list(teacher.named_parameters()):

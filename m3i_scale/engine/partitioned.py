@@ -45,7 +45,8 @@ class Partitioned(Shards):
         elements: int = parameter.ds_numel  # type: ignore[attr-defined]
         return extent(elements, self.rank, self.size)
 
-    def _place(self, parameter: nn.Parameter) -> tuple[int, int]:
+    def place(self, parameter: nn.Parameter) -> tuple[int, int]:
+        """Index of the sub-group, and offset in it."""
         group, offset, _ = self._position(parameter)
         return group, offset
 

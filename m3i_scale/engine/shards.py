@@ -52,7 +52,7 @@ class Shards(ABC):
         """The elements of the flattened parameter that this rank owns."""
 
     @abstractmethod
-    def _place(self, parameter: nn.Parameter) -> tuple[int, int]:
+    def place(self, parameter: nn.Parameter) -> tuple[int, int]:
         """Where they begin: index of the master tensor, and offset in it."""
 
     def weight(self, parameter: nn.Parameter) -> Tensor:
@@ -69,7 +69,7 @@ class Shards(ABC):
         return self._view(parameter, lambda master: states[master][moment])
 
     def _view(self, parameter: nn.Parameter, storage: Callable[[Tensor], Tensor]) -> Tensor:
-        index, offset = self._place(parameter)
+        index, offset = self.place(parameter)
         own = self.extent(parameter)
         return storage(self.masters[index]).narrow(0, offset, own.stop - own.start)
 
