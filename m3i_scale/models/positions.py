@@ -88,6 +88,16 @@ def position_embedding(positions: Tensor, width: int) -> Tensor:
     return sincos_embedding(positions.float(), width // 2).flatten(-2)
 
 
-def grid_embedding(grid: Grid, width: int, device: torch.device | None = None) -> Tensor:
-    """Fixed 2-D sine-cosine embedding (h * w, width) of a view's own patches: y half, x half."""
-    return sincos_embedding(grid_positions(grid, device)[:, :2], width // 2).flatten(-2)
+def grid_embedding(
+    grid: Grid, width: int, device: torch.device | None = None, trained_side: int | None = None
+) -> Tensor:
+    """Fixed 2-D sine-cosine embedding (h * w, width) of a view's own patches: y half, x half.
+
+    With `trained_side` the grid is laid over one of that many rows and columns, which a network
+    was trained on: it sees the coordinates that it knows, in finer steps where h, w are larger.
+    """
+    positions = grid_positions(grid, device)[:, :2]
+    if trained_side is not None:
+        axes = zip(positions.unbind(1), grid, strict=True)
+        positions = torch.stack([(at + 0.5) * (trained_side / n) - 0.5 for at, n in axes], 1)
+    return sincos_embedding(positions, width // 2).flatten(-2)

@@ -2,8 +2,13 @@
 
 Layer names are timm's (`patch_embed`, `blocks`, `norm`). There is no class token, and positions
 are fixed 2-D sine-cosine embeddings, as in MAE and SiameseIM, computed for the grid at hand: no
-parameter, and any image size that the patch divides.
+parameter, and any image size that the patch divides. `position_grid` says how many rows and columns
+the network was trained on (14 at 224 pixels): at other sizes positions are then those coordinates
+in finer or coarser steps, as MAE and ViTDet interpolate them, and not indices beyond all that the
+network has seen.
 """
+
+from collections.abc import Sequence
 
 from timm.layers import PatchEmbed
 from timm.models.vision_transformer import Block as PlainBlock
@@ -50,8 +55,12 @@ class ViT(nn.Module):
         drop_path_rate: float = 0.0,
         drop_path_type: str = "linear",
         checkpoint_blocks: bool = False,
+        position_grid: int | None = None,
     ) -> None:
         super().__init__()
+        if position_grid is not None and position_grid < 1:
+            raise ValueError(f"position_grid={position_grid}: must be 1 or more, or null")
+        self.position_grid = position_grid
         require_divisible("width", width, "heads", heads)
         require_divisible("width", width, "the parts of the position embedding", 4)
         self.width, self.embed_dim, self.stride = width, embed_dim, patch_size
@@ -82,16 +91,35 @@ class ViT(nn.Module):
 
         `keys` (B,): see `Backbone`.
         """
+        return self.features_after(images, [len(self.blocks) - 1], keys)[0]
+
+    def features_after(
+        self, images: Tensor, blocks: Sequence[int], keys: Tensor | None = None
+    ) -> list[Tensor]:
+        """Map images (B, 3, H, W) to the tokens (B, N, D) after each of these blocks, from 0 on.
+
+        Those of the last block are normalised, as `features` gives them; the others are not.
+
+        Raises:
+            ValueError: there is no such block, or the image size does not fit.
+        """
+        if not all(0 <= n < len(self.blocks) for n in blocks):
+            raise ValueError(f"blocks {list(blocks)}: this ViT has 0 to {len(self.blocks) - 1}")
         grid = self.grid_size(*images.shape[-2:])
         x = self.patch_embed(images)  # (B, N, D)
-        x = x + grid_embedding(grid, self.width, x.device).to(x.dtype)
+        positions = grid_embedding(grid, self.width, x.device, self.position_grid)
+        x = x + positions.to(x.dtype)
+        after: dict[int, Tensor] = {}
         drawn = None
         if self.training and self.drop_path_rate:
             drawn = draw_uniform(len(x), 2 * len(self.blocks), keys, x.device)
         for n, block in enumerate(self.blocks):
             own = None if drawn is None else drawn[2 * n : 2 * n + 2]
             x = run_block(block, x, own, checkpointed=self.checkpoint_blocks)
-        return self.norm(x)
+            if n in blocks:
+                after[n] = x
+        after[len(self.blocks) - 1] = self.norm(x)
+        return [after[n] for n in blocks]
 
     def pool(self, tokens: Tensor, keep: Tensor | None = None) -> Tensor:
         """Pool tokens (B, N, D), all or those where keep (B, N) is True, to (B, E)."""

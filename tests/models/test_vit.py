@@ -65,3 +65,32 @@ def test_bad_sizes():
         ViT(**{**TINY, "heads": 5})
     with pytest.raises(ValueError, match=r"image width=36.*patch size=8"):
         ViT(**TINY).features(torch.zeros(1, 3, 32, 36))
+
+
+def test_positions_are_those_of_training_at_any_size():
+    trained = ViT(**TINY, position_grid=4).eval()
+    plain = ViT(**TINY).eval()
+    plain.load_state_dict(trained.state_dict())
+    images = torch.randn(1, 3, 32, 32)
+    torch.testing.assert_close(trained.features(images), plain.features(images))
+    # At twice the size the centres of 2 x 2 patches are where one patch was.
+    finer = grid_embedding((8, 8), 32, trained_side=4)
+    y = (torch.arange(8) + 0.5) / 2 - 0.5
+    angle = y[:, None] * 10000.0 ** -(torch.arange(8) / 8)
+    expected = torch.cat([angle.sin(), angle.cos()], 1)  # (8, 16), of rows
+    torch.testing.assert_close(finer[::8, :16], expected)
+    torch.testing.assert_close(finer[:8, 16:], expected)
+    assert not torch.allclose(trained.features(torch.zeros(1, 3, 64, 64)),
+                              plain.features(torch.zeros(1, 3, 64, 64)))  # fmt: skip
+    with pytest.raises(ValueError, match="position_grid=0"):
+        ViT(**TINY, position_grid=0)
+
+
+def test_features_after_blocks():
+    model = ViT(**TINY).eval()
+    images = torch.randn(2, 3, 32, 32)
+    first, last = model.features_after(images, [0, 1])
+    torch.testing.assert_close(model.norm(model.blocks[1](first)), last)
+    assert torch.equal(model.features(images), last)
+    with pytest.raises(ValueError, match="this ViT has 0 to 1"):
+        model.features_after(images, [2])
