@@ -63,18 +63,19 @@ def main() -> int:
 
 def train(options: argparse.Namespace) -> int:
     """Some steps from wherever the run stands, and a checkpoint."""
-    from m3i_scale import train as entry
     from m3i_scale.cluster import launch
     from m3i_scale.config import load_config
     from m3i_scale.engine import loop, memory, session
+    from m3i_scale.tasks.pretraining import Pretraining
 
     config = load_config(options.config, options.overrides)
     world = launch.start("cpu", config.engine.precision, config.seed, 60)
     launch.setup_logging(world.rank)
-    stream = entry.build_stream(config)
+    task = Pretraining(config)
+    stream = task.open_stream()
     before = peak_memory()
     started = time.perf_counter()
-    run = session.open_run(config, world, stream, epoch_samples=stream.samples, resume="auto")
+    run = session.open_run(task, world, stream, epoch_samples=stream.samples, resume="auto")
     print(
         f"step {run.progress.step}: ready, {seconds_since(started)}, "
         f"at most {peak_memory() / 2**30:.1f} GiB so far",

@@ -329,6 +329,7 @@ def measure(options: argparse.Namespace, folder: Path) -> Finding:
     from m3i_scale.cluster import launch
     from m3i_scale.config import load_config
     from m3i_scale.engine import loop, session
+    from m3i_scale.tasks.pretraining import Pretraining
 
     overrides = [
         f"folder={folder}",
@@ -357,7 +358,7 @@ def measure(options: argparse.Namespace, folder: Path) -> Finding:
     watch_parts(clock, config.engine.zero.stage)
     stream = SyntheticStream(config)
     alone = networks_alone(config, world, stream, clock) * options.accumulation
-    run = session.open_run(config, world, stream, epoch_samples=10**9, resume="never")
+    run = session.open_run(Pretraining(config), world, stream, epoch_samples=10**9, resume="never")
     # Counted from the last update on, that of the last group of parameters.
     inner = run.sharded.engine.optimizer.optimizer
     updated: Counter[str] = Counter()

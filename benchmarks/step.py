@@ -148,11 +148,13 @@ def _total(ran: list[timeline.Kernel]) -> float:
 
 def build(config: Config, world: World) -> tuple[Callable[[], None], Any]:
     """The training run of `config`, and a function that makes its next step."""
-    from m3i_scale.engine import loop, session  # after `launch.start`: they import deepspeed
+    # After `launch.start`: they import deepspeed.
+    from m3i_scale.engine import loop, session
+    from m3i_scale.tasks.pretraining import Pretraining
 
     stream = synthetic.SyntheticStream(config)
     ready = session.open_run(
-        config,
+        Pretraining(config),
         world,
         stream,
         epoch_samples=stream.epoch_samples,

@@ -26,6 +26,7 @@ from pydantic.fields import FieldInfo
 
 from m3i_scale.config import Config, Node
 from m3i_scale.config.errors import nodes_in
+from m3i_scale.config.tasks import TASKS
 from m3i_scale.config.types import Duration
 from m3i_scale.config.yaml_text import flow
 from m3i_scale.models.intern_image import InternImage
@@ -43,12 +44,23 @@ BACKBONES: dict[str, Callable[..., Any]] = {"intern_image": InternImage, "vit": 
 def render() -> str:
     """The page."""
     sections = [HEAD]
-    for title, root in (("Top level", Config), ("Sweep files", Sweep)):
+    shown: set[type[Node]] = set()
+    for title, root in _roots():
         sections += [_section(title, root, "")]
-        sections += [_section(f"`{path}`", node, path) for path, node in _below(root)]
+        for path, node in _below(root):
+            if root is Sweep or node not in shown:  # a section of several tasks stands once
+                sections += [_section(f"`{path}`", node, path)]
+            shown.add(node)
         if root is Config:
             sections += [_backbone(name, build) for name, build in BACKBONES.items()]
     return "\n".join(sections)
+
+
+def _roots() -> Iterator[tuple[str, type[Node]]]:
+    """Every kind of file, and its tree."""
+    for name, root in TASKS.items():
+        yield ("Top level" if root is Config else f"Top level with `task: {name}`"), root
+    yield "Sweep files", Sweep
 
 
 def _below(node: type[Node], above: str = "") -> Iterator[tuple[str, type[Node]]]:
@@ -107,11 +119,12 @@ def _prose(described: Any) -> str:
 
 def _descriptions(node: type[Node]) -> dict[str, str]:
     """What the source says of each field: the string below it, or the comment beside or above."""
+    above = node.__mro__[1]
+    found = _descriptions(above) if issubclass(above, Node) and above is not Node else {}
     source = textwrap.dedent(inspect.getsource(node))
     (tree,) = ast.parse(source).body
     assert isinstance(tree, ast.ClassDef)
     comments = _comments(source)
-    found = {}
     for field, after in zip(tree.body, [*tree.body[1:], None], strict=True):
         if not (isinstance(field, ast.AnnAssign) and isinstance(field.target, ast.Name)):
             continue

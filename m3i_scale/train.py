@@ -1,4 +1,4 @@
-"""Pre-train: `deepspeed m3i_scale/train.py --config configs/demo.yaml [a.b=value ...]`.
+"""Train: `deepspeed m3i_scale/train.py --config configs/demo.yaml [a.b=value ...]`.
 
 Also started by torchrun, by srun (see slurm/), or by plain python on one device.
 Exit codes: 0 finished; 2 something is wrong and the last line says what; 85 saved and stopped,
@@ -18,10 +18,7 @@ from m3i_scale import __version__
 # What takes long to import is imported when the command line has been read: --help answers at once,
 # and Ctrl-C ends a start with one line.
 if TYPE_CHECKING:
-    from torch import Tensor
-
-    from m3i_scale.config import Config
-    from m3i_scale.data import Stream
+    from m3i_scale.config import RunConfig
     from m3i_scale.engine.events import Start
 
 
@@ -61,51 +58,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     return parser.parse_intermixed_args(arguments)
 
 
-def build_stream(config: Config) -> Stream:
-    """The stream of samples that the configuration describes.
-
-    Raises:
-        ConfigError: a tokenizer or an index is missing or does not fit.
-    """
-    from m3i_scale.config import ConfigError
-    from m3i_scale.data import Stream
-    from m3i_scale.models.tokenizer import load_tokenizer
-    from m3i_scale.objective.masks import PatchMask
-
-    text = config.model.text
-    try:
-        tokenizer = load_tokenizer(text.tokenizer) if text else None
-        if tokenizer and text and tokenizer.vocab_size > text.vocab_size:
-            raise ValueError(
-                f"the tokenizer {text.tokenizer} has {tokenizer.vocab_size} tokens; set "
-                f"model.text.vocab_size to that or more (it is {text.vocab_size})"
-            )
-        stream = Stream(
-            config.data,
-            seed=config.seed,
-            lanes=config.lanes,
-            tokenize=(
-                functools.partial(tokenizer, max_length=text.max_length)
-                if tokenizer and text
-                else no_tokens
-            ),
-            mask_sampler=PatchMask.of(config.objective.input, config.data.image_size),
-        )
-        stream.require_categories(config.model.categories)
-        return stream
-    except ValueError as error:
-        raise ConfigError(f"data: {error}") from error
-
-
-def no_tokens(texts: list[str]) -> tuple[Tensor, Tensor]:
-    """Tokens (B, 0) and mask (B, 0) of an objective without texts."""
-    import torch
-
-    ids = torch.zeros(len(texts), 0, dtype=torch.int64)
-    return ids, torch.zeros_like(ids, dtype=torch.bool)
-
-
-def run(options: argparse.Namespace, config: Config, start: Start) -> int:
+def run(options: argparse.Namespace, config: RunConfig, start: Start) -> int:
     """Build, train, and say how it ended."""
     from m3i_kernels import set_backend
 
@@ -120,23 +73,23 @@ def run(options: argparse.Namespace, config: Config, start: Start) -> int:
     start.enter("imports")
     # These import deepspeed, which then fixes its accelerator: the one that `start` has chosen.
     from m3i_scale.engine import session, stop
-    from m3i_scale.integrations import initial
     from m3i_scale.planner import dry_run
+    from m3i_scale.tasks import task_of
 
     flag = stop.StopFlag(launchers=start.launchers)
     set_backend(spec.kernels)
     start.enter("data")
-    stream = build_stream(config)
+    task = task_of(config)
+    stream = task.open_stream()
     open_run = functools.partial(
         session.open_run,
-        config,
+        task,
         world,
         stream,
         epoch_samples=stream.samples,
         resume=options.resume,
         accept=[key for keys in options.accept_change for key in keys.split(",")],
         sources=stream.identities(),
-        initial=functools.partial(initial.open_initial, config.model),
     )
     if options.dry_run:
         ready = open_run(write=False)
@@ -159,9 +112,9 @@ def main() -> int:
     start = events.Start()  # now: a launcher that dies while libraries load is missed later
     options = parse(sys.argv[1:])
     try:
-        from m3i_scale.config import load_config
+        from m3i_scale.config import load_run
 
-        config = load_config(options.config, options.overrides)
+        config = load_run(options.config, options.overrides)
         if options.asked:
             print(getattr(config, options.asked))
             return 0

@@ -33,6 +33,19 @@ ALLOWED: dict[str, set[str]] = {
     "engine": {"config", "objective", "models", "cluster", "profiling", "m3i_kernels"},
     "planner": {"config", "objective", "models", "profiling", "cluster", "engine", "m3i_kernels"}
     | LEAVES,
+    # What the engine trains.
+    "tasks": {
+        "config",
+        "objective",
+        "models",
+        "data",
+        "cluster",
+        "engine",
+        "profiling",
+        "integrations",
+        "m3i_kernels",
+    }
+    | LEAVES,
     # Reads what the engine has written; imports nothing of it that needs PyTorch.
     "report": {"config", "engine"} | LEAVES,
     "transfer": {"config", "objective", "models", "data", "cluster", "engine", "m3i_kernels"}

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from m3i_scale.config import dump_config, load_config
+from m3i_scale.config import dump_config, load_config, load_run
 from m3i_scale.config.yaml_text import parse
 from m3i_scale.sweep.grid import cells
 from m3i_scale.sweep.spec import load_sweep
@@ -37,10 +37,10 @@ def name(path: Path) -> str:
 
 @pytest.mark.parametrize("path", RUNS, ids=name)
 def test_a_run_is_valid_and_survives_a_round_trip(path: Path, tmp_path: Path):
-    config = load_config(path)
+    config = load_run(path)
     again = tmp_path / "again.yaml"
     again.write_text(dump_config(config))
-    assert load_config(again) == config
+    assert load_run(again) == config
 
 
 @pytest.mark.parametrize("path", SWEEPS, ids=name)
@@ -64,7 +64,7 @@ def test_every_other_file_is_part_of_a_run_or_of_a_sweep_or_can_be_laid_over_one
 
     monkeypatch.setattr(Path, "read_bytes", remember)
     for path in RUNS:
-        load_config(path)
+        load_run(path)
     for path in SWEEPS:
         cells(load_sweep(path, ["seeds=[0]"]), path)
     assert len(seen) > len(RUNS) + len(SWEEPS)

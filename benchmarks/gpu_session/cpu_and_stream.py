@@ -64,7 +64,7 @@ def checksums(batch: Any) -> Iterator[Tensor]:
 def main(arguments: list[str]) -> int:
     """Compare what arrives on the device, while kernels run, with what a CPU alone makes."""
     from m3i_scale.config import load_config
-    from m3i_scale.train import build_stream
+    from m3i_scale.tasks.samples import build_stream
 
     folder = Path(arguments[0])
     config = load_config(str(folder / "data" / "small.yaml"), [])

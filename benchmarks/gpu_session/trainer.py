@@ -51,6 +51,7 @@ def train(world: World, folder: Path, task: dict[str, Any]) -> dict[str, Any]:
     from helpers.small import small_config
     from helpers.training import RandomStream  # these import deepspeed: after `launch.start`
     from m3i_scale.engine import loop, session
+    from m3i_scale.tasks.pretraining import Pretraining
 
     deterministic(bool(task.get("deterministic")))
     torch.backends.cudnn.allow_tf32 = False  # fp32 is compared with a CPU
@@ -58,7 +59,7 @@ def train(world: World, folder: Path, task: dict[str, Any]) -> dict[str, Any]:
     set_backend(config.engine.kernels)
     stream = RandomStream()
     resume = task.get("resume") or "never"
-    run = session.open_run(config, world, stream, epoch_samples=64, resume=resume)
+    run = session.open_run(Pretraining(config), world, stream, epoch_samples=64, resume=resume)
     opened = state(run)
     batches = loop.open_batches(run)
     steps = []
@@ -85,7 +86,7 @@ def state(run: Any) -> dict[str, torch.Tensor]:
     """Weights, moments and averages under their checkpoint's names, copied to the CPU."""
     from m3i_scale.engine.state import snapshot
 
-    tensors, _ = snapshot(run.sharded, run.world, run.progress, run.balance)
+    tensors, _ = snapshot(run.sharded, run.world, run.progress, run.task)
     return {name: value for name, value in tensors.items() if not name.startswith("rng/")}
 
 

@@ -9,10 +9,19 @@ from m3i_scale.config.data import (
     SourceKind,
     Storage,
 )
-from m3i_scale.config.load import dump_config, load_config
+from m3i_scale.config.load import dump_config, load_config, load_run
 from m3i_scale.config.model import Backbone, Decoder, GlobalHead, Model, TextTower
 from m3i_scale.config.objective import Balance, Boltzmann, Gaussian, Input, Objective, Target
-from m3i_scale.config.schema import Checkpoint, Config, Engine, Logging, Optimizer, Zero
+from m3i_scale.config.schema import (
+    Checkpoint,
+    Config,
+    Engine,
+    Logging,
+    Optimizer,
+    PretrainingOptimizer,
+    RunConfig,
+    Zero,
+)
 from m3i_scale.config.types import ConfigError, Count, Duration, Node, PathText
 
 __all__ = [
@@ -39,6 +48,8 @@ __all__ = [
     "Optimizer",
     "PathText",
     "Photometric",
+    "PretrainingOptimizer",
+    "RunConfig",
     "Source",
     "SourceKind",
     "Storage",
@@ -47,4 +58,5 @@ __all__ = [
     "Zero",
     "dump_config",
     "load_config",
+    "load_run",
 ]

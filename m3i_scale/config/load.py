@@ -23,8 +23,9 @@ from pydantic import ValidationError
 
 from m3i_scale import paths
 from m3i_scale.config.errors import dotted, example, first_problem, place_of, sentence
-from m3i_scale.config.schema import Config
+from m3i_scale.config.schema import Config, RunConfig
 from m3i_scale.config.shipped import locate
+from m3i_scale.config.tasks import TASKS
 from m3i_scale.config.types import ConfigError, Node
 from m3i_scale.config.yaml_text import Place, dump, parse, parse_value
 
@@ -48,6 +49,11 @@ def load_config(
     return load(Config, path, overrides, over=over)
 
 
+def load_run(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
+    """As `load_config`, for any task: the key `task` says which."""
+    return load(RunConfig, path, overrides)
+
+
 def load(
     root: type[N],
     path: str | Path,
@@ -55,10 +61,12 @@ def load(
     *,
     over: Sequence[str | Path] = (),
 ) -> N:
-    """As `load_config`, for a tree of any type `root`."""
+    """As `load_config`, for a tree of any type `root`; of `RunConfig`, the task's."""
     files = _read(_path(path))
     for layer in over:
         files.lay(_read(_path(layer)))
+    if issubclass(root, RunConfig):
+        root = _of_the_task(root, path, files.changed(overrides, root).values.get("task"))
     try:
         return root.model_validate(files.changed(overrides, root).values)
     except ValidationError as error:
@@ -67,7 +75,22 @@ def load(
                       f"{sentence(problem, root)}")  # fmt: skip
 
 
-def dump_config(config: Config) -> str:
+def _of_the_task(root: type[N], path: str | Path, task: Any) -> type[N]:
+    """The tree of a task, which must be `root` or one of its kind."""
+    task = "pretraining" if task is None else task
+    found = TASKS.get(task) if isinstance(task, str) else None
+    if found is None:
+        raise ConfigError(f"{path}: task: {task!r} is none of {', '.join(TASKS)}")
+    if not issubclass(found, root):
+        raise ConfigError(
+            f"{path} is of the task {task}, and this command is for "
+            f"{next(name for name, kind in TASKS.items() if issubclass(kind, root))}; give it the "
+            "file of such a run"
+        )
+    return found
+
+
+def dump_config(config: RunConfig) -> str:
     """The resolved tree as YAML that `load_config` reads back."""
     return dump(config.model_dump(mode="json"))
 

@@ -34,6 +34,55 @@ from m3i_scale.config.types import (
 
 
 class Optimizer(Node):
+    """AdamW and its schedule.
+
+    `global_batch_size` stays what it is on any number of ranks: what `max_micro_batch` does not
+    take at once is accumulated.
+    """
+
+    global_batch_size: Count
+    """Samples of an optimiser step on all ranks together."""
+    max_micro_batch: Count
+    """Most samples that a rank computes at once."""
+    duration: Span
+    """Length of training: `100 steps`, `1e6 samples`, `30 epochs`."""
+    warmup: SpanOrZero
+    """Length of the linear rise of the learning rate from 0."""
+    learning_rate: Positive = 1e-3
+    """Peak, which the warm-up ends at."""
+    final_learning_rate: Annotated[float, Field(ge=0)] = 0.0
+    """End of every schedule but `step`."""
+    schedule: Literal["cosine", "linear", "poly", "step"] = "cosine"
+    """How the rate falls after the warm-up; `poly` is (1 - progress) ** `power`, `step` multiplies
+    by `step_factor` at each of `step_at`.
+    """
+    power: Positive = 0.9
+    """Exponent of `poly`."""
+    step_at: list[Span] = []
+    """When `step` lowers the rate, from the start of the run."""
+    step_factor: Annotated[float, Field(gt=0, lt=1)] = 0.1
+    """What `step` multiplies by."""
+    betas: tuple[BelowOne, BelowOne] = (0.9, 0.95)
+    """Adam's averaging factors."""
+    epsilon: Positive = 1e-8
+    """Adam's epsilon."""
+    weight_decay: Annotated[float, Field(ge=0)] = 0.1
+    """Of weight matrices; biases, norms and temperatures have none."""
+    clip_norm: Positive | None = 1.0
+    """Largest global norm of the gradient; null: no clipping."""
+
+    @model_validator(mode="after")
+    def _schedule_is_whole(self) -> Optimizer:
+        if self.schedule == "step" and not self.step_at:
+            raise ValueError("schedule: step needs step_at; say when the rate falls")
+        if self.schedule != "step" and self.step_at:
+            raise ValueError(
+                f"step_at belongs to schedule: step (it is {self.schedule}); remove one of them"
+            )
+        return self
+
+
+class PretrainingOptimizer(Optimizer):
     """AdamW, its schedule, and the teacher's.
 
     `global_batch_size` stays what it is on any number of ranks: what `max_micro_batch` does not
@@ -44,26 +93,8 @@ class Optimizer(Node):
     in the run, however short it is (docs/paper.md).
     """
 
-    global_batch_size: Count
-    """Samples of an optimiser step on all ranks together."""
     max_micro_batch: Annotated[int, Field(gt=0, multiple_of=2)]
     """Most samples that a rank computes at once."""
-    duration: Span
-    """Length of training: `100 steps`, `1e6 samples`, `30 epochs`."""
-    warmup: SpanOrZero
-    """Length of the linear rise of the learning rate from 0."""
-    learning_rate: Positive = 1e-3
-    """Peak of the cosine schedule."""
-    final_learning_rate: Annotated[float, Field(ge=0)] = 0.0
-    """End of the cosine schedule."""
-    betas: tuple[BelowOne, BelowOne] = (0.9, 0.95)
-    """Adam's averaging factors."""
-    epsilon: Positive = 1e-8
-    """Adam's epsilon."""
-    weight_decay: Annotated[float, Field(ge=0)] = 0.1
-    """Of weight matrices; biases, norms and temperatures have none."""
-    clip_norm: Positive | None = 1.0
-    """Largest global norm of the gradient; null: no clipping."""
     teacher_momentum: Momentum = 0.995
     """Share of the old average in the teacher's update, at the beginning; or `by_length`."""
     teacher_momentum_final: Fraction = 1.0
@@ -186,8 +217,8 @@ class Logging(Node):
         return self
 
 
-class Config(Node):
-    """The whole tree."""
+class RunConfig(Node):
+    """What every task has: a name, an optimiser, an engine, checkpoints and logs."""
 
     run: RunName
     """Name of the run: its folder below `folder`."""
@@ -195,14 +226,8 @@ class Config(Node):
     """Folder of all runs."""
     seed: int = 0
     """Of the weights, the order of the data, and augmentation."""
-    model: Model
-    """The networks."""
-    objective: Objective
-    """The input and the target groups."""
-    data: Data
-    """The stream of samples."""
     optimizer: Optimizer
-    """Batch, duration, AdamW, teacher momentum."""
+    """Batch, duration, AdamW, schedule."""
     engine: Engine = Engine()
     """Precision, devices, ZeRO, stability."""
     checkpoint: Checkpoint = Checkpoint()
@@ -214,6 +239,21 @@ class Config(Node):
     def run_folder(self) -> Path:
         """Where everything about this run is written."""
         return Path(self.folder) / self.run
+
+
+class Config(RunConfig):
+    """The whole tree of pre-training."""
+
+    task: Literal["pretraining"] = "pretraining"
+    """What is trained."""
+    model: Model
+    """The networks."""
+    objective: Objective
+    """The input and the target groups."""
+    data: Data
+    """The stream of samples."""
+    optimizer: PretrainingOptimizer
+    """Batch, duration, AdamW, teacher momentum."""
 
     @property
     def lanes(self) -> int:

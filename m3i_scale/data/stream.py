@@ -313,6 +313,7 @@ class Loader:
             batch_size=None,
             num_workers=self.workers,
             prefetch_factor=_PREFETCH,
+            generator=torch.Generator(),  # the default one is the networks'
             worker_init_fn=_single_thread,
         )
         for number, part in enumerate(loader):

@@ -12,51 +12,20 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from m3i_scale.config import Config, ConfigError
-from m3i_scale.engine.schedules import BatchSplit
+from m3i_scale.config import ConfigError
 
 log = logging.getLogger(__name__)
 
 ABSENT = "absent"
 
 
-def statement(config: Config, sources: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """All that order, samples and loss depend on: configuration key -> JSON value.
-
-    Args:
-        config: the whole configuration.
-        sources: what each source is, whatever its path (`data.Stream.identities`).
-    """
-    tree = config.model_dump(mode="json")
-    data = tree["data"]
-    stated: dict[str, Any] = {
-        "seed": config.seed,
-        "optimizer.global_batch_size": config.optimizer.global_batch_size,
-        "data.lanes": config.lanes,
-        "data.chunk_mebibytes": data["chunk_mebibytes"],
-        "data.image_size": data["image_size"],
-        "data.mean": data["mean"],
-        "data.std": data["std"],
-    }
-    if config.model.init is not None:
-        stated["model.init"] = tree["model"]["init"]
-    stated |= _flat("data.augmentation", data["augmentation"])
-    for number, source in enumerate(data["sources"]):
-        own = {key: value for key, value in source.items() if key not in ("name", "index")}
-        identity = sources[number] if number < len(sources) else {}
-        stated |= _flat(f"data.sources.{number}", own | {"index": dict(identity)})
-    objective = dict(tree["objective"])
-    targets = {target["name"]: target for target in objective.pop("targets")}
-    stated |= _flat("objective", objective | {"targets": targets})
-    return stated
-
-
-def _flat(prefix: str, value: Any) -> dict[str, Any]:
+def flat(prefix: str, value: Any) -> dict[str, Any]:
+    """A tree of mappings as dotted keys below a prefix."""
     if not isinstance(value, dict):
         return {prefix: value}
     found: dict[str, Any] = {}
     for key, inside in value.items():
-        found |= _flat(f"{prefix}.{key}", inside)
+        found |= flat(f"{prefix}.{key}", inside)
     return found
 
 
@@ -116,30 +85,3 @@ def _roots(keys: Iterable[str]) -> set[str]:
 def _shortest(keys: Sequence[str]) -> list[str]:
     """The keys themselves if they are few, else what they have in common."""
     return list(keys) if len(keys) <= 4 else sorted(_roots(keys))
-
-
-def candidates(config: Config, split: BatchSplit, ranks: int) -> int:
-    """Samples that one softmax compares."""
-    whole = config.objective.negatives == "batch"
-    return split.batch if whole else split.micro * ranks
-
-
-def candidates_phrase(
-    old: Mapping[str, Any], ranks: int, candidates: int, *, contrastive: bool
-) -> str | None:
-    """What another number of ranks does to the loss; None if it does nothing.
-
-    Args:
-        old: the state in the checkpoint (`ranks`, `candidates`).
-        ranks: ranks now.
-        candidates: samples of one softmax now.
-        contrastive: whether a target has a softmax over samples.
-    """
-    before = old.get("candidates")
-    moved = f"the checkpoint is of {old['ranks']} ranks and this run has {ranks}"
-    if contrastive and before is not None and before != candidates:
-        return (
-            f"{moved}; the softmax over samples has {candidates} candidates instead of {before}, "
-            "so that its losses are not comparable with those before"
-        )
-    return moved if old["ranks"] != ranks else None

@@ -54,8 +54,9 @@ def _new_bytes(tensors: Iterable[Tensor], seen: set[int]) -> int:
 def _frozen(sharded: Sharded) -> Iterator[Tensor]:
     """Weights without gradient, of which nearly all are the teacher's."""
     yield from sharded.shards.frozen_weights(sharded.model)
-    if sharded.teacher is not None:
-        yield from (p.data for p in sharded.teacher.teacher.parameters())
+    teacher = sharded.teacher.teacher if sharded.teacher else None
+    if teacher is not None:
+        yield from (p.data for p in teacher.parameters())
 
 
 def _moments(sharded: Sharded) -> Iterator[Tensor]:

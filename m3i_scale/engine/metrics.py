@@ -22,7 +22,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from m3i_scale.cluster.launch import World
-from m3i_scale.config import Config, dump_config
+from m3i_scale.config import RunConfig, dump_config
 from m3i_scale.engine.files import write_whole
 from m3i_scale.engine.lines import JsonLines
 from m3i_scale.engine.trackers import Trackers
@@ -94,6 +94,7 @@ class MetricLog:
         first: step that training begins at.
         trackers: told of every step, too.
         attempt: its name in the lines (`events`).
+        picture: name of a file that the first step draws into the folder, for the trackers.
     """
 
     def __init__(
@@ -105,6 +106,7 @@ class MetricLog:
         first: int,
         trackers: Trackers | None = None,
         attempt: str = "",
+        picture: str | None = None,
     ) -> None:
         self._is_main = is_main
         if not is_main:
@@ -116,7 +118,7 @@ class MetricLog:
             total=total, initial=first, unit="step", dynamic_ncols=True, mininterval=interval
         )
         self._trackers = trackers
-        self._mixes: Path | None = folder / "mixes.png"
+        self._picture = folder / picture if picture else None
         self._opened = time.time()
 
     def write(self, step: int, values: dict[str, float], *, show: bool) -> None:
@@ -132,11 +134,11 @@ class MetricLog:
             self._bar.update(step + 1 - self._bar.n)
         if self._trackers is not None:
             self._trackers.scalars(step, values)
-            self._show_mixes(self._trackers, step)
+            self._show_picture(self._trackers, step)
 
-    def _show_mixes(self, trackers: Trackers, step: int) -> None:
+    def _show_picture(self, trackers: Trackers, step: int) -> None:
         """The picture that the first step of a run has drawn."""
-        path, self._mixes = self._mixes, None
+        path, self._picture = self._picture, None
         with contextlib.suppress(OSError):  # not drawn
             if path is not None and path.stat().st_mtime >= self._opened - 1:
                 trackers.picture(step, path.stem, path)
@@ -214,7 +216,7 @@ def machine_values(own: Tensor, device: torch.device) -> dict[str, float]:
     }
 
 
-def write_provenance(folder: Path, config: Config, deepspeed_settings: dict[str, Any]) -> None:
+def write_provenance(folder: Path, config: RunConfig, deepspeed_settings: dict[str, Any]) -> None:
     """Write beside a run: resolved configuration, DeepSpeed's, commit, versions, command line."""
     folder.mkdir(parents=True, exist_ok=True)
     write_whole(folder / "config.yaml", dump_config(config))

@@ -5,12 +5,15 @@ nearly every update of a bf16 average would round to nothing. Each rank holds th
 of the student and moves them without communication. The weights that the forward pass uses are
 these averages in compute precision: at ZeRO stage 3 either whole on every rank (`WholeTeacher`) or
 partitioned like the student (`ShardedTeacher`), at stages 1 and 2 whole (`FlatTeacher`). The values
-are the same, and so are the checkpoints.
+are the same, and so are the checkpoints. Where there is no teacher, `WeightAverages` are the moving
+average of all weights, for evaluation.
 """
 
 from __future__ import annotations
 
+import contextlib
 from abc import ABC, abstractmethod
+from collections.abc import Iterator
 
 import torch
 import torch.distributed as dist
@@ -19,7 +22,7 @@ from torch import Tensor, nn
 from m3i_scale.engine import partitioned
 from m3i_scale.engine.flat import Flat
 from m3i_scale.engine.partitioned import Partitioned
-from m3i_scale.engine.shards import ALIGNMENT, trained
+from m3i_scale.engine.shards import ALIGNMENT, Shards, trained
 from m3i_scale.objective.collectives import gather_rows, gather_rows_into
 
 
@@ -34,12 +37,16 @@ class Teacher(ABC):
 
     Attributes:
         averages: fp32, by the student's names, of what is trained; what is frozen stays equal.
-        teacher: the module whose weights `publish` writes.
+        teacher: the module whose weights `publish` writes; None: there is none.
+        prefix: what the student's names begin with in the networks.
     """
 
     averages: dict[str, Tensor]
+    prefix = "student."
 
-    def __init__(self, teacher: nn.Module, students: list[Tensor], device: torch.device) -> None:
+    def __init__(
+        self, teacher: nn.Module | None, students: list[Tensor], device: torch.device
+    ) -> None:
         self.teacher = teacher
         self._students = students
         # One buffer, in the order of the views.
@@ -162,6 +169,43 @@ class FlatTeacher(Teacher):
         own = rounded.split([part.numel() for part in self._parts])
         for table, part in zip(tables, own, strict=True):
             gather_rows_into(table, part)
+
+
+class WeightAverages(Teacher):
+    """Averages of all trained weights, at any stage, without a second network.
+
+    Nothing reads them in training; inside `in_use` they are the weights.
+    """
+
+    prefix = ""
+
+    def __init__(self, shards: Shards, model: nn.Module, device: torch.device) -> None:
+        super().__init__(None, shards.masters, device)
+        self._shards = shards
+        self.averages = {}
+        for name, parameter in trained(model):
+            own, (part, begin) = shards.extent(parameter), shards.place(parameter)
+            self.averages[name] = self._parts[part].narrow(0, begin, own.stop - own.start)
+
+    def publish(self) -> None:
+        """Nothing: no weights follow the averages."""
+
+    @contextlib.contextmanager
+    def in_use(self) -> Iterator[None]:
+        """Inside, the networks compute with the averages (collectives at both ends)."""
+        self._exchange()
+        try:
+            yield
+        finally:
+            self._exchange()
+
+    @torch.no_grad()
+    def _exchange(self) -> None:
+        for part, weights in zip(self._parts, self._shards.masters, strict=True):
+            kept = weights.clone()
+            weights.copy_(part)
+            part.copy_(kept)
+        self._shards.publish()
 
 
 def _whole_tables(own: list[Tensor]) -> list[Tensor]:

@@ -5,20 +5,20 @@ from __future__ import annotations
 import contextlib
 import logging
 import socket
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
 
 from m3i_scale.cluster.launch import RankError, World, from_rank_0
-from m3i_scale.config import Config, ConfigError
+from m3i_scale.config import ConfigError, Duration, RunConfig
 from m3i_scale.engine import agreement, run_folder
 from m3i_scale.engine.checkpoint import CheckpointReader
 from m3i_scale.engine.events import EventLog, Start, new_name
 from m3i_scale.engine.lineage import Lineage
 from m3i_scale.engine.lock import RunLock
-from m3i_scale.engine.loop import Run, Stream, UnstableError, pretrain
+from m3i_scale.engine.loop import Run, UnstableError, train_to_end
 from m3i_scale.engine.metrics import (
     MetricLog,
     Speed,
@@ -28,13 +28,12 @@ from m3i_scale.engine.metrics import (
 )
 from m3i_scale.engine.saver import Saver, newest_good
 from m3i_scale.engine.schedules import make_schedule, split_batch
-from m3i_scale.engine.state import InitialWeights, restore, start_from
+from m3i_scale.engine.state import restore, start_from
 from m3i_scale.engine.stop import StopFlag
+from m3i_scale.engine.task import InitialWeights, Stream, Task
 from m3i_scale.engine.tracker_backends import Opening
 from m3i_scale.engine.trackers import Trackers
 from m3i_scale.engine.zero import build, deepspeed_config
-from m3i_scale.objective.balance import LossBalance
-from m3i_scale.profiling.flops import step_flops
 
 log = logging.getLogger(__name__)
 
@@ -43,7 +42,7 @@ def train(run: Run, stop: StopFlag) -> bool:
     """Train with a record of it; False if it stopped before its end because it was asked to.
 
     Raises:
-        as `loop.pretrain`.
+        as `loop.train_to_end`.
     """
     record = MetricLog(
         run.folder,
@@ -52,16 +51,17 @@ def train(run: Run, stop: StopFlag) -> bool:
         first=run.progress.step,
         trackers=open_trackers(run.config, run.saver.lineage, run.progress.step),
         attempt=run.events.attempt if run.events else "",
+        picture=run.task.picture,
     )
     try:
-        return pretrain_through(run, stop, record)
+        return train_through(run, stop, record)
     finally:
         if run.events is not None:
             run.events.checkpoint_wait = run.saving.take()
         record.close()
 
 
-def open_trackers(config: Config, line: Lineage | None, first: int) -> Trackers | None:
+def open_trackers(config: RunConfig, line: Lineage | None, first: int) -> Trackers | None:
     """The trackers of a run that trains, on rank 0, which alone knows its lineage."""
     if line is None:
         return None
@@ -72,14 +72,14 @@ def open_trackers(config: Config, line: Lineage | None, first: int) -> Trackers 
     return Trackers(config.logging.trackers, opening)
 
 
-def pretrain_through(run: Run, stop: StopFlag, record: MetricLog) -> bool:
+def train_through(run: Run, stop: StopFlag, record: MetricLog) -> bool:
     """Train to the end; an unstable run goes back and steps over the data, `rollbacks` times.
 
-    Returns and raises as `loop.pretrain`.
+    Returns and raises as `loop.train_to_end`.
     """
     for left in reversed(range(run.config.engine.rollbacks + 1)):
         try:
-            return pretrain(run, stop, record)
+            return train_to_end(run, stop, record)
         except UnstableError as error:
             if not left or run.saver.last_good is None:
                 raise
@@ -95,14 +95,14 @@ def rewind(run: Run, skip_to: int) -> None:
     assert run.saver.last_good is not None
     reader = CheckpointReader(run.saver.last_good)
     skipped = run.progress.skipped
-    run.progress = restore(reader, run.sharded, run.world, run.balance, run.config.seed)
+    run.progress = restore(reader, run.sharded, run.world, run.task)
     run.progress.position, run.progress.skipped = skip_to, skipped
     reader.close()
     begin(run, rollback=True)
 
 
 def open_run(
-    config: Config,
+    task: Task,
     world: World,
     stream: Stream,
     *,
@@ -110,21 +110,19 @@ def open_run(
     resume: str,
     accept: Sequence[str] = (),
     sources: Sequence[Mapping[str, Any]] = (),
-    initial: Callable[[], InitialWeights] | None = None,
     write: bool = True,
     events: EventLog | None = None,
 ) -> Run:
     """Build networks and optimiser, and load the newest good checkpoint if there is one.
 
     Args:
-        config: the whole configuration.
+        task: what is trained.
         world: this rank.
         stream: where batches come from.
         epoch_samples: samples in one pass over all sources.
         resume: "auto", "never", or the path of a checkpoint, of a folder of them, or of a run.
-        accept: keys of `agreement.statement` that may differ from the checkpoint's.
+        accept: keys of `Task.statement` that may differ from the checkpoint's.
         sources: what each source is (`data.Stream.identities`), for the same statement.
-        initial: opens the weights of `model.init`; called if there is no checkpoint.
         write: make the run folder this run's. False to look only: nothing is written.
         events: told of the parts of the start-up, and when training begins.
 
@@ -134,81 +132,77 @@ def open_run(
             written.
         CheckpointError: the checkpoint is of other networks, or none is undamaged.
     """
+    config = task.config
     spec = config.optimizer
-    split = split_batch(spec.global_batch_size, spec.max_micro_batch, world.size)
+    split = split_batch(spec.global_batch_size, spec.max_micro_batch, world.size, even=task.even)
     schedule = make_schedule(spec, epoch_samples)
-    keep_every = config.checkpoint.keep_every
+
+    def steps(length: Duration) -> int:
+        return length.steps(batch=spec.global_batch_size, epoch_samples=epoch_samples)
+
+    keep_every, evaluation = config.checkpoint.keep_every, task.evaluation
     saver = Saver(
         config.run_folder / "checkpoints",
         world,
         keep_last=config.checkpoint.keep_last,
-        keep_every=keep_every
-        and keep_every.steps(batch=spec.global_batch_size, epoch_samples=epoch_samples),
+        keep_every=keep_every and steps(keep_every),
         background=config.checkpoint.background,
     )
-    stated = {
-        "order": agreement.statement(config, sources),
-        "candidates": agreement.candidates(config, split, world.size),
-    }
+    stated = {"order": task.statement(sources), **task.facts(split, world.size)}
     enter = events.enter if events else _say_nothing
     enter("checkpoint")
     reader = newest_good(saver.folder, resume, world)
     if reader is not None:
-        _compare(reader, stated, accept, world, contrastive=config.objective.contrastive)
-    weights = _open_initial(config, world, initial) if reader is None else None
+        _compare(
+            reader, stated["order"], accept, task.moved(reader.state, split, world.size), world
+        )
+    weights = _open_initial(task, world) if reader is None else None
     write = write and (reader is None or reader.state["step"] < schedule.total)
     if events is not None and write:
         events.start()
     enter("networks")
-    sharded = build(config, world, split)
+    sharded = build(task, world, split)
     run = Run(
-        config=config,
+        task=task,
         world=world,
         stream=stream,
         sharded=sharded,
         split=split,
         schedule=schedule,
-        balance=LossBalance(config.objective.balance),
         saver=saver,
-        save_every=config.checkpoint.every.steps(
-            batch=spec.global_batch_size, epoch_samples=epoch_samples
-        ),
+        save_every=steps(config.checkpoint.every),
+        evaluate_every=steps(evaluation.every) if evaluation and evaluation.every else None,
         stated=stated,
         initial=weights,
-        speed=_speed(config, world) if world.is_main else None,
+        speed=_speed(task, world) if world.is_main else None,
         events=events,
     )
     if reader is not None:
         enter("checkpoint")
-        run.progress = restore(reader, sharded, world, run.balance, config.seed)
+        run.progress = restore(reader, sharded, world, task)
         saver.last_good = reader.path
         reader.close()
         log.info("resumed from %s at step %d", reader.path, run.progress.step)
     if weights is not None:
-        start_from(weights, sharded)
-        log.info("started from %s: %s", config.model.init, "; ".join(weights.lines()))
+        start_from(weights, sharded, task.initial_names(weights.names))
+        log.info("started from %s: %s", task.init, "; ".join(weights.lines()))
     if write:  # else there is nothing to do
         begin(run)
     return run
 
 
-def _speed(config: Config, world: World) -> Speed:
-    flops = step_flops(config.model, config.objective, config.data.image_size)
-    return Speed(flops.model, peak_flops(world.device, config.engine.precision))
+def _speed(task: Task, world: World) -> Speed:
+    return Speed(task.flops(), peak_flops(world.device, task.config.engine.precision))
 
 
-def _open_initial(
-    config: Config, world: World, opener: Callable[[], InitialWeights] | None
-) -> InitialWeights | None:
-    """The weights of `model.init`, opened on rank 0 first, which may download them (collective)."""
-    if config.model.init is None:
+def _open_initial(task: Task, world: World) -> InitialWeights | None:
+    """The weights to start from, opened on rank 0 first, which may download them (collective)."""
+    if task.init is None:
         return None
-    if opener is None:
-        raise ValueError("model.init is set, and the caller of open_run opens no weights")
     found: list[InitialWeights] = []
-    from_rank_0(world, lambda: found.append(opener()), Path(config.model.init))
+    from_rank_0(world, lambda: found.append(task.open_initial()), Path(task.init))
     try:
-        return found[0] if found else opener()
+        return found[0] if found else task.open_initial()
     except ConfigError as error:  # of this rank alone: its node has no such file, say
         raise RankError(str(error)) from None
 
@@ -275,19 +269,13 @@ def _introduce(world: World) -> tuple[str, list[str]]:
 
 def _compare(
     reader: CheckpointReader,
-    stated: dict[str, Any],
+    order: dict[str, Any],
     accept: Sequence[str],
+    moved: str | None,
     world: World,
-    *,
-    contrastive: bool,
 ) -> None:
-    """Refuse a checkpoint of another order; say what differs and is accepted."""
-    said = agreement.require_agreement(
-        reader.path, reader.state.get("order"), stated["order"], accept
-    )
-    moved = agreement.candidates_phrase(
-        reader.state, world.size, stated["candidates"], contrastive=contrastive
-    )
+    """Refuse a checkpoint of another order; say what differs and is accepted, and what `moved`."""
+    said = agreement.require_agreement(reader.path, reader.state.get("order"), order, accept)
     if world.is_main:
         for phrase in [*said, *filter(None, [moved])]:
             log.warning("%s", phrase)

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from m3i_scale.cluster.launch import World, seed_rank
 from m3i_scale.engine import shards
 from m3i_scale.engine.checkpoint import CheckpointError, CheckpointReader, extent
+from m3i_scale.engine.task import InitialWeights, Task
 from m3i_scale.engine.zero import Sharded
-from m3i_scale.objective.balance import LossBalance
 
 
 @dataclass
@@ -23,14 +23,13 @@ class Progress:
     step: int = 0  # optimiser steps behind us
     position: int = 0  # stream position of the next step's first sample
     skipped: int = 0  # steps without an update because a gradient was not finite
-    start_rank: float | None = None  # effective rank of the student's features at the start
 
 
 def snapshot(
     sharded: Sharded,
     world: World,
     progress: Progress,
-    balance: LossBalance,
+    task: Task,
     *,
     stated: Mapping[str, Any] | None = None,
     copy: bool = True,
@@ -55,10 +54,9 @@ def snapshot(
         "step": progress.step,
         "position": progress.position,
         "skipped": progress.skipped,
-        "start_rank": progress.start_rank,
         "ranks": world.size,
         "adam_step": sharded.shards.adam_step,
-        "balance": balance.state_dict(),
+        **task.state_dict(),
         "shapes": parameter_shapes(sharded.model),
         "buffers": buffer_shapes(sharded.model),
         **(stated or {}),
@@ -67,9 +65,7 @@ def snapshot(
 
 
 @torch.no_grad()
-def restore(
-    reader: CheckpointReader, sharded: Sharded, world: World, balance: LossBalance, seed: int
-) -> Progress:
+def restore(reader: CheckpointReader, sharded: Sharded, world: World, task: Task) -> Progress:
     """Load a checkpoint written by any number of ranks.
 
     Random generators continue exactly when the number of ranks is the same; otherwise they are
@@ -89,44 +85,23 @@ def restore(
     sharded.shards.publish()
     if sharded.teacher is not None:
         sharded.teacher.publish()
-    balance.load_state_dict(reader.state["balance"])
+    task.load_state_dict(reader.state)
     progress = Progress(*(reader.state[k] for k in ("step", "position", "skipped")))
-    progress.start_rank = reader.state.get("start_rank")  # older checkpoints have none
     if reader.ranks == world.size:
         set_generator_states(reader.generator_states(world.rank), world)
     else:
-        seed_rank(seed + 1 + progress.step, world.rank)
+        seed_rank(task.config.seed + 1 + progress.step, world.rank)
     return progress
 
 
-class InitialWeights(Protocol):
-    """Weights that the backbone starts with (`m3i_scale.integrations.initial.Initial`)."""
-
-    @property
-    def names(self) -> Iterable[str]:
-        """Parameters of the backbone that there are weights for."""
-        ...
-
-    def tensor(self, name: str) -> Tensor:
-        """Whole, float32, on the CPU."""
-        ...
-
-    def lines(self) -> list[str]:
-        """What is loaded and what is new."""
-        ...
-
-    def record(self) -> dict[str, Any]:
-        """The same as JSON."""
-        ...
-
-
 @torch.no_grad()
-def start_from(initial: InitialWeights, sharded: Sharded) -> None:
-    """Set the student's backbone, and the teacher's average of it, to given weights.
+def start_from(initial: InitialWeights, sharded: Sharded, names: Mapping[str, str]) -> None:
+    """Set parameters, and their averages, to given weights.
+
+    `names` are those parameters, and what they are called in the weights.
 
     Frozen parameters, which nothing reads and no checkpoint has, stay as drawn.
     """
-    names = {f"student.backbone.{name}": name for name in initial.names}
     for kind, parts in _kinds(sharded).items():
         for name, parameter, view in parts if kind in ("weight", "teacher") else ():
             if name in names:
@@ -167,10 +142,11 @@ def _kinds(sharded: Sharded) -> dict[str, list[tuple[str, nn.Parameter, Tensor]]
 
 
 def _average_of(sharded: Sharded, name: str) -> Tensor | None:
-    """The teacher average of a student parameter; teacher and student trees share names."""
-    if sharded.teacher is None or not name.startswith("student."):
+    """The moving average of a parameter; a teacher and its student share names."""
+    average = sharded.teacher
+    if average is None or not name.startswith(average.prefix):
         return None
-    return sharded.teacher.averages[name.removeprefix("student.")]
+    return average.averages[name.removeprefix(average.prefix)]
 
 
 def _require_same_networks(reader: CheckpointReader, shapes: dict[str, list[int]]) -> None:

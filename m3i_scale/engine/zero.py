@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import deepspeed
@@ -15,7 +15,7 @@ from torch import nn
 
 from m3i_scale.cluster.launch import World
 from m3i_scale.cluster.numerics import set_numerics
-from m3i_scale.config import Config, ConfigError, Engine, Optimizer, Zero
+from m3i_scale.config import ConfigError, Engine, Optimizer, RunConfig, Zero
 from m3i_scale.config.load import merge
 from m3i_scale.engine import quick, shards
 from m3i_scale.engine.first_pass import FirstPass
@@ -24,22 +24,23 @@ from m3i_scale.engine.momentum import (
     FlatTeacher,
     ShardedTeacher,
     Teacher,
+    WeightAverages,
     WholeTeacher,
     start_equal,
 )
 from m3i_scale.engine.partitioned import Partitioned
 from m3i_scale.engine.schedules import BatchSplit
 from m3i_scale.engine.shards import Shards
+from m3i_scale.engine.task import StudentTeacher, Task
 from m3i_scale.models.precision import DTYPES
-from m3i_scale.objective.m3i import M3I
 
 
 class Sharded(NamedTuple):
     """The networks, what drives them, and this rank's part of what ZeRO splits."""
 
     engine: deepspeed.DeepSpeedEngine
-    model: M3I
-    teacher: Teacher | None
+    model: nn.Module
+    teacher: Teacher | None  # or the average of all weights
     shards: Shards
     first_pass: Callable[[], contextlib.AbstractContextManager[None]]
 
@@ -111,49 +112,68 @@ def _zero_section(zero: Zero) -> dict[str, Any]:
 
 
 def parameter_groups(
-    model: nn.Module, weight_decay: float, *, apart: nn.Module | None = None
+    model: nn.Module,
+    weight_decay: float,
+    *,
+    apart: nn.Module | None = None,
+    factors: Mapping[str, float] | None = None,
 ) -> list[dict[str, Any]]:
     """AdamW groups: no decay on norms, biases, gates and the temperature (all one-dimensional).
 
     Works on partitioned parameters, whose own shape is empty. The parameters of `apart` get groups
     to themselves, which changes no update.
+
+    Args:
+        model: the networks.
+        weight_decay: of what decays.
+        apart: a module of them.
+        factors: of the learning rate, by the names of parameters; others have 1.
     """
     own = {id(p) for p in apart.parameters()} if apart is not None else set()
-    groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
-    for key in itertools.product((True, False), (True, False)):
-        groups[key] = []
-    for _, parameter in shards.trained(model):
+    factors = factors or {}
+    groups: dict[tuple[bool, float, bool], list[nn.Parameter]] = {}
+    for part, decays in itertools.product((True, False), (True, False)):
+        groups[part, 1.0, decays] = []
+    for name, parameter in shards.trained(model):
         shape = getattr(parameter, "ds_shape", parameter.shape)
-        groups[id(parameter) in own, len(shape) > 1].append(parameter)
+        key = id(parameter) in own, factors.get(name, 1.0), len(shape) > 1
+        groups.setdefault(key, []).append(parameter)
     return [
-        {"params": parameters, "weight_decay": weight_decay if decays else 0.0}
-        for (_, decays), parameters in groups.items()
+        {"params": parameters, "weight_decay": weight_decay if decays else 0.0, "factor": factor}
+        for (_, factor, decays), parameters in groups.items()
         if parameters
     ]
 
 
-def build(config: Config, world: World, split: BatchSplit) -> Sharded:
+def build(task: Task, world: World, split: BatchSplit) -> Sharded:
     """Construct the networks, partitioned from the start at stage 3, and the engine around them."""
+    config = task.config
     settings = deepspeed_config(config.engine, split, clip_norm=config.optimizer.clip_norm)
     set_numerics(deterministic=config.engine.deterministic)
     if config.engine.zero.stage == 3:
-        return _build_partitioned(config, world, settings)
-    return _build_flat(config, world, settings)
+        return _build_partitioned(task, world, settings)
+    return _build_flat(task, world, settings)
 
 
-def _build_partitioned(config: Config, world: World, settings: dict[str, Any]) -> Sharded:
+def _build_partitioned(task: Task, world: World, settings: dict[str, Any]) -> Sharded:
     """Stage 3."""
+    config = task.config
     quick.prepare()
-    with _same_draws(config, world), deepspeed.zero.Init(config_dict_or_path=settings):
-        model = _networks(config)
+    partitioning = contextlib.nullcontext()
+    if not task.built_whole:
+        partitioning = deepspeed.zero.Init(config_dict_or_path=settings)
+    with _same_draws(config, world), partitioning:
+        model = _networks(task)
     kind: type[ShardedTeacher | WholeTeacher]
     kind = ShardedTeacher if config.engine.teacher == "sharded" else WholeTeacher
-    copy = None
-    if hasattr(model, "teacher"):
-        start_equal(model.student, model.teacher)
+    teacher, copy, student = None, None, None
+    if isinstance(model, StudentTeacher):
+        student = model.student
+        start_equal(student, model.teacher)
         copy = model.separate_teacher() if kind is WholeTeacher else model.teacher
-    _gather_blocks_at_once(model)
-    groups = parameter_groups(model, config.optimizer.weight_decay)
+    for module in task.leaves(model):
+        deepspeed.utils.set_z3_leaf_module(module, True)
+    groups = _groups(task, model)
     engine = _initialize(config, world, settings, model, groups)
     # DeepSpeed gathers these one by one after every step. Left alone they are gathered with the
     # blocks that need them first, and stay.
@@ -161,32 +181,46 @@ def _build_partitioned(config: Config, world: World, settings: dict[str, Any]) -
     quick.finish(engine.optimizer, model)
     own = Partitioned(engine.optimizer)
     own.create_adam_state()
-    teacher = None if copy is None else kind(own, model.student, copy, world.device)
-    return Sharded(engine, model, teacher, own, FirstPass(engine.optimizer))
+    if student is not None and copy is not None:
+        teacher = kind(own, student, copy, world.device)
+    averages = teacher or _averages(task, own, model, world)
+    return Sharded(engine, model, averages, own, FirstPass(engine.optimizer))
 
 
-def _build_flat(config: Config, world: World, settings: dict[str, Any]) -> Sharded:
+def _build_flat(task: Task, world: World, settings: dict[str, Any]) -> Sharded:
     """Stages 1 and 2."""
+    config = task.config
     # Drawn in the dtype and on the device that stage 3 draws in: the same weights.
     dtype = deepspeed.OnDevice(dtype=DTYPES[config.engine.precision], device=world.device)
     with _same_draws(config, world), world.device, dtype:
-        model = _networks(config)
-    copy = None
-    if hasattr(model, "teacher"):
-        start_equal(model.student, model.teacher)
+        model = _networks(task)
+    teacher, copy, student = None, None, None
+    if isinstance(model, StudentTeacher):
+        student = model.student
+        start_equal(student, model.teacher)
         copy = model.separate_teacher()
-    apart = model.student if copy is not None else None
-    groups = parameter_groups(model, config.optimizer.weight_decay, apart=apart)
+    groups = _groups(task, model, apart=student)
     engine = _initialize(config, world, settings, model, groups)
     quick.finish_flat(engine.optimizer)
     own = Flat(engine.optimizer)
     own.create_adam_state()
-    teacher = None if copy is None else FlatTeacher(own, model.student, copy, world.device)
-    return Sharded(engine, model, teacher, own, contextlib.nullcontext)
+    if student is not None and copy is not None:
+        teacher = FlatTeacher(own, student, copy, world.device)
+    averages = teacher or _averages(task, own, model, world)
+    return Sharded(engine, model, averages, own, contextlib.nullcontext)
+
+
+def _groups(task: Task, model: nn.Module, apart: nn.Module | None = None) -> list[dict[str, Any]]:
+    decay, factors = task.config.optimizer.weight_decay, task.rate_factors(model)
+    return parameter_groups(model, decay, apart=apart, factors=factors)
+
+
+def _averages(task: Task, own: Shards, model: nn.Module, world: World) -> WeightAverages | None:
+    return WeightAverages(own, model, world.device) if task.averages else None
 
 
 @contextlib.contextmanager
-def _same_draws(config: Config, world: World) -> Iterator[None]:
+def _same_draws(config: RunConfig, world: World) -> Iterator[None]:
     """The same weights whatever the number of ranks: all draw the same, and keep their part."""
     with torch.random.fork_rng(devices=[world.device] if world.device.type == "cuda" else []):
         torch.manual_seed(config.seed)
@@ -194,10 +228,10 @@ def _same_draws(config: Config, world: World) -> Iterator[None]:
 
 
 def _initialize(
-    config: Config,
+    config: RunConfig,
     world: World,
     settings: dict[str, Any],
-    model: M3I,
+    model: nn.Module,
     groups: list[dict[str, Any]],
 ) -> deepspeed.DeepSpeedEngine:
     with _zero_optimizer():
@@ -229,19 +263,9 @@ def _zero_optimizer() -> Iterator[None]:
         kind._do_optimizer_sanity_check = original
 
 
-def _gather_blocks_at_once(model: M3I) -> None:
-    """Let ZeRO-3 gather, reduce and release whole blocks, instead of every layer by itself.
-
-    A block's gradients are reduced when its backward pass has ended, which DeepSpeed does again for
-    every pass: only for blocks that run once.
-    """
-    for block in model.blocks_run_once():
-        deepspeed.utils.set_z3_leaf_module(block, True)
-
-
-def _networks(config: Config) -> M3I:
+def _networks(task: Task) -> nn.Module:
     try:
-        return M3I(config.model, config.objective, config.data.image_size)
+        return task.networks()
     except ValueError as error:
         raise ConfigError(f"the networks cannot be built: {error}") from error
 
@@ -262,9 +286,9 @@ def _adamw(
 
 
 def set_learning_rate(engine: deepspeed.DeepSpeedEngine, rate: float) -> None:
-    """Set the rate of every parameter group."""
+    """Set the rate of every parameter group, times its factor."""
     for group in engine.optimizer.param_groups:
-        group["lr"] = rate
+        group["lr"] = rate * group["factor"]
 
 
 @contextlib.contextmanager

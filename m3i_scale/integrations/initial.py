@@ -14,12 +14,12 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
-from m3i_scale.config import ConfigError, Model
+from m3i_scale.config import Backbone, ConfigError
 from m3i_scale.integrations import vit_names
 from m3i_scale.integrations.folders import Entry, Stored, open_weights
 from m3i_scale.models.backbone import backbone_options, build_backbone, with_defaults
@@ -109,7 +109,21 @@ def _parts(names: Sequence[str]) -> str:
     return ", ".join(f"{part} ({count})" for part, count in counts.items())
 
 
-def open_initial(model: Model) -> Initial:
+class Starts(Protocol):
+    """Networks as configuration that start from weights: pre-training's, or a task's."""
+
+    @property
+    def backbone(self) -> Backbone:
+        """The image encoder."""
+        ...
+
+    @property
+    def init(self) -> str | None:
+        """What it starts from."""
+        ...
+
+
+def open_initial(model: Starts) -> Initial:
     """Find the weights that `model.init` names and check them against `model.backbone`.
 
     Raises:
@@ -122,7 +136,7 @@ def open_initial(model: Model) -> Initial:
         raise ConfigError(f"model.init: {error}") from error
 
 
-def check(source: str, stored: Stored, model: Model) -> Initial:
+def check(source: str, stored: Stored, model: Starts) -> Initial:
     """As `open_initial`, of opened weights; raises ValueError."""
     name, options = model.backbone.name, model.backbone.options
     build, arguments = backbone_options(name, options)

@@ -7,9 +7,8 @@ from collections.abc import Iterator
 from torch import nn
 
 from m3i_scale.engine.loop import Run
-from m3i_scale.engine.schedules import momentum_ends
+from m3i_scale.engine.task import StudentTeacher
 from m3i_scale.engine.zero import deepspeed_config
-from m3i_scale.objective.momentum import turnovers
 from m3i_scale.planner.estimate import lasting_memory
 from m3i_scale.profiling.trace import Weight
 
@@ -22,9 +21,9 @@ def describe(run: Run, sources: dict[str, dict[str, int | float | str]]) -> str:
 
 def _networks(run: Run) -> Iterator[str]:
     model = run.sharded.model
-    yield f"networks ({run.config.model.backbone.name}, tokens {model.grid[0]} x {model.grid[1]})"
+    yield f"networks ({run.task.title(model)})"
     parts = dict(model.named_children())
-    if hasattr(model, "teacher"):
+    if isinstance(model, StudentTeacher):
         parts["teacher"] = model.teacher  # a whole teacher is no child
     for name, part in parts.items():
         count = sum(_numel(p) for p in part.parameters())
@@ -35,7 +34,7 @@ def _networks(run: Run) -> Iterator[str]:
 
 def _initial(run: Run) -> Iterator[str]:
     """What the backbone starts from."""
-    init = run.config.model.init
+    init = run.task.init
     if init is None:
         return
     yield f"model.init {init}"
@@ -62,8 +61,9 @@ def _memory(run: Run) -> Iterator[str]:
 def _weights(run: Run) -> list[Weight]:
     """All weights, a teacher's outside of the engine's module among them."""
     found = dict(run.sharded.model.named_parameters())
-    if run.sharded.teacher is not None:
-        found |= run.sharded.teacher.teacher.named_parameters("teacher")
+    teacher = run.sharded.teacher.teacher if run.sharded.teacher else None
+    if teacher is not None:
+        found |= teacher.named_parameters("teacher")
     return [
         Weight(name, name.rpartition(".")[0], _numel(p), p.requires_grad)
         for name, p in found.items()
@@ -75,30 +75,10 @@ def _length(run: Run) -> Iterator[str]:
     yield "length"
     parts = f"{plan.micro} x {plan.accumulation} accumulated x {run.world.size} ranks"
     yield f"  batch {plan.batch} = {parts}"
-    if plan.accumulation > 1 and run.config.objective.contrastive:
-        if run.config.objective.negatives == "batch":
-            yield "  negatives come from the whole batch: every micro-batch runs forward twice"
-        else:  # every micro-step has a softmax of its own
-            yield (
-                f"  negatives come from the {plan.micro * run.world.size} samples of a micro-step "
-                "(objective.negatives=batch: from all, for a second forward pass)"
-            )
     yield f"  {schedule.total} steps ({run.config.optimizer.duration}), warm-up {schedule.warmup}"
     yield f"  {schedule.total * plan.batch:,} samples; a checkpoint every {run.save_every} steps"
-    yield from _teacher(run)
-
-
-def _teacher(run: Run) -> Iterator[str]:
-    """How far the teacher gets away from the weights it starts with."""
-    if not hasattr(run.sharded.model, "teacher"):
-        return
-    total = run.schedule.total
-    start, final = momentum_ends(run.config.optimizer, total)
-    times, remaining = turnovers(total, start, final)
-    yield (
-        f"  the teacher forgets its start {times:.3g} times (momentum {start:.6g} to {final:.6g}); "
-        f"{100 * remaining:.3g} % of the initial weights remain in it"
-    )
+    notes = run.task.notes(run.sharded.model, plan, run.world.size, schedule.total)
+    yield from (f"  {note}" for note in notes)
 
 
 def _data(sources: dict[str, dict[str, int | float | str]]) -> Iterator[str]:

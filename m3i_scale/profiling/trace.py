@@ -318,6 +318,11 @@ def _operators(kernels: bool) -> Iterator[None]:
         set_backend(before)
 
 
+def reference_operators() -> contextlib.AbstractContextManager[None]:
+    """The plain torch operators, which count and run anywhere."""
+    return _operators(kernels=False)
+
+
 def _strip(options: dict[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in options.items() if key != "checkpoint_blocks"}
 

@@ -366,7 +366,7 @@ def test_a_loader_counts_the_faults_of_the_cache_of_its_workers(tmp_path):
 
 def test_a_configuration_with_a_file_as_cache_is_refused_in_one_sentence(tmp_path):
     from m3i_scale.config import ConfigError
-    from m3i_scale.train import build_stream
+    from m3i_scale.tasks.samples import build_stream
 
     (tmp_path / "cache").write_bytes(b"")
     config = Config.model_validate(

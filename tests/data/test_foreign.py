@@ -171,7 +171,7 @@ def train_on(world, folder: Path, overrides: dict[str, Any]) -> dict[str, Any]:
     """What `train.py` does with the small configuration."""
     from helpers.training import train
     from m3i_scale.engine import session
-    from m3i_scale.train import build_stream
+    from m3i_scale.tasks.samples import build_stream
 
     config = captioned_config(folder, overrides)
     stream = build_stream(config)

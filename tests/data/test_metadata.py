@@ -20,7 +20,7 @@ from m3i_scale.data import TooManyBadSamples
 from m3i_scale.data.decode import BadSample, decode_image
 from m3i_scale.shards.indexing import index_shards
 from m3i_scale.shards.writing import Recipe, encode
-from m3i_scale.train import build_stream
+from m3i_scale.tasks.samples import build_stream
 
 RGB = Image.fromarray(
     np.random.default_rng(0).integers(0, 256, (3, 4, 3), dtype=np.uint8)

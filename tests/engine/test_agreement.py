@@ -9,7 +9,9 @@ from typing import Any
 import pytest
 
 from m3i_scale.config import Config, ConfigError
-from m3i_scale.engine.agreement import candidates_phrase, require_agreement, statement
+from m3i_scale.engine.agreement import require_agreement
+from m3i_scale.engine.schedules import split_batch
+from m3i_scale.tasks.pretraining import Pretraining
 
 IDENTITIES = [{"samples": 10, "content": "ab"}, {"samples": 20, "content": "cd"}]
 CHECKPOINT = Path("runs/x/checkpoints/step-00000003")
@@ -17,7 +19,7 @@ CHECKPOINT = Path("runs/x/checkpoints/step-00000003")
 
 def stated(tree: dict[str, Any], identities: Any = IDENTITIES) -> dict[str, Any]:
     """As it comes back from a checkpoint."""
-    return json.loads(json.dumps(statement(Config.model_validate(tree), identities)))
+    return json.loads(json.dumps(Pretraining(Config.model_validate(tree)).statement(identities)))
 
 
 def changed(tree: dict[str, Any], key: str, value: Any) -> dict[str, Any]:
@@ -99,10 +101,16 @@ def test_a_checkpoint_that_states_nothing_is_read_and_that_is_said(small_tree):
 
 
 @pytest.mark.parametrize("without", [False, True])
-def test_another_number_of_candidates_is_said_with_both(without):
-    state = {"ranks": 2, "candidates": 16}
-    said = candidates_phrase(state, 1, 8, contrastive=not without)
+def test_another_number_of_candidates_is_said_with_both(small_tree, without):
+    small_tree["optimizer"] |= {"global_batch_size": 16, "max_micro_batch": 8}
+    if without:
+        targets = [
+            t for t in small_tree["objective"]["targets"] if t["representation"] == "features"
+        ]
+        small_tree["objective"] |= {"targets": targets, "balance": None}
+    task, state = Pretraining(Config.model_validate(small_tree)), {"ranks": 2, "candidates": 16}
+    said = task.moved(state, split_batch(16, 8, 1), 1)
     assert said is not None
     assert "of 2 ranks and this run has 1" in said
     assert ("8 candidates instead of 16" in said) != without
-    assert candidates_phrase(state, 2, 16, contrastive=True) is None
+    assert task.moved(state, split_batch(16, 8, 2), 2) is None

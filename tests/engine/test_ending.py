@@ -14,7 +14,7 @@ from m3i_scale.cluster import launch
 from m3i_scale.cluster.launch import World
 from m3i_scale.config import ConfigError
 from m3i_scale.engine import ending
-from m3i_scale.engine.loop import CategoryError
+from m3i_scale.tasks.pretraining import CategoryError
 
 ALONE = World(0, 0, 1, torch.device("cpu"))
 

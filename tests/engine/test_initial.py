@@ -40,7 +40,7 @@ def start_and_resume(
     """Names of weights that are not what they should be; reports; what a resume says."""
     state = load_file(file)
     run = open_small(world, folder, overrides, "never")
-    tensors, _ = snapshot(run.sharded, world, run.progress, run.balance)
+    tensors, _ = snapshot(run.sharded, world, run.progress, run.task)
     wrong, fp32 = [], run.config.engine.precision == "fp32"
     for name in run.initial.names:  # type: ignore[union-attr]
         value = state[hub_name(name)]

@@ -235,7 +235,7 @@ def train_on_a_full_disk(world: World, _: Path, disk: str, full: int, empty: int
 
     record.write = writing  # type: ignore[method-assign]
     try:
-        loop.pretrain(run, StopFlag(), record)
+        loop.train_to_end(run, StopFlag(), record)
     except CheckpointError as error:
         return str(error)
     finally:
@@ -286,7 +286,7 @@ def train_slow_to_save(world: World, folder: Path, signals: int) -> bool:
         return train_step(*arguments)
 
     checkpoint.save_file, loop.train_step = saving, stepping  # type: ignore[assignment]
-    finished = loop.pretrain(run, flag, record)
+    finished = loop.train_to_end(run, flag, record)
     record.close()
     return finished
 

@@ -18,6 +18,7 @@ from m3i_scale.engine import loop, session
 from m3i_scale.engine.stop import StopFlag
 from m3i_scale.objective.m3i import M3I
 from m3i_scale.objective.momentum import ema_coefficient
+from m3i_scale.tasks.pretraining import CategoryError
 
 pytestmark = pytest.mark.distributed
 
@@ -105,7 +106,7 @@ def one_step(world: World, folder: Path, overrides: dict[str, Any]) -> dict[str,
 
     engine.step = step
     record = open_log(run)
-    loop.pretrain(run, StopFlag(), record)
+    loop.train_to_end(run, StopFlag(), record)
     record.close()
     return {"gradients": gradients}
 
@@ -138,7 +139,7 @@ def momentum_trace(world: World, folder: Path, overrides: dict[str, Any]) -> dic
 
     run.sharded.teacher.update = update  # type: ignore[method-assign]
     record = open_log(run)
-    loop.pretrain(run, StopFlag(), record)
+    loop.train_to_end(run, StopFlag(), record)
     return {"start": start, "trace": trace, "end": full_weights(run)}
 
 
@@ -215,7 +216,7 @@ def train_poisoned(
     record = open_log(run)
     message = ""
     try:
-        loop.pretrain(run, StopFlag(), record)
+        loop.train_to_end(run, StopFlag(), record)
     except loop.UnstableError as error:
         message = str(error)
     return {"weights": full_weights(run), "skipped": run.progress.skipped, "message": message}
@@ -252,7 +253,7 @@ def train_through_poison(
 
     run.stream.loader = loader  # type: ignore[method-assign]
     record = open_log(run)
-    finished = session.pretrain_through(run, StopFlag(), record)
+    finished = session.train_through(run, StopFlag(), record)
     return {"finished": finished, "seen": seen, "position": run.progress.position}
 
 
@@ -284,7 +285,7 @@ def meet_a_label_beyond_the_classifier(world: World, folder: Path) -> str:
         for _ in range(6):
             loop.train_step(run, batches)
 
-    with pytest.raises(loop.CategoryError) as caught:
+    with pytest.raises(CategoryError) as caught:
         train()
     return str(caught.value)
 

@@ -39,7 +39,7 @@ class PoisonedStream(RandomStream):
 
 def states(run: loop.Run) -> States:
     """This rank's slices of weights, moments and averages, as a checkpoint holds them."""
-    tensors, _ = snapshot(run.sharded, run.world, run.progress, run.balance)
+    tensors, _ = snapshot(run.sharded, run.world, run.progress, run.task)
     return {name: value for name, value in tensors.items() if not name.startswith("rng/")}
 
 

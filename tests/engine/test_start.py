@@ -15,10 +15,9 @@ from helpers.training import full_weights, open_small, train_and_resume
 from m3i_scale.cluster.launch import World
 from m3i_scale.config import Config
 from m3i_scale.engine import loop
-from m3i_scale.engine.health import Health
-from m3i_scale.engine.state import Progress
 from m3i_scale.models.heads import Temperature
 from m3i_scale.objective.m3i import M3I
+from m3i_scale.tasks.health import Health
 
 
 def running_centres() -> list[dict[str, Any]]:
@@ -127,31 +126,30 @@ def test_a_temperature_at_its_bound_returns(small: Config):
 
 
 def test_a_collapsing_encoder_is_named_once_and_only_where_it_collapses():
-    def said(ranks: list[float], health: Health, progress: Progress) -> list[str]:
+    def said(ranks: list[float], health: Health, first: int = 0) -> list[str]:
         found = []
-        for rank in ranks:
-            values = {"student/rank": rank, "balance/lambda": 1.0}
-            found += health.warnings(values, progress)
-            progress.step += 1
+        for step, rank in enumerate(ranks, first):
+            found += health.warnings({"student/rank": rank, "balance/lambda": 1.0}, step)
         return found
 
-    assert not said([3.0, 1.0, 3.0, 1.0, 2.0, *[1.1] * 40], Health(), Progress())
-    progress = Progress()
-    (sentence,) = said([2.5] * 5 + [1.14] * 40, Health(), progress)
+    assert not said([3.0, 1.0, 3.0, 1.0, 2.0, *[1.1] * 40], Health())
+    health = Health()
+    (sentence,) = said([2.5] * 5 + [1.14] * 40, health)
     assert "1.2" in sentence
     assert "2.50" in sentence
-    assert progress.start_rank == pytest.approx(2.5)
+    assert health.start_rank == pytest.approx(2.5)
     # A resumed run remembers its start.
-    again = Progress(step=30, start_rank=2.5)
-    assert len(said([1.1] * 20, Health(), again)) == 1
-    assert not said([float("nan")] * 20, Health(), Progress())
+    again = Health()
+    again.start_rank = 2.5
+    assert len(said([1.1] * 20, again, first=30)) == 1
+    assert not said([float("nan")] * 20, Health())
 
 
 def test_a_lambda_out_of_proportion_is_named_once():
-    health, progress = Health(), Progress()
+    health = Health()
     found = []
-    for weight in (1.0, 49.0, 51.0, 300.0):
-        found += health.warnings({"balance/lambda": weight}, progress)
+    for step, weight in enumerate((1.0, 49.0, 51.0, 300.0)):
+        found += health.warnings({"balance/lambda": weight}, step)
     (sentence,) = found
     assert "51" in sentence
     assert "balance.maximum" in sentence

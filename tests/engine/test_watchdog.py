@@ -50,7 +50,7 @@ def stall_on_rank_1(world: World, folder: Path) -> None:
 
     run.sharded.engine.step = step
     record = metrics.MetricLog(run.folder, is_main=world.is_main, total=6, first=0)
-    loop.pretrain(run, StopFlag(), record)
+    loop.train_to_end(run, StopFlag(), record)
 
 
 @pytest.mark.distributed

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterator, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -20,7 +19,8 @@ from m3i_scale.engine import loop, metrics, session
 from m3i_scale.engine.memory import held_memory
 from m3i_scale.engine.state import snapshot
 from m3i_scale.engine.stop import StopFlag
-from m3i_scale.integrations.initial import open_initial
+from m3i_scale.objective.m3i import M3I
+from m3i_scale.tasks.pretraining import Pretraining
 
 
 class RandomStream:
@@ -63,13 +63,12 @@ def open_small(
     speed = session._speed if measured else lambda *_: None
     with mock.patch.object(session, "_speed", speed):
         return session.open_run(
-            config,
+            Pretraining(config),
             world,
             stream,
             epoch_samples=stream.epoch_samples,
             resume=resume,
             accept=accept,
-            initial=partial(open_initial, config.model),
         )
 
 
@@ -81,8 +80,9 @@ def full_weights(run: loop.Run) -> dict[str, torch.Tensor]:
     for name, parameter in run.sharded.model.named_parameters():
         with deepspeed.zero.GatheredParameters([parameter]):
             weights[name] = parameter.detach().clone()
-    if run.sharded.teacher is not None and run.config.engine.teacher == "whole":
-        for name, parameter in run.sharded.teacher.teacher.named_parameters():
+    teacher = run.sharded.teacher.teacher if run.sharded.teacher else None
+    if teacher is not None and run.config.engine.teacher == "whole":
+        for name, parameter in teacher.named_parameters():
             weights[f"teacher.{name}"] = parameter.detach().clone()
     return weights
 
@@ -101,7 +101,7 @@ def train(run: loop.Run) -> bool:
     """Train to the end, with metrics; whether the end was reached."""
     record = open_log(run)
     try:
-        return loop.pretrain(run, StopFlag(), record)
+        return loop.train_to_end(run, StopFlag(), record)
     finally:
         record.close()
 
@@ -136,8 +136,10 @@ def train_and_resume(world: World, folder: Path, overrides: dict[str, Any]) -> d
 
 
 def _state(run: loop.Run) -> dict[str, Any]:
-    model = run.sharded.model
-    tensors, _ = snapshot(run.sharded, run.world, run.progress, run.balance)
+    model, task = run.sharded.model, run.task
+    assert isinstance(model, M3I)
+    assert isinstance(task, Pretraining)
+    tensors, _ = snapshot(run.sharded, run.world, run.progress, task)
     pooling = model.student.backbone.pooling
     return {
         "weights": full_weights(run),
@@ -146,7 +148,7 @@ def _state(run: loop.Run) -> dict[str, Any]:
         "keys": _buffers(model.queues, "keys"),
         "filled": _buffers(model.queues, "filled"),
         "pooling_trained": any(p.requires_grad for p in pooling.parameters()),
-        "start_rank": run.progress.start_rank,
+        "start_rank": task.health.start_rank,
         "held": held_memory(run.sharded),
     }
 

@@ -16,6 +16,7 @@ from m3i_scale.planner.dry_run import describe
 from m3i_scale.planner.estimate import Cluster, make_plan
 from m3i_scale.planner.gpus import gpu
 from m3i_scale.profiling.trace import Trace, trace
+from m3i_scale.tasks.pretraining import Pretraining
 
 
 def report(tree: dict, ranks: int) -> str:
@@ -23,6 +24,7 @@ def report(tree: dict, ranks: int) -> str:
     spec = config.optimizer
     run = SimpleNamespace(
         config=config,
+        task=Pretraining(config),
         world=World(0, 0, ranks, torch.device("cpu")),
         sharded=SimpleNamespace(
             model=M3I(config.model, config.objective, config.data.image_size), teacher=None

@@ -1,0 +1,143 @@
+"""Image classification as configuration: the networks, images with labels, augmentation."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field, model_validator
+
+from m3i_scale.config.data import MAX_PIXELS, Storage
+from m3i_scale.config.model import Backbone
+from m3i_scale.config.transfer import TransferOptimizer, TransferRun
+from m3i_scale.config.types import BelowOne, Count, Fraction, Node, PathText, Positive
+
+
+class Classifier(Node):
+    """The backbone and a linear classifier of its pooled features."""
+
+    backbone: Backbone
+    """The image encoder; `drop_path_rate` and `checkpoint_blocks` are among its options."""
+    init: PathText | None = None
+    """Weights that the backbone starts with, as in pre-training's `model.init`."""
+    classes: Annotated[int, Field(ge=2)]
+    """Number of classes."""
+    pooling: Literal["mean", "attention"] = "mean"
+    """Mean of all tokens, or the backbone's attention pooling, which pre-training with texts or
+    categories has trained.
+    """
+    frozen: bool = False
+    """Train the classifier alone: a linear probe."""
+    dropout: BelowOne = 0.0
+    """Share of pooled features that are dropped in training."""
+
+
+class LabelledImages(Node):
+    """Images with labels: a folder of one folder for each class, or an index of shards."""
+
+    folder: PathText | None = None
+    """Folder whose folders are the classes, in the order of their names (`class_names` may say
+    another)."""
+    index: PathText | None = None
+    """Index of shards with categories (`m3i shards index --kind category`)."""
+
+    @model_validator(mode="after")
+    def _one(self) -> LabelledImages:
+        if (self.folder is None) == (self.index is None):
+            raise ValueError("give either folder or index")
+        return self
+
+
+class RandAugment(Node):
+    """RandAugment (arXiv 1909.13719), as torchvision has it."""
+
+    operations: Count = 2
+    """Changes of an image, one after the other."""
+    magnitude: Annotated[int, Field(ge=0, le=30)] = 9
+    """Their strength; 30 is the strongest."""
+
+
+class ImageAugmentation(Node):
+    """What training does to an image, and to a batch of them."""
+
+    scale: tuple[Positive, Positive] = (0.08, 1.0)
+    """Bounds of the crop's share of the image."""
+    ratio: tuple[Positive, Positive] = (0.75, 4 / 3)
+    """Bounds of its width over its height."""
+    flip: Fraction = 0.5
+    """Probability of mirroring left and right."""
+    rand_augment: RandAugment | None = RandAugment()
+    """Changes of geometry and colours; null: none."""
+    erasing: Fraction = 0.25
+    """Probability of erasing a rectangle."""
+    mixup: Annotated[float, Field(ge=0)] = 0.8
+    """alpha of MixUp; 0: none."""
+    cutmix: Annotated[float, Field(ge=0)] = 1.0
+    """alpha of CutMix; 0: none. With both, each micro-batch has one of them, drawn evenly."""
+    label_smoothing: BelowOne = 0.1
+    """Share of the target that is spread over all classes."""
+
+
+class ClassificationData(Node):
+    """Images to train on and to test on."""
+
+    train: LabelledImages
+    """What is trained on."""
+    test: LabelledImages
+    """What is tested on."""
+    class_names: PathText | None = None
+    """Text file with the names of classes, one in each line, in order: of a folder its folders, in
+    reports what numbers are called.
+    """
+    image_size: Count = 224
+    """Side of the networks' input, in pixels."""
+    test_crop: Annotated[float, Field(gt=0, le=1)] = 0.875
+    """Share of the shorter side that the central crop of a test image has."""
+    augmentation: ImageAugmentation = ImageAugmentation()
+    """What training does to images."""
+    mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
+    """Mean of the pixels, RGB from 0 to 1; subtracted."""
+    std: tuple[Positive, Positive, Positive] = (0.229, 0.224, 0.225)
+    """Standard deviation of the pixels; divided by."""
+    max_pixels: Count = MAX_PIXELS
+    """Larger images are replaced before they are decoded."""
+    workers: Annotated[int, Field(ge=0)] = 8
+    """Processes of each rank that load images."""
+    max_bad_rate: Fraction = 0.01
+    """Share of unreadable images, among the last `bad_window` of a rank, above which a run stops.
+    """
+    bad_window: Count = 10_000
+    """Samples over which `max_bad_rate` is measured."""
+    storage: Storage = Storage()
+    """How shards are read."""
+
+
+class ClassificationOptimizer(TransferOptimizer):
+    """AdamW with a learning rate for each layer, and a moving average of the weights."""
+
+    deformation_factor: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """Further factor of the offsets and the centre scale in InternImage."""
+
+
+class Classification(TransferRun):
+    """A classifier that is trained from a backbone."""
+
+    task: Literal["classification"] = "classification"
+    """What is trained."""
+    model: Classifier
+    """The networks."""
+    data: ClassificationData
+    """Images with labels."""
+    optimizer: ClassificationOptimizer
+    """Batch, duration, AdamW, layer decay."""
+
+    @model_validator(mode="after")
+    def _possible(self) -> Classification:
+        augmentation = self.data.augmentation
+        if self.optimizer.max_micro_batch == 1 and (augmentation.mixup or augmentation.cutmix):
+            raise ValueError(
+                "mixup and cutmix mix the images of a micro-batch, which has one: raise "
+                "optimizer.max_micro_batch, or set both to 0"
+            )
+        if self.model.frozen and self.optimizer.layer_decay != 1:
+            raise ValueError("layer_decay is of a backbone that is trained; remove it, or frozen")
+        return self

@@ -1,0 +1,11 @@
+"""The configuration of each task, by the key `task`."""
+
+from __future__ import annotations
+
+from m3i_scale.config.classification import Classification
+from m3i_scale.config.schema import Config, RunConfig
+
+TASKS: dict[str, type[RunConfig]] = {
+    "pretraining": Config,
+    "classification": Classification,
+}

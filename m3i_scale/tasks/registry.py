@@ -1,0 +1,20 @@
+"""From the configuration of a task to the task."""
+
+from __future__ import annotations
+
+from m3i_scale.config import Config, RunConfig
+from m3i_scale.config.classification import Classification
+from m3i_scale.tasks.task import SampledTask
+
+
+def task_of(config: RunConfig) -> SampledTask:
+    """The task that a configuration describes."""
+    if isinstance(config, Config):
+        from m3i_scale.tasks.pretraining import Pretraining
+
+        return Pretraining(config)
+    if isinstance(config, Classification):
+        from m3i_scale.tasks.classification.task import ClassificationTask
+
+        return ClassificationTask(config)
+    raise TypeError(f"no task has the configuration {type(config).__name__}")
