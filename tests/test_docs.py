@@ -15,6 +15,7 @@ import pytest
 
 from m3i_scale.config import Config, Node
 from m3i_scale.config.errors import RENAMED, nodes_in
+from m3i_scale.config.tasks import TASKS
 from m3i_scale.config.yaml_text import parse
 from m3i_scale.models.intern_image import InternImage
 from m3i_scale.models.vit import ViT
@@ -24,14 +25,19 @@ ROOT = Path(__file__).parents[1]
 PAGES = sorted(
     page for page in ROOT.rglob("*.md") if not {".venv", ".git"} & set(page.relative_to(ROOT).parts)
 )
+ROOTS = [*TASKS.values(), Sweep]  # what a file can be
 TOP = "|".join(Config.model_fields)
 # `data.workers`, `objective.input.ratio=0.6`; not `data.py`, `data/order.py`, `data.Stream(`
 DOTTED = re.compile(rf"(?<![\w./-])((?:{TOP})(?:\.[a-z_0-9]+)+)(?![\w/(]|\.\w)")
 SUFFIXES = {"py", "yaml", "json", "md", "png", "txt", "parquet", "jsonl", "csv", "sbatch", "sh"}
 
 
-def exists(key: str, root: type[Node] = Config) -> bool:
-    """Whether a dotted path leads to a field of the tree, or into a mapping of the user's own."""
+def exists(key: str) -> bool:
+    """Whether a dotted path leads to a field of a tree, or into a mapping of the user's own."""
+    return any(_exists(key, root) for root in ROOTS)
+
+
+def _exists(key: str, root: type[Node]) -> bool:
     kind: Any = root
     for word in key.split("."):
         if word.isdecimal():
@@ -86,7 +92,7 @@ def every_field(root: type[Node]) -> Iterator[str]:
 # Programs whose messages pages quote as `name: message`.
 PROGRAMS = {"slurmstepd"}
 OPTIONS = {name for kind in (InternImage, ViT) for name in inspect.signature(kind).parameters}
-FIELDS = {*every_field(Config), *every_field(Sweep), *OPTIONS, *PROGRAMS, "base"}
+FIELDS = {*(name for root in ROOTS for name in every_field(root)), *OPTIONS, *PROGRAMS, "base"}
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
@@ -96,7 +102,7 @@ def test_every_setting_that_a_page_names_exists(page: Path):
     assert [key for key in dotted(text) if not exists(key) and key not in former] == []
     assert [key for key in inline(text) if key not in FIELDS] == []
     for tree in blocks(text):
-        unknown = [key for key in leaves(tree) if not (exists(key) or exists(key, Sweep))]
+        unknown = [key for key in leaves(tree) if not exists(key)]
         assert [key for key in unknown if key != "base"] == []
 
 
@@ -131,7 +137,7 @@ def test_the_configuration_reference_is_fresh():
 
 def test_the_configuration_reference_has_and_describes_every_key():
     text = program("reference").render()
-    for root in (Config, Sweep):
+    for root in ROOTS:
         for name in every_field(root):
             assert re.search(rf"^\| `{name}` \| ", text, re.MULTILINE), name
     undescribed = re.findall(r"^\| (`\w+`) .*\|  \|$", text, re.MULTILINE)
