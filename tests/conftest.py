@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,6 +20,9 @@ if TYPE_CHECKING:
     from m3i_scale.objective.m3i import M3I
 
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    # A shell has started the tests in the background; programs that they interrupt shall notice.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # Seconds of a test by its marker, about: files are given to workers in the order of their sums.
 SECONDS = {"slurm": 40.0, "distributed": 10.0}

@@ -21,15 +21,19 @@ def test_there_is_a_template_for_every_job():
     assert TEMPLATES == [
         "bench_kernels.sbatch",
         "build_shards.sbatch",
+        "detect.sbatch",
         "evaluate.sbatch",
+        "finetune.sbatch",
         "pretrain_internimage_h.sbatch",
         "pretrain_vit_b16.sbatch",
+        "segment.sbatch",
     ]
 
 
 @pytest.mark.parametrize("name", TEMPLATES)
 def test_slurm_accepts_the_template(cluster, name):
-    one = ("--ntasks-per-node=1", "--gpus-per-node=1") if name.startswith("pretrain") else ()
+    trains = "m3i_scale/train.py" in (REPOSITORY / "slurm" / name).read_text()
+    one = ("--ntasks-per-node=1", "--gpus-per-node=1") if trains else ()
     answer = cluster.run("sbatch", "--test-only", *SMALL, "--time=20", *one, f"slurm/{name}")
     assert re.search(r"Job \d+ to start at .* on nodes n\d", answer), answer
     assert "error" not in answer.lower()
