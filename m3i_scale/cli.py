@@ -35,6 +35,7 @@ COMMANDS = {
     },
     "m3i_scale.shards.commands": {
         "glyphs": "draw a small data set from matplotlib's own fonts",
+        "pasted": "draw a small detection and segmentation set: characters on photographs",
         "shards": "build, index, check and show tar shards of samples",
         "tokenizer": "train a WordPiece tokenizer on the captions of indexed shards",
     },

@@ -1,4 +1,4 @@
-"""The data commands of `m3i`: `shards build|index|check|show`, `glyphs`, `tokenizer`."""
+"""The data commands of `m3i`: `shards build|index|check|show`, `glyphs`, `pasted`, `tokenizer`."""
 
 from __future__ import annotations
 
@@ -25,6 +25,7 @@ def register(subparsers: Subparsers) -> None:
     _add_check(actions)
     _add_show(actions)
     _add_glyphs(subparsers)
+    _add_pasted(subparsers)
     _add_tokenizer(subparsers)
 
 
@@ -244,6 +245,48 @@ def _glyphs(args: argparse.Namespace) -> int:
     )
     for source in (data.text, data.category, data.heldout):
         print(f"{source.index}: {Index(source.index).samples:,} glyphs")
+    return 0
+
+
+def _add_pasted(subparsers: Subparsers) -> None:
+    from m3i_scale.shards.pasted import Recipe
+
+    recipe = Recipe()
+    parser = subparsers.add_parser(
+        "pasted", help="draw a small detection and segmentation set: characters on photographs"
+    )
+    parser.add_argument("folder", type=path, metavar="OUT", help="a new or empty folder")
+    parser.add_argument(
+        "--image-size", type=count, default=recipe.image_size, help="pixels (%(default)s)"
+    )
+    parser.add_argument(
+        "--train", type=count, default=recipe.train, help="training images (%(default)s)"
+    )
+    parser.add_argument(
+        "--val",
+        type=count,
+        default=recipe.val,
+        help="images with typefaces and photographs of their own (%(default)s)",
+    )
+    parser.add_argument(
+        "--characters", default=recipe.characters, help="one category each (%(default)s)"
+    )
+    parser.add_argument(
+        "--objects", type=count, default=recipe.objects, help="most in an image (%(default)s)"
+    )
+    parser.add_argument("--seed", type=count_or_zero, default=recipe.seed)
+    parser.set_defaults(run=_pasted)
+
+
+def _pasted(args: argparse.Namespace) -> int:
+    from m3i_scale.shards.pasted import SPLITS, Recipe, build
+
+    names = ("image_size", "train", "val", "characters", "objects", "seed")
+    data = build(args.folder, Recipe(**{name: getattr(args, name) for name in names}))
+    for split in SPLITS:
+        content = json.loads(data.annotations(split).read_text())
+        objects = len(content["annotations"])
+        print(f"{data.annotations(split)}: {len(content['images']):,} images, {objects:,} objects")
     return 0
 
 

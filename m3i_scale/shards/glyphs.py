@@ -174,19 +174,29 @@ def glyphs(
     return [g for g in every if not g.typeface.held_out], [g for g in every if g.typeface.held_out]
 
 
+def fitted_font(typeface: Typeface, code: int, longer: float) -> ImageFont.FreeTypeFont | None:
+    """The font in the size at which the character's longer side has `longer` pixels (about).
+
+    None where the font draws nothing.
+    """
+    path = str(typeface.path)
+    left, top, right, bottom = ImageFont.truetype(path, 100).getbbox(chr(code))
+    if min(right - left, bottom - top) <= 0:
+        return None
+    return ImageFont.truetype(path, max(8, round(100 * longer / max(right - left, bottom - top))))
+
+
 def render(glyph: Glyph, size: int, seed: int, *, plain: bool = False) -> bytes | None:
     """The glyph as JPEG of `size` x `size` pixels; None where the font draws nothing.
 
     Size, place and colours are a function of (seed, glyph); `plain` is black on white.
     """
     rng = random.Random(zlib.crc32(glyph.key.encode()) + (seed << 32))
-    path, character = str(glyph.typeface.path), chr(glyph.code)
-    left, top, right, bottom = ImageFont.truetype(path, 100).getbbox(character)
-    longer = max(right - left, bottom - top)
-    if min(right - left, bottom - top) <= 0:
-        return None
+    character = chr(glyph.code)
     # The longer side fills a part of the picture, so that a dot is a round thing and not a speck.
-    font = ImageFont.truetype(path, max(8, round(100 * size * rng.uniform(0.55, 0.8) / longer)))
+    font = fitted_font(glyph.typeface, glyph.code, size * rng.uniform(0.55, 0.8))
+    if font is None:
+        return None
     left, top, right, bottom = font.getbbox(character)
     width, height = right - left, bottom - top
     paper, ink = _colours(rng)  # drawn even if not used: what follows shall not depend on it
