@@ -255,7 +255,7 @@ def _add_pasted(subparsers: Subparsers) -> None:
     parser = subparsers.add_parser(
         "pasted", help="draw a small detection and segmentation set: characters on photographs"
     )
-    parser.add_argument("folder", type=path, metavar="OUT", help="a new or empty folder")
+    parser.add_argument("--out", type=path, required=True, help="a new or empty folder")
     parser.add_argument(
         "--image-size", type=count, default=recipe.image_size, help="pixels (%(default)s)"
     )
@@ -282,7 +282,7 @@ def _pasted(args: argparse.Namespace) -> int:
     from m3i_scale.shards.pasted import SPLITS, Recipe, build
 
     names = ("image_size", "train", "val", "characters", "objects", "seed")
-    data = build(args.folder, Recipe(**{name: getattr(args, name) for name in names}))
+    data = build(args.out, Recipe(**{name: getattr(args, name) for name in names}))
     for split in SPLITS:
         content = json.loads(data.annotations(split).read_text())
         objects = len(content["annotations"])

@@ -7,6 +7,7 @@ what is seen of each.  The validation split has typefaces (STIX) and photographs
     build("data_demo/pasted")  ->  images/{train,val}/NNNNNN.jpg
                                    annotations/instances_{train,val}.json   COCO, masks as RLE
                                    masks/{train,val}/NNNNNN.png             category of each pixel
+                                   crops/{train,val}/CHARACTER/N.jpg        each object by itself
                                    classes.json                             their names, by number
 
 In `masks` 0 is the background, 255 a pixel that only a letter's edge touches (to be ignored).
@@ -104,6 +105,10 @@ class Pasted:
         """The folder of category masks of a split, named as the images."""
         return self.folder / "masks" / split
 
+    def crops(self, split: str) -> Path:
+        """The folder of a folder of crops for each character."""
+        return self.folder / "crops" / split
+
 
 @dataclass(frozen=True)
 class _Object:
@@ -137,7 +142,7 @@ def build(folder: str | Path, recipe: Recipe | None = None) -> Pasted:
     photographs = {split: _photographs(split) for split in SPLITS}
     folder.mkdir(parents=True, exist_ok=True)
     note.write_text(json.dumps({**state, "complete": False}))
-    for name in ("images", "annotations", "masks"):
+    for name in ("images", "annotations", "masks", "crops"):
         shutil.rmtree(folder / name, ignore_errors=True)
     for split in SPLITS:
         _write(Pasted(folder), split, recipe, faces[split], photographs[split])
@@ -198,7 +203,8 @@ def _write(
     faces: Sequence[Typeface],
     photographs: Sequence[Image.Image],
 ) -> None:
-    for path in (out.images(split), out.masks(split), out.annotations(split).parent):
+    crops = [out.crops(split) / character for character in recipe.characters]
+    for path in (out.images(split), out.masks(split), out.annotations(split).parent, *crops):
         path.mkdir(parents=True, exist_ok=True)
     images: list[dict[str, Any]] = []
     annotations: list[dict[str, Any]] = []
@@ -210,7 +216,10 @@ def _write(
         _indexed(scene.categories).save(out.masks(split) / f"{name}.png")
         images.append({"id": number, "file_name": f"{name}.jpg", "width": size, "height": size})
         for thing in scene.objects:
-            annotations.append({"id": len(annotations) + 1, "image_id": number, **_entry(thing)})
+            entry = {"id": len(annotations) + 1, "image_id": number, **_entry(thing)}
+            annotations.append(entry)
+            crop = scene.image.crop(_square(*entry["bbox"], size))
+            crop.save(crops[thing.category - 1] / f"{entry['id']}.jpg", quality=92)
     content = {
         "info": {"description": f"characters pasted on photographs, {split}"},
         "images": images,
@@ -287,6 +296,14 @@ def _ink(rng: random.Random, image: Image.Image, mask: Mask) -> tuple[int, int, 
     saturation = rng.uniform(0.0, 1.0 if light else 0.6)
     red, green, blue = colorsys.hsv_to_rgb(rng.random(), saturation, value)
     return round(255 * red), round(255 * green), round(255 * blue)
+
+
+def _square(x: int, y: int, width: int, height: int, size: int) -> tuple[int, int, int, int]:
+    """A square around a box with a tenth of its longer side on each side, inside the image."""
+    side = min(size, round(1.2 * max(width, height)))
+    left = min(max(0, x + (width - side) // 2), size - side)
+    top = min(max(0, y + (height - side) // 2), size - side)
+    return left, top, left + side, top + side
 
 
 def _entry(thing: _Object) -> dict[str, Any]:

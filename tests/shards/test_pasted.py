@@ -93,7 +93,7 @@ def test_run_lengths_begin_with_zeros():
 
 def test_the_folder_of_somebody_else_is_refused(tmp_path, capsys):
     (tmp_path / "thesis.tex").write_text("")
-    assert main(["pasted", str(tmp_path)]) == 2
+    assert main(["pasted", "--out", str(tmp_path)]) == 2
     assert "holds other files" in capsys.readouterr().err
     assert [p.name for p in tmp_path.iterdir()] == ["thesis.tex"]
 
@@ -107,7 +107,7 @@ def test_the_folder_of_somebody_else_is_refused(tmp_path, capsys):
     ],
 )
 def test_impossible_recipes_end_in_a_sentence(tmp_path, capsys, options, message):
-    assert main(["pasted", str(tmp_path / "new"), *options]) == 2
+    assert main(["pasted", "--out", str(tmp_path / "new"), *options]) == 2
     assert message in capsys.readouterr().err
     assert not (tmp_path / "new").exists()
 
@@ -118,3 +118,12 @@ def test_missing_photographs_say_what_to_install(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match=r"m3i-scale\[transfer\]"):
         build(tmp_path / "new", RECIPE)
     pasted._inside.cache_clear()
+
+
+def test_a_crop_shows_one_object_as_it_stands_in_its_image(data):
+    for entry in content(data, "val")["annotations"]:
+        character = RECIPE.characters[entry["category_id"] - 1]
+        crop = Image.open(data.crops("val") / character / f"{entry['id']}.jpg")
+        assert crop.width == crop.height >= max(entry["bbox"][2:])
+    count = len(list(data.crops("val").rglob("*.jpg")))
+    assert count == len(content(data, "val")["annotations"])
