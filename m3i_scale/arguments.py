@@ -1,4 +1,4 @@
-"""Numbers and paths on the command line: `type=` functions of argparse.
+"""The command line: numbers and paths as `type=` functions of argparse, and one line of an answer.
 
 They refuse the impossible with a sentence. The name of a YAML file needs none of them: who reads it
 expands it.
@@ -14,6 +14,16 @@ import os
 from pathlib import Path
 
 from m3i_scale import paths
+
+_LONGEST_LINE = 2000  # characters
+
+
+def one_line(message: str) -> str:
+    """A message on one line; the middle of one that quotes a megabyte of somebody's file is cut."""
+    text = " ".join(message.split()).encode("utf-8", "backslashreplace").decode()
+    if len(text) <= _LONGEST_LINE:
+        return text
+    return f"{text[: _LONGEST_LINE - 420]} [...] {text[-400:]}"
 
 
 def count(text: str) -> int:

@@ -16,6 +16,7 @@ from collections.abc import Sequence
 from types import FrameType
 
 from m3i_scale import __version__
+from m3i_scale.arguments import one_line
 
 EXAMPLES = """examples:
   m3i glyphs --out data_demo/glyphs
@@ -114,8 +115,8 @@ def _words(error: BaseException) -> str:
     """The message in one line; of the operating system's errors, the file and what is wrong."""
     if isinstance(error, OSError) and error.strerror:
         names = [str(name) for name in (error.filename, error.filename2) if name is not None]
-        return ": ".join([*names, error.strerror])
-    return " ".join(str(error).split())
+        return one_line(": ".join([*names, error.strerror]))
+    return one_line(str(error))
 
 
 def parse(words: Sequence[str]) -> argparse.Namespace:

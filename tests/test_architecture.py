@@ -30,7 +30,7 @@ ALLOWED: dict[str, set[str]] = {
     "shards": {"config", "data", "models"} | LEAVES,  # of models: the tokenizer, of captions
     "cluster": {"config"},
     "profiling": {"config", "objective", "models", "m3i_kernels"},
-    "engine": {"config", "objective", "models", "cluster", "profiling", "m3i_kernels"},
+    "engine": {"config", "objective", "models", "cluster", "profiling", "m3i_kernels"} | LEAVES,
     "planner": {"config", "objective", "models", "profiling", "cluster", "engine", "m3i_kernels"}
     | LEAVES,
     # What the engine trains.

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -9,7 +11,7 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from m3i_scale.config import ConfigError
+from m3i_scale.config import ConfigError, load_config
 from m3i_scale.config.yaml_text import dump, parse, parse_value
 
 
@@ -132,3 +134,41 @@ def test_what_is_written_is_read_back(tree: Any):
 @given(st.dictionaries(WORDS, WORDS | LOOKALIKES, max_size=3))
 def test_text_stays_text_in_other_readers(tree: Any):
     assert yaml.safe_load(dump(tree)) == tree
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "a: !!bool x",
+        "a: !!int ''",
+        "a: !!float ''",
+        'a: "\\UFFFFFFFF"',
+        'a: "\\U00110000"',
+        "a: 0x" + "f" * 5000,
+    ],
+    ids=lambda text: text[:20],
+)
+def test_what_pyyaml_stumbles_over_is_refused_in_a_sentence(text: str):
+    with pytest.raises(ConfigError) as caught:
+        parse(text)
+    assert "\n" not in str(caught.value)
+
+
+def test_the_time_to_read_grows_with_the_length_alone():
+    # Of each of so many keys the lines of all others were looked through: minutes, not seconds.
+    text = "\n".join(f"k{n}: {n}" for n in range(20_000))
+    begun = time.process_time()
+    assert len(parse(text).value) == 20_000
+    assert time.process_time() - begun < 60
+
+
+def test_half_characters_name_no_file(tmp_path: Path):
+    path = tmp_path / "c.yaml"
+    path.write_text('base: "\\uD800.yaml"')
+    with pytest.raises(ConfigError, match="cannot be the name of a file"):
+        load_config(path)
+
+
+def test_a_file_without_end_is_no_configuration():
+    with pytest.raises(ConfigError, match="more than 4 MiB"):
+        load_config(Path("/dev/zero"))

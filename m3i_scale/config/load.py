@@ -31,6 +31,7 @@ from m3i_scale.config.yaml_text import Place, dump, parse, parse_value
 
 N = TypeVar("N", bound=Node)
 
+LARGEST_FILE = 1 << 22  # bytes
 # What makes a method, of which a file states all as soon as it states the targets.
 METHOD = ("targets", "input", "balance")
 
@@ -243,7 +244,11 @@ def _read(path: Path, above: tuple[str, ...] = ()) -> Layers:
     if real in above:
         raise ConfigError(f"{path}: base files form a circle: {' -> '.join((*above, real))}")
     try:
-        document = parse(path.read_bytes())
+        with path.open("rb") as file:
+            text = file.read(LARGEST_FILE + 1)
+        if len(text) > LARGEST_FILE:
+            raise ConfigError(f"it has more than {LARGEST_FILE >> 20} MiB; is it the right file?")
+        document = parse(text)
     except OSError as error:
         raise ConfigError(
             f"{path}: cannot read the configuration file ({error.strerror})"
@@ -271,9 +276,17 @@ def _path(name: str | Path, where: str = "", beside: Path = Path()) -> Path:
         expanded = locate(paths.expand(name), beside) if isinstance(name, str) else name
     except ValueError as error:  # a ConfigError is one
         raise ConfigError(f"{where}{error}") from None
-    if "\0" in str(expanded):
+    if "\0" in str(expanded) or not _is_encodable(str(expanded)):
         raise ConfigError(f"{where}{name!r} cannot be the name of a file")
     return expanded
+
+
+def _is_encodable(name: str) -> bool:
+    """False where YAML has spelt half a character: no file is called so."""
+    try:
+        return bool(os.fsencode(name))
+    except UnicodeEncodeError:
+        return False
 
 
 def _bases(value: Any, where: str) -> list[str]:

@@ -18,6 +18,7 @@ from m3i_scale.config.types import ConfigError
 Place = tuple[str | int, ...]  # ("data", "sources", 0, "index")
 
 MOST_VALUES = 100_000  # of a document; aliases of aliases can make more of a short one than fits
+_MOST_BITS = 1024  # of an integer: more than any float holds
 _MERGE = "tag:yaml.org,2002:merge"
 _STRING = "tag:yaml.org,2002:str"
 _PLAIN = {
@@ -78,7 +79,9 @@ def parse(text: bytes | str) -> Document:
         raise ConfigError(
             f"{_at(mark)}not valid YAML: {', '.join(word for word in words if word)}"
         ) from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except ConfigError:
+        raise
+    except (yaml.YAMLError, ValueError, OverflowError) as error:  # `"\\UFFFFFFFF"`, say
         raise ConfigError(f"not valid YAML: {' '.join(str(error).split())}") from None
     except RecursionError:
         raise ConfigError("not usable YAML: it is nested too deeply") from None
@@ -92,7 +95,7 @@ def parse_value(text: str) -> Any:
     """
     try:
         tokens = list(yaml.scan(text, Loader=_Loader))
-    except yaml.YAMLError:
+    except (yaml.YAMLError, ValueError, OverflowError, RecursionError):
         return _alone(text)  # which says what is wrong
     spans = [(token.start_mark.index, token.end_mark.index) for token in tokens]
     hashes = [n for n, letter in enumerate(text) if letter == "#"]
@@ -151,9 +154,14 @@ class _Builder:
 
     def _scalar(self, node: yaml.ScalarNode) -> Any:
         try:
-            return self._loader.construct_object(node)
-        except ValueError as error:  # `!!int x`
-            raise ConfigError(f"{_at(node.start_mark)}{error}") from None
+            value = self._loader.construct_object(node)
+        except (ValueError, LookupError) as error:  # `!!int x`, `!!int ''`, `!!bool x`
+            kind = node.tag.rpartition(":")[2]
+            words = error if isinstance(error, ValueError) else f"{node.value!r} is no {kind}"
+            raise ConfigError(f"{_at(node.start_mark)}{words}") from None
+        if isinstance(value, int) and value.bit_length() > _MOST_BITS:  # Python cannot print it
+            raise ConfigError(f"{_at(node.start_mark)}a number of {value.bit_length():,} bits")
+        return value
 
     def _mapping(
         self, node: yaml.MappingNode, place: Place, above: tuple[yaml.Node, ...]
@@ -173,8 +181,9 @@ class _Builder:
         for key, child in node.value:
             if key.tag != _MERGE:
                 inside = (*place, key.value)
-                for line in [p for p in self._lines if p[: len(inside)] == inside]:
-                    del self._lines[line]  # of what a merged mapping said
+                if key.value in merged:
+                    for line in [p for p in self._lines if p[: len(inside)] == inside]:
+                        del self._lines[line]  # of what a merged mapping said
                 self._lines[inside] = key.start_mark.line + 1
                 merged[key.value] = self.build(child, inside, above)
         return merged

@@ -44,7 +44,7 @@ _REMEDIES = {
     "corrupt tar header": "it is damaged, or no tar: copy it again",
     "truncated": "its end is missing: copy the shard again",
     "empty member": "a file of no bytes",
-    "absurd size": "members may have 256 MiB",
+    "absurd size": "members may have 256 MiB, and a sample 1 GiB from its first to its last",
     "repeated member": "a sample has two members of one kind",
     "repeated key": "two samples have one name",
 }
@@ -56,6 +56,19 @@ class BadSample(Exception):  # noqa: N818  (a finding about data, not an error o
     def __init__(self, cause: str, detail: str = "") -> None:
         super().__init__(f"{cause}: {detail}" if detail else cause)
         self.cause = cause
+
+
+class OfOneRank:
+    """An error that one sentence explains, and that other ranks, which read elsewhere, do not meet.
+
+    A worker process hands it over as the text of a traceback, which ends with the message.
+    """
+
+    for_users = True
+    on_one_rank = True
+
+    def __str__(self) -> str:
+        return super().__str__().rstrip().rpartition(f"{type(self).__name__}: ")[2]
 
 
 def remedy(cause: str) -> str:

@@ -40,9 +40,8 @@ FIELDS = (
     "prompt",
 )
 _LITERAL = r"""(?:"(?:[^"\\]|\\.)*"|'(?:[^'\\]|\\.)*')"""
-# A list of strings as JSON, Python and NumPy print it.
-_LIST = re.compile(rf"\[\s*{_LITERAL}(?:(?:\s*,\s*|\s+){_LITERAL})*\s*,?\s*\]", re.DOTALL)
 _STRING = re.compile(_LITERAL, re.DOTALL)
+_SPACE = re.compile(r"\s*")
 _DEEPEST = 4
 
 
@@ -88,11 +87,32 @@ def clean(text: str) -> str:
 
 def _from_string(text: str) -> list[str]:
     stripped = text.strip()
-    if stripped.startswith("[") and _LIST.fullmatch(stripped):
-        parts = [_unquote(match.group()) for match in _STRING.finditer(stripped)]
-    else:
-        parts = [text]
+    literals = _literals(stripped) if stripped.startswith("[") else None
+    parts = [text] if literals is None else map(_unquote, literals)
     return [caption for caption in map(clean, parts) if caption]
+
+
+def _literals(text: str) -> list[str] | None:
+    """The quoted strings of a list as JSON, Python and NumPy print it; None where it is none.
+
+    Strings are parted by a comma, or by white space alone. Each character is looked at once: one
+    pattern for the whole list would take minutes for some texts of a megabyte.
+    """
+    found: list[str] = []
+    at, parted = _after_space(text, 1), True
+    while (literal := _STRING.match(text, at)) and parted:
+        found.append(literal.group())
+        end = literal.end()
+        at = _after_space(text, end)
+        if text[at : at + 1] == ",":
+            at = _after_space(text, at + 1)
+        parted = at > end
+    return found if found and text[at:] == "]" else None
+
+
+def _after_space(text: str, at: int) -> int:
+    found = _SPACE.match(text, at)
+    return found.end() if found else at
 
 
 def _unquote(literal: str) -> str:

@@ -35,6 +35,9 @@ _decode_jpeg = torch.ops.image.decode_jpeg.default
 _RGB = ImageReadMode.RGB.value
 # Frame headers of JPEG: SOF0 to SOF15 without DHT (C4), JPG (C8), DAC (CC).
 _SOF = frozenset(range(0xFFC0, 0xFFD0)) - {0xFFC4, 0xFFC8, 0xFFCC}
+# Encoders write some ten. Each makes the decoder go through all pixels again: a megabyte of empty
+# scans would keep it for minutes.
+_SCAN, _MOST_SCANS = b"\xff\xda", 200
 _FRAME = struct.Struct(">4xBHHB")  # after these: bits per sample, height, width, components
 _ORIENTATION = 0x0112  # EXIF tag
 _TURNS = {
@@ -56,8 +59,11 @@ def decode_image(data: bytes | memoryview, *, max_pixels: int = MAX_PIXELS) -> T
         if data[:2] == b"\xff\xd8":
             height, width, simple = _jpeg_header(data)
             _check_size(height, width, max_pixels)
+            writable = bytearray(data)
+            if writable.count(_SCAN) > _MOST_SCANS:
+                raise BadSample("undecodable image", f"more than {_MOST_SCANS} scans")
             if simple:
-                encoded = torch.frombuffer(bytearray(data), dtype=torch.uint8)
+                encoded = torch.frombuffer(writable, dtype=torch.uint8)
                 rgb = _decode_jpeg(encoded, _RGB, True)
                 return rgb.permute(1, 2, 0)
         return _decode_with_pillow(bytes(data), max_pixels)

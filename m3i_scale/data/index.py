@@ -23,6 +23,10 @@ are compared alone.
 Row groups hold about 64k samples, so that one look-up decodes about a megabyte.  The short columns
 of all rows are repeated in the footer (key `summary`), so that an index of 45,000 shards opens in a
 fraction of a second.  The footer's key `notes` holds the class list and the largest category.
+
+Nothing in an index is believed that could shift the order or fill the memory: `summary` and `notes`
+have a checksum in the footer (key `check`), every page has one, and of each sample that is looked
+up offsets and sizes must lie within its shard.
 """
 
 from __future__ import annotations
@@ -34,7 +38,9 @@ import os
 import zlib
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from tarfile import BLOCKSIZE as BLOCK
 from typing import Any
 
 import numpy as np
@@ -43,11 +49,15 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from m3i_scale.config import SourceKind
+from m3i_scale.data.bad_sample import OfOneRank
+from m3i_scale.data.retry import PERMANENT, StorageError
 from m3i_scale.data.storage import StorageClient, is_local, join, local_path, parent
 
 FORMAT = "m3i-index-3"
 _READABLE = {FORMAT, "m3i-index-2"}  # 2: without `check` and `fingerprint`
 _GROUP_SAMPLES = 65_536
+LARGEST_MEMBER = 1 << 28  # 256 MiB: a member is read as a whole
+LARGEST_SAMPLE = 1 << 30  # from its first member's header to the end of its last one
 _LISTS = (
     "image_offset",
     "image_size",
@@ -75,6 +85,36 @@ SCHEMA = pa.schema(
         ("problems", pa.list_(pa.struct([("key", pa.string()), ("cause", pa.string())]))),
     ]
 )
+
+
+class DamagedIndex(OfOneRank, ValueError):  # noqa: N818  (a finding about data)
+    """An index is not what was written, or says what cannot be."""
+
+
+@contextmanager
+def damage_named(path: str) -> Iterator[None]:
+    """Turn whatever a damaged index makes its readers raise into one sentence.
+
+    Raises:
+        DamagedIndex: in the place of those. What the storage raises passes.
+    """
+    try:
+        yield
+    except DamagedIndex:
+        raise
+    except _OF_DAMAGE as error:
+        of_storage = isinstance(error, (StorageError, *PERMANENT))
+        if of_storage or (isinstance(error, OSError) and error.errno is not None):
+            raise
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        raise DamagedIndex(f"{path} is damaged ({reason}): {_REMEDY}") from None
+
+
+_REMEDY = "copy it again, or make it again with `m3i shards index`"
+_OF_DAMAGE = (
+    pa.ArrowException, OSError, ValueError, LookupError, TypeError, AttributeError, OverflowError,
+    RecursionError,
+)  # fmt: skip
 
 
 def header_identity(block: bytes) -> bytes:
@@ -122,7 +162,8 @@ def write_index(
     `notes` about all shards together are read when the last row is written: see Index.notes.
     """
     encoding = {f"{name}.list.element": "DELTA_BINARY_PACKED" for name in _LISTS}
-    options = {"use_dictionary": False, "compression": "zstd", "write_statistics": False}
+    options = {"use_dictionary": False, "compression": "zstd", "write_statistics": False,
+               "write_page_checksum": True}  # fmt: skip
     summaries = []
     with pq.ParquetWriter(path, SCHEMA, column_encoding=encoding, **options) as writer:
         for number, group in enumerate(_groups(rows)):
@@ -139,6 +180,7 @@ def write_index(
             summaries.append(summary)
         summary = pa.concat_tables(summaries).combine_chunks()
         footer = {"format": FORMAT, "summary": _pack(summary), "notes": json.dumps(notes or {})}
+        footer["check"] = _footer_check(footer)
         writer.add_key_value_metadata(footer)
 
 
@@ -146,6 +188,10 @@ def read_notes(path: str | os.PathLike[str]) -> dict[str, Any]:
     """The notes that `write_index` put in the footer of a local file."""
     notes: dict[str, Any] = json.loads(pq.read_metadata(path).metadata.get(b"notes", b"{}"))
     return notes
+
+
+def _footer_check(footer: Mapping[str, str]) -> str:
+    return f"{zlib.crc32((footer['summary'] + footer['notes']).encode()):08x}"
 
 
 def _fingerprint(check: pa.ListScalar) -> int:
@@ -195,7 +241,23 @@ class Index:
         self._file: pq.ParquetFile | None = None
         self._owner = 0
         self._metadata: pq.FileMetaData | None = None
-        table = _unpack(self._open().metadata.metadata[b"summary"])
+        self._groups: OrderedDict[int, pa.Table] = OrderedDict()
+        with damage_named(self.path):
+            self._read_footer()
+
+    def _read_footer(self) -> None:
+        """The summary and the notes.
+
+        Raises:
+            one of _OF_DAMAGE: something is missing, of another type, or contradicts the rest.
+        """
+        footer = {key.decode(): value.decode()
+                  for key, value in self._open().metadata.metadata.items()}  # fmt: skip
+        if "check" in footer and footer["check"] != _footer_check(footer):
+            raise ValueError("its summary does not match its checksum")
+        table = _unpack(footer["summary"].encode())
+        if any(table.column(name).null_count for name in ("shard", "samples", "bytes")):
+            raise ValueError("its summary has gaps")
         self.shards: list[str] = table.column("shard").to_pylist()
         self.counts: NDArray[np.int64] = table.column("samples").to_numpy().astype(np.int64)
         self.shard_bytes: NDArray[np.int64] = table.column("bytes").to_numpy()
@@ -208,9 +270,9 @@ class Index:
         self.samples = int(self.counts.sum())
         # About all shards together: classes (numbers of the labels that are names) and
         # largest_category.
-        self.notes: dict[str, Any] = json.loads(self._open().metadata.metadata.get(b"notes", b"{}"))
+        self.notes: dict[str, Any] = json.loads(footer.get("notes", "{}"))
         self.classes: dict[str, int] = self.notes.get("classes", {})
-        self._groups: OrderedDict[int, pa.Table] = OrderedDict()
+        _require_sound(self)
 
     @property
     def kind(self) -> SourceKind | None:
@@ -223,8 +285,8 @@ class Index:
     @property
     def largest_category(self) -> int | None:
         """The largest category of any sample; None without categories, or in an older index."""
-        found = self.notes.get("largest_category", -1)
-        return int(found) if found >= 0 else None
+        found = int(self.notes.get("largest_category", -1))
+        return found if found >= 0 else None
 
     def url(self, shard: int) -> str:
         """URL of a shard."""
@@ -262,18 +324,28 @@ class Index:
         -1 where a member is not part of the source, or the index has no checks.
         """
         group, row = self._where[shard].tolist()
-        table = self._group(group)
         members = np.full((stop - start, len(_LISTS) + 1), -1, dtype=np.int64)
-        for column, name in enumerate(self._columns):
-            members[:, column] = _slice(table.column(name), row, start, stop)
+        with damage_named(self.path):
+            table = self._group(group)
+            for column, name in enumerate(self._columns):
+                found = _slice(table.column(name), row, start, stop)
+                if len(found) != stop - start:
+                    raise ValueError(f"shard {self.shards[shard]} has not {stop} of {name}")
+                members[:, column] = found
+            if self.checked and (members[:, -1] < 0).any():
+                raise ValueError(f"shard {self.shards[shard]} has no checksums")
+            _require_within(members, int(self.shard_bytes[shard]), self.shards[shard])
         return members
 
     def problems(self) -> Iterator[tuple[str, str, str]]:
         """(shard, key, cause) of every sample that was left out."""
         file = self._open()
         for group in range(file.num_row_groups):
-            table = file.read_row_group(group, columns=["shard", "problems"], use_threads=False)
-            for row in table.to_pylist():
+            with damage_named(self.path):
+                rows = file.read_row_group(
+                    group, columns=["shard", "problems"], use_threads=False
+                ).to_pylist()
+            for row in rows:
                 for problem in row["problems"]:
                     yield row["shard"], problem["key"], problem["cause"]
 
@@ -288,6 +360,11 @@ class Index:
         return self._groups[group]
 
     def _open(self) -> pq.ParquetFile:
+        """The open file of this process.
+
+        Raises:
+            ValueError: it is no index.
+        """
         if self._file is None or self._owner != os.getpid():
             local = is_local(self.path)
             self._file = _parquet(
@@ -307,17 +384,51 @@ class Index:
 
 def _parquet(url: str, source: Any, metadata: pq.FileMetaData | None) -> pq.ParquetFile:
     try:
-        file = pq.ParquetFile(source, metadata=metadata, memory_map=isinstance(source, str))
+        file = pq.ParquetFile(
+            source, metadata=metadata, memory_map=isinstance(source, str),
+            page_checksum_verification=True,
+        )  # fmt: skip
     except pa.ArrowInvalid as error:
-        raise ValueError(
-            f"{url} is not an index ({error}): make one with `m3i shards index`"
+        reason = " ".join(str(error).split())
+        raise DamagedIndex(
+            f"{url} is not an index ({reason}): make one with `m3i shards index`"
         ) from None
-    found = (file.metadata.metadata or {}).get(b"format", b"none").decode()
+    found = (file.metadata.metadata or {}).get(b"format", b"none").decode("utf-8", "replace")
     if found not in _READABLE:
-        raise ValueError(
+        raise DamagedIndex(
             f"{url} is Parquet of format {found!r}, not {FORMAT!r}: make it with `m3i shards index`"
         )
     return file
+
+
+def _require_sound(index: Index) -> None:
+    """Raise ValueError unless an index's summary and notes can be true."""
+    counts, sizes, where = index.counts, index.shard_bytes, index._where
+    groups = [index._open().metadata.row_group(n).num_rows
+              for n in range(index._open().num_row_groups)]  # fmt: skip
+    if len(counts) and (counts.min() < 0 or sizes.min() < 0 or (counts * BLOCK > sizes).any()):
+        raise ValueError("it has shards that are smaller than their samples")
+    if any(not (0 <= g < len(groups) and 0 <= row < groups[g]) for g, row in where.tolist()):
+        raise ValueError("its summary names rows that it does not have")
+    for name, number in index.classes.items():
+        if isinstance(number, bool) or not isinstance(number, int):
+            raise TypeError(f"the class {name!r} has the number {number!r}")
+    index.largest_category  # noqa: B018  (raises)
+
+
+def _require_within(members: NDArray[np.int64], length: int, shard: str) -> None:
+    """Raise ValueError unless members (n, 7) lie within a shard of `length` bytes.
+
+    The image must be there; the others may be absent (-1, -1).
+    """
+    offset, size = members[:, 0:6:2], members[:, 1:6:2]
+    absent = (offset == -1) & (size == -1)
+    absent[:, 0] = False
+    inside = (offset >= BLOCK) & (size >= 0) & (size <= LARGEST_MEMBER) & (offset <= length - size)
+    first = np.where(absent, np.iinfo(np.int64).max, offset).min(axis=1, initial=length)
+    last = np.where(absent, 0, offset + size).max(axis=1, initial=0)
+    if not (absent | inside).all() or (last - first > LARGEST_SAMPLE).any():
+        raise ValueError(f"it has samples that lie beyond their shard {shard}")
 
 
 def _slice(column: pa.ChunkedArray, row: int, start: int, stop: int) -> NDArray[np.int64]:

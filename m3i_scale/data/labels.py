@@ -146,6 +146,8 @@ def read_classes(path: str | os.PathLike[str]) -> dict[str, int]:
         raise ValueError(f"{path} is not a class list: {bad}") from None
     try:
         content = json.loads(text)
+    except RecursionError:
+        raise ValueError(f"{path} is not a class list: its JSON is nested too deeply") from None
     except ValueError:
         content = [line for line in text.splitlines() if line.strip()]
     if isinstance(content, dict):

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from m3i_scale.config import Data, Source
 from m3i_scale.data import decode, views
-from m3i_scale.data.bad_sample import BadSample, remedy
+from m3i_scale.data.bad_sample import BadSample, OfOneRank, remedy
 from m3i_scale.data.batch import PHOTOMETRIC_FIELDS, Batch
 from m3i_scale.data.index import Index
 from m3i_scale.data.order import Order
@@ -22,15 +22,8 @@ from m3i_scale.data.reader import Raw, ReadCount, ShardReader
 _MOST_SUBSTITUTES = 32
 
 
-class TooManyBadSamples(RuntimeError):  # noqa: N818  (the name is the message)
+class TooManyBadSamples(OfOneRank, RuntimeError):  # noqa: N818  (the name is the message)
     """More samples had to be replaced than the configuration tolerates."""
-
-    for_users = True  # the message is all that a user needs
-    on_one_rank = True  # other ranks have other samples
-
-    def __str__(self) -> str:
-        # A worker process hands it over as the text of a traceback, which ends with the message.
-        return super().__str__().rstrip().rpartition(f"{type(self).__name__}: ")[2]
 
 
 @dataclass(frozen=True)

@@ -229,6 +229,8 @@ def _is_unicode(text: str) -> bool:
 def _read_local(path: str, start: int, stop: int) -> bytes:
     handle = os.open(path, os.O_RDONLY)
     try:
-        return os.pread(handle, stop - start, start)
+        # Python sets aside what is asked for, which an index may have wrong.
+        stop = min(stop, os.fstat(handle).st_size)
+        return os.pread(handle, max(0, stop - start), start)
     finally:
         os.close(handle)

@@ -21,6 +21,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import math
 import os
 import re
 import shutil
@@ -36,10 +37,11 @@ from torch import Tensor
 
 from m3i_scale.config import ConfigError
 from m3i_scale.engine import lineage
-from m3i_scale.engine.lineage import Lineage
+from m3i_scale.engine.lineage import UNREADABLE, Lineage
 
 FORMAT = 2  # 1: before the names student and teacher
 _STEP = re.compile(r"step-\d+")
+_MOST_ELEMENTS = 1 << 48  # of a tensor
 
 
 class CheckpointError(RuntimeError):
@@ -244,11 +246,16 @@ def verify(path: Path, share: int = 0, shares: int = 1) -> str | None:
     """Check sizes and checksums of every `shares`-th file; what is wrong, or None."""
     try:
         listed = json.loads((path / "complete.json").read_text())["files"]
+        found = [entry["file"] for entry in listed]
+        ranks = len(found) - 1
+        # Nothing else is opened: what a damaged list names may be a device that never ends.
+        if found != [*(rank_file(rank, ranks) for rank in range(ranks)), "state.json"]:
+            return f"{path / 'complete.json'} lists other files than those of a checkpoint"
         for entry in listed[share::shares]:
             if _fingerprint(path / entry["file"]) != entry:
                 return f"{path / entry['file']} does not match its checksum"
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        return f"{path}: {error}"
+    except UNREADABLE as error:
+        return f"{path}: {error or type(error).__name__}"
     return None
 
 
@@ -263,7 +270,7 @@ class CheckpointReader:
         self.path = path
         try:
             self.state: dict[str, Any] = json.loads((path / "state.json").read_text())
-        except (OSError, ValueError) as error:
+        except UNREADABLE as error:
             raise CheckpointError(f"{path}: no readable checkpoint ({error})") from None
         found = self.state.get("format") if isinstance(self.state, dict) else None
         if found != FORMAT:
@@ -271,6 +278,9 @@ class CheckpointReader:
                 f"{path}: checkpoint format {found}, this version reads {FORMAT}; "
                 "train on with the version that wrote it, or start another run"
             )
+        problem = _contradiction(path, self.state)
+        if problem:
+            raise CheckpointError(f"{path / 'state.json'} is damaged: {problem}")
         self.ranks: int = self.state["ranks"]
         self.shapes: dict[str, list[int]] = self.state["shapes"]
         self.buffers: dict[str, list[int]] = self.state.get("buffers", {})
@@ -281,35 +291,76 @@ class CheckpointReader:
         self._files.clear()
 
     def tensor(self, kind: str, name: str) -> Tensor:
-        """One whole tensor in its own shape."""
+        """One whole tensor in its own shape; raises as `slice`."""
         shape = self._shape(name)
         return self.slice(kind, name, 0, _elements(shape)).reshape(shape)
 
     def slice(self, kind: str, name: str, start: int, stop: int) -> Tensor:
-        """Elements `[start, stop)` of a flattened tensor."""
+        """Elements `[start, stop)` of a flattened tensor.
+
+        Raises:
+            CheckpointError: a file cannot be read, or has not what the state says.
+        """
         elements = _elements(self._shape(name))
         parts = []
         for rank in range(self.ranks):
             own = extent(elements, rank, self.ranks)
             low, high = max(start, own.start), min(stop, own.stop)
             if low < high:
-                part = self._open(rank).get_slice(f"{kind}/{name}")
-                parts.append(part[low - own.start : high - own.start])
+                with self._damage_named(rank):
+                    part = self._open(rank).get_slice(f"{kind}/{name}")
+                    if part.get_shape() != [own.stop - own.start]:
+                        raise ValueError(f"{kind}/{name} has the shape {part.get_shape()}")
+                    parts.append(part[low - own.start : high - own.start])
         return torch.cat(parts) if parts else torch.empty(0)
 
     def _shape(self, name: str) -> list[int]:
-        return self.shapes[name] if name in self.shapes else self.buffers[name]
+        for known in (self.shapes, self.buffers):
+            if name in known:
+                return known[name]
+        raise CheckpointError(f"{self.path} holds no tensor named {name}")
 
     def generator_states(self, rank: int) -> dict[str, Tensor]:
         """Random generator states that this rank saved, by device kind."""
-        file = self._open(rank)
-        names = [key for key in file.keys() if key.startswith("rng/")]  # noqa: SIM118
-        return {key.removeprefix("rng/"): file.get_tensor(key) for key in names}
+        with self._damage_named(rank):
+            file = self._open(rank)
+            names = [key for key in file.keys() if key.startswith("rng/")]  # noqa: SIM118
+            return {key.removeprefix("rng/"): file.get_tensor(key) for key in names}
+
+    @contextlib.contextmanager
+    def _damage_named(self, rank: int) -> Iterator[None]:
+        try:
+            yield
+        except (SafetensorError, OSError, ValueError) as error:
+            path = self.path / rank_file(rank, self.ranks)
+            raise CheckpointError(f"{path} is damaged: {error}") from None
 
     def _open(self, rank: int) -> Any:
         if rank not in self._files:
             self._files[rank] = safe_open(self.path / rank_file(rank, self.ranks), framework="pt")
         return self._files[rank]
+
+
+def _contradiction(path: Path, state: dict[str, Any]) -> str | None:
+    """What in a state cannot be, as far as reading tensors relies on it; None where nothing."""
+    for name, least in (("step", 0), ("position", 0), ("skipped", 0), ("adam_step", 0),
+                        ("ranks", 1)):  # fmt: skip
+        value = state.get(name, least)
+        if isinstance(value, bool) or not isinstance(value, int) or not least <= value < 1 << 62:
+            return f"{name} is {value!r}"
+    if "ranks" not in state or "step" not in state:
+        return "it does not say how many steps and ranks"
+    if _STEP.fullmatch(path.name) and step_of(path) != state["step"]:
+        return f"it is of step {state['step']}"
+    for shapes in (state.get("shapes"), state.get("buffers", {})):
+        if not isinstance(shapes, dict) or not all(map(_is_shape, shapes.values())):
+            return "its shapes are none"
+    return None
+
+
+def _is_shape(value: Any) -> bool:
+    whole = isinstance(value, list) and all(type(size) is int and size >= 0 for size in value)
+    return whole and math.prod(value) < _MOST_ELEMENTS
 
 
 def _elements(shape: list[int]) -> int:

@@ -16,6 +16,8 @@ import os
 import sys
 from pathlib import Path
 
+from m3i_scale.arguments import one_line
+
 MISTAKE, CRASH, INTERRUPTED = 2, 1, 130
 NOTE = "M3I_FAILURE"
 
@@ -48,7 +50,7 @@ def explain(error: BaseException, code: int) -> None:
     local = os.environ.get("LOCAL_RANK") or os.environ.get("SLURM_LOCALID") or rank
     if local != "0" and not alone:
         return
-    sentence = os_error_sentence(error) if isinstance(error, OSError) else str(error)
+    sentence = one_line(os_error_sentence(error) if isinstance(error, OSError) else str(error))
     print(f"error: {sentence}", file=sys.stderr, flush=True)
     if code == MISTAKE and os.environ.get(NOTE):
         with contextlib.suppress(OSError), Path(os.environ[NOTE]).open("a") as file:

@@ -18,6 +18,7 @@ import json
 import math
 import os
 import secrets
+import zlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -25,6 +26,10 @@ from typing import Any, NamedTuple
 from m3i_scale.engine.files import write_whole
 
 FILE = "lineage.json"
+# What reading a JSON file and taking it apart may raise.
+UNREADABLE = (
+    OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError, OverflowError,
+)  # fmt: skip
 BEFORE = ""  # the attempt of checkpoints that were written before lineages were
 
 
@@ -64,12 +69,13 @@ class Lineage(NamedTuple):
 
     def as_json(self) -> dict[str, Any]:
         """As `read` takes it."""
-        return {
+        content = {
             "run": self.run,
             "attempts": [list(attempt) for attempt in self.attempts],
             "parent": self.parent,
             "job": self.job,
         }
+        return {**content, "check": _check(content)}
 
 
 LEGACY = Lineage("", (Attempt(BEFORE, 0),))
@@ -87,8 +93,13 @@ def read(content: Mapping[str, Any]) -> Lineage:
     """From JSON.
 
     Raises:
-        ValueError, KeyError, TypeError: it is something else.
+        any of UNREADABLE: it is something else, or damaged: one wrong letter in a name would make
+            strangers of all checkpoints. Versions before this one wrote no check.
     """
+    if "check" in content:
+        rest = {key: value for key, value in content.items() if key != "check"}
+        if content["check"] != _check(rest):
+            raise ValueError("the lineage does not match its checksum")
     attempts = tuple(Attempt(str(name), int(first)) for name, first in content["attempts"])
     if not attempts:
         raise ValueError("a lineage without attempts")
@@ -99,7 +110,7 @@ def read_file(path: Path) -> Lineage | None:
     """The lineage in a run's `lineage.json`; None where there is none that can be read."""
     try:
         return read(json.loads(path.read_text()))
-    except (OSError, ValueError, KeyError, TypeError):
+    except UNREADABLE:
         return None
 
 
@@ -108,7 +119,7 @@ def of_checkpoint(path: Path) -> Lineage | None:
     try:
         content = json.loads((path / "complete.json").read_text())
         return read(content["lineage"]) if "lineage" in content else LEGACY
-    except (OSError, ValueError, KeyError, TypeError):
+    except UNREADABLE:
         return None
 
 
@@ -126,6 +137,10 @@ def restarts(environment: Mapping[str, str] = os.environ) -> int:
     """How often this submission has been restarted by itself."""
     counts = (environment.get("SLURM_RESTART_COUNT"), environment.get("TORCHELASTIC_RESTART_COUNT"))
     return max(int(count) if count and count.isdigit() else 0 for count in counts)
+
+
+def _check(content: Mapping[str, Any]) -> int:
+    return zlib.crc32(json.dumps(content, sort_keys=True).encode())
 
 
 def _name() -> str:

@@ -125,7 +125,7 @@ def _open_safetensors(file: Path) -> tuple[dict[str, Entry], dict[str, str]]:
 def _read_json(path: Path) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text("utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ValueError(f"{path} cannot be read as JSON ({error})") from None
     if not isinstance(content, dict):
         raise ValueError(f"{path} is no JSON object")

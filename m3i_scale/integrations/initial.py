@@ -9,7 +9,6 @@ else must fit, by name, shape and the options that shapes do not show.
 from __future__ import annotations
 
 import hashlib
-import json
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -213,8 +212,8 @@ def _described(stored: Stored, kind: str) -> dict[str, Any]:
     """What the weights say about their network: arguments of the backbone, where they are known."""
     config = stored.config
     if "backbone" in stored.metadata:  # of `m3i export`
-        described = json.loads(stored.metadata["backbone"])
-        return with_defaults(*backbone_options(described["name"], described["options"]))
+        described = Backbone.model_validate_json(stored.metadata["backbone"])
+        return with_defaults(*backbone_options(described.name, described.options))
     if kind == "intern_image" and config.get("model_type") == "internimage":
         return with_defaults(InternImage, config)
     architecture = str(config.get("architecture", ""))

@@ -47,6 +47,7 @@ class Backbone(Protocol):
         ...
 
 
+_MOST_BLOCKS, _LARGEST_SIZE = 1000, 1_000_000
 _PRETRAINING = {"use_clip_projector": True, "num_classes": 0}
 
 # name -> class and the options that the name stands for
@@ -66,10 +67,18 @@ def build_backbone(name: str, **options: Any) -> Backbone:
 
     Options are those of the class's constructor and override what the name stands for. InternImage
     of every size comes with the fused map and without a classifier. Raises ValueError for unknown
-    names, unknown options and missing ones.
+    names, unknown options and missing ones, and for values that no network has.
     """
     build, merged = backbone_options(name, options)
-    return build(**merged)
+    try:
+        return build(**merged)
+    except ValueError:
+        raise
+    except (TypeError, ArithmeticError, LookupError, RuntimeError, MemoryError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise ValueError(
+            f"backbone {name} cannot be built with {_shown(options)}: {reason}"
+        ) from error
 
 
 def backbone_options(
@@ -87,10 +96,24 @@ def backbone_options(
         if option not in parameters:
             raise ValueError(f"backbone {name}, option {option!r}: {_suggest(option, parameters)}")
     merged = {**defaults, **options}
+    _require_possible(name, options)
     missing = [p for p in parameters.values() if p.default is p.empty and p.name not in merged]
     if missing:
         raise ValueError(f"backbone {name} needs {', '.join(p.name for p in missing)}")
     return build, merged
+
+
+def _require_possible(name: str, options: Mapping[str, Any]) -> None:
+    """Refuse numbers of blocks that would be built for hours, and sizes that no memory holds."""
+    for option, value in options.items():
+        most = _MOST_BLOCKS if option in ("depth", "depths") else _LARGEST_SIZE
+        for number in value if isinstance(value, list | tuple) else [value]:
+            if isinstance(number, int | float) and not -most <= number <= most:
+                raise ValueError(f"backbone {name}: {option} is {value!r}; {most:,} is the most")
+
+
+def _shown(options: Mapping[str, Any]) -> str:
+    return ", ".join(f"{option}: {value!r}" for option, value in options.items()) or "no options"
 
 
 def with_defaults(build: Callable[..., Any], given: Mapping[str, Any]) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 import os
 import re
+import zipfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 # Where `.pth` files keep the weights, and the prefix of each name in files from the Hub.
 WEIGHT_KEYS = ("model", "module")
 HUB_PREFIX = "model."
+_MOST_UNPACKED = 4  # bytes of an archive, for each of the file
 # What Hub files call the layer scale of a block, with which the names of `InternImage` come back.
 _HUB_SCALE = re.compile(r"\.layer_scale([12])$")
 
@@ -87,7 +89,22 @@ def _read_safetensors(path: Path) -> dict[str, Tensor]:
         raise ValueError(f"{path} is not a safetensors file: {error}") from error
 
 
+def _refuse_bomb(path: Path) -> None:
+    """Refuse an archive that unpacks to far more than it weighs: `torch.save` packs nothing."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            size = sum(info.file_size for info in archive.infolist())
+    except (OSError, ValueError, NotImplementedError, zipfile.BadZipFile):
+        return  # the older format, or damaged, which the reader says
+    if size > _MOST_UNPACKED * path.stat().st_size:
+        raise ValueError(
+            f"{path} unpacks to {size:,} bytes, more than {_MOST_UNPACKED} times its own; weights "
+            "do not pack so well: fetch it again from where it comes from"
+        )
+
+
 def _read_torch(path: Path) -> dict[str, Tensor]:
+    _refuse_bomb(path)
     try:
         content: Any = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # what the restricted reader raises depends on the bytes it meets
@@ -99,6 +116,8 @@ def _read_torch(path: Path) -> dict[str, Tensor]:
         if isinstance(content, dict) and isinstance(content.get(key), dict):
             content = content[key]
             break
-    if not isinstance(content, dict) or not all(isinstance(v, Tensor) for v in content.values()):
+    if not isinstance(content, dict) or not all(
+        isinstance(k, str) and isinstance(v, Tensor) for k, v in content.items()
+    ):
         raise ValueError(f"{path} holds no state dict, neither bare nor under {WEIGHT_KEYS}")
     return dict(content)

@@ -92,7 +92,7 @@ def _lines(path: Path, trace: Trace, read: Callable[[Any], Any]) -> Iterator[Any
         for number, line in enumerate(file, 1):
             try:
                 yield read(json.loads(line))
-            except (ValueError, KeyError, TypeError, RecursionError):
+            except (ValueError, LookupError, TypeError, RecursionError, OverflowError):
                 name = str(path.relative_to(trace.folder))
                 trace.damaged.setdefault(name, []).append(number)
 
@@ -125,7 +125,7 @@ def _figure(values: dict[str, Any], keys: tuple[str, ...]) -> float:
     for key in keys:
         value = values.get(key)
         if isinstance(value, int | float) and not isinstance(value, bool):
-            return float(value)
+            return float(value) if math.isfinite(value) else math.nan
     return math.nan
 
 

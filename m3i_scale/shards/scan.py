@@ -20,7 +20,13 @@ from typing import IO, Any, get_args
 from m3i_scale.config import SourceKind
 from m3i_scale.data import captions, labels
 from m3i_scale.data.bad_sample import BadSample
-from m3i_scale.data.index import ShardIndex, check_of, header_identity
+from m3i_scale.data.index import (
+    LARGEST_MEMBER,
+    LARGEST_SAMPLE,
+    ShardIndex,
+    check_of,
+    header_identity,
+)
 from m3i_scale.data.text import read_text
 from m3i_scale.shards.groups import Group, Member, group_members, last_part
 
@@ -31,7 +37,6 @@ _LONGEST_END = 2048  # blocks of zeros that a tar of large records may end with
 _LONGEST_NAME = 1 << 16
 _LARGEST_KEPT = 1 << 20
 _MOST_KEPT = 1 << 28  # bytes of labels and JSON documents of one shard
-_LARGEST_MEMBER = 1 << 28  # 256 MiB: a sample is read as a whole
 _SKIP = 1 << 20  # zeros are passed over in steps of this many bytes
 _JSON_DOCUMENTS = 64  # that are looked at for captions
 # A JSON field is preferred to members only if that many more samples have it.
@@ -308,7 +313,9 @@ def _problem(group: Group, index: ShardIndex, wanted: Wanted) -> tuple[str, str]
         return "empty member", ""
     if any(member.offset + member.size > index.bytes for member in used if member):
         return "truncated", f"the shard ends at byte {index.bytes:,}"
-    if any(member.size > _LARGEST_MEMBER for member in used if member):
+    there = [member for member in used if member]
+    span = max(m.offset + m.size for m in there) - min(m.offset for m in there)
+    if span > LARGEST_SAMPLE or any(member.size > LARGEST_MEMBER for member in there):
         return "absurd size", ""
     return ("repeated member", "") if group.repeated else None
 

@@ -11,6 +11,7 @@ from typing import Literal
 from safetensors import SafetensorError, safe_open
 
 from m3i_scale.config import Config
+from m3i_scale.config.model import Backbone as ConfiguredBackbone
 from m3i_scale.models.backbone import Backbone, build_backbone
 from m3i_scale.models.weights import load_published, load_weights
 from m3i_scale.transfer import tensor_file
@@ -88,8 +89,11 @@ def load_backbone(path: str | os.PathLike[str]) -> Backbone:
         raise ValueError(
             f"{path} does not describe a backbone; write it with `m3i export --part backbone`"
         )
-    description = json.loads(metadata["backbone"])
-    backbone = build_backbone(description["name"], **description["options"])
+    try:
+        described = ConfiguredBackbone.model_validate_json(metadata.get("backbone", ""))
+    except ValueError as error:
+        raise ValueError(f"{path} does not describe a backbone ({error})") from None
+    backbone = build_backbone(described.name, **described.options)
     state = {name: tensor.float() for name, tensor in load_published(path).items()}
     load_weights(backbone, state, fresh=untrained(backbone, state))  # type: ignore[arg-type]
     return backbone

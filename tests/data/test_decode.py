@@ -214,3 +214,14 @@ def test_categories():
                          (b"9" * 5000, "cls")]:  # fmt: skip
         with pytest.raises(BadSample, match="bad category"):
             decode_category(data, member)
+
+
+def test_a_jpeg_of_scans_without_end_is_refused():
+    buffer = io.BytesIO()
+    RGB.save(buffer, "JPEG", progressive=True)
+    data = buffer.getvalue()
+    scans = [n for n in range(len(data)) if data[n : n + 2] == b"\xff\xda"]
+    again = data[:-2] + data[scans[1] : scans[2]] * 300 + data[-2:]
+    assert decode_image(data).shape == (HEIGHT, WIDTH, 3)
+    with pytest.raises(BadSample, match="more than 200 scans"):
+        decode_image(again)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import string
+import time
 
 import pytest
 from hypothesis import given
@@ -213,3 +214,34 @@ def test_several_captions_of_an_image_are_kept(tmp_path):
                  progress=False)  # fmt: skip
     assert sorted(sample.text for _, sample in walk(source_of(output))) == ["a0", "a1", "a2"]
     assert b'"b1"' in (tmp_path / "o" / "00000.tar").read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("text", "captions"),
+    [
+        ('["a", "b"]', ["a", "b"]),
+        ("['a' 'b'\n 'c']", ["a", "b", "c"]),
+        ('[ "a" , "b" , ]', ["a", "b"]),
+        ('["a""b"]', ['["a""b"]']),
+        ('["a",, "b"]', ['["a",, "b"]']),
+        ('["a"] x', ['["a"] x']),
+        ("[]", ["[]"]),
+        ("[a]", ["[a]"]),
+        ('["a" b]', ['["a" b]']),
+    ],
+)
+def test_what_is_a_list_of_captions(text, captions):
+    assert read_captions(text) == captions
+
+
+@pytest.mark.parametrize("ending", [" " * 100_000 + "x", "," * 100_000 + "]", " 'b'" * 30_000])
+def test_a_list_that_never_ends_takes_no_time(ending):
+    begun = time.process_time()
+    assert len(read_captions('["a"' + ending)) == 1
+    assert time.process_time() - begun < 20  # it was minutes
+
+
+def test_a_class_list_that_is_nested_without_end(tmp_path):
+    (tmp_path / "classes.json").write_text("[" * 100_000)
+    with pytest.raises(ValueError, match="nested too deeply"):
+        read_classes(tmp_path / "classes.json")

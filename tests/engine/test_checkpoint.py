@@ -107,3 +107,62 @@ def test_another_format_is_refused(tmp_path: Path, format_: int):
         CheckpointError, match=f"format {format_}, this version reads 2; train on with the version"
     ):
         CheckpointReader(path)
+
+
+@pytest.mark.parametrize(
+    "files",
+    [
+        [],
+        {},
+        None,
+        [{"file": "/dev/zero"}],
+        [{"file": "rank-00000-of-00001.safetensors"}, {"file": "/dev/zero"}],
+        [{"file": "state.json"}],
+    ],
+    ids=str,
+)
+def test_a_marker_that_lists_other_files_opens_none_of_them(tmp_path: Path, files: object):
+    path = write(tmp_path, 1, 1)
+    (path / "complete.json").write_text(json.dumps({"files": files}))
+    assert checkpoint.verify(path)
+
+
+@pytest.mark.parametrize("name", ["complete.json", "state.json"])
+@pytest.mark.parametrize("text", ["[" * 100_000, "[]", "3", '{"files": 1e400}', "\0"])
+def test_records_of_any_shape(tmp_path: Path, name: str, text: str):
+    path = write(tmp_path, 1, 1)
+    (path / name).write_text(text)
+    assert checkpoint.verify(path)
+    if name == "state.json":
+        with pytest.raises(CheckpointError):
+            CheckpointReader(path)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"ranks": 0}, {"ranks": "2"}, {"ranks": True}, {"step": 7}, {"step": None}, {"step": -1},
+        {"shapes": []}, {"shapes": {"a.weight": "x"}}, {"shapes": {"a.weight": [10**30]}},
+        {"buffers": 3}, {"adam_step": 0.5}, {"position": 2**64},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_a_state_that_cannot_be(tmp_path: Path, change: dict[str, object]):
+    path = write(tmp_path, 1, 2)
+    state = json.loads((path / "state.json").read_text())
+    (path / "state.json").write_text(json.dumps(state | change))
+    with pytest.raises(CheckpointError, match="is damaged"):
+        CheckpointReader(path)
+
+
+def test_tensors_of_another_length_are_not_spread_over_a_parameter(tmp_path: Path):
+    path = write(tmp_path, 1, 1)
+    state = json.loads((path / "state.json").read_text())
+    state["shapes"]["a.bias"] = [40]
+    (path / "state.json").write_text(json.dumps(state))
+    with pytest.raises(CheckpointError, match="has the shape"):
+        CheckpointReader(path).slice("weight", "a.bias", 0, 1)
+    with pytest.raises(CheckpointError, match="no tensor named"):
+        CheckpointReader(path).tensor("weight", "nothing")
+    with pytest.raises(CheckpointError, match="is damaged"):
+        CheckpointReader(path).tensor("exp_avg", "a.weight")

@@ -109,3 +109,13 @@ def fail_on_rank_0(world: World, folder: Path) -> str:
 @pytest.mark.distributed
 def test_all_ranks_end_with_what_rank_0_could_not_do(tmp_path):
     assert run_ranks(2, fail_on_rank_0, tmp_path) == ["in use", "in use"]
+
+
+def test_a_sentence_stays_one_whatever_it_quotes(monkeypatch, capsys, tmp_path):
+    monkeypatch.setenv(ending.NOTE, str(tmp_path / "note"))
+    ending.explain(ConfigError("a: " + "x\n" * 10_000 + "\ud800 the remedy"), 2)
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1
+    assert len(said) < 2100
+    assert "the remedy" in said
+    assert "the remedy" in (tmp_path / "note").read_text()

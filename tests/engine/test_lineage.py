@@ -199,3 +199,28 @@ def test_steps_of_nine_digits_are_ordered_as_numbers(tmp_path):
     for step in (99_999_999, 100_000_000):
         write_checkpoint(run.checkpoints, step, 1)
     assert run.steps == [99_999_999, 100_000_000]
+
+
+@pytest.mark.parametrize("text", ["[" * 100_000, '{"attempts": [["x", 1e400]], "run": ""}', "[]"])
+def test_a_lineage_of_any_shape_is_none(tmp_path: Path, text: str):
+    (tmp_path / "lineage.json").write_text(text)
+    assert lineage.read_file(tmp_path / "lineage.json") is None
+
+
+def test_one_wrong_letter_makes_no_strangers_of_the_checkpoints(tmp_path: Path):
+    run = Run(tmp_path)
+    run.train(2)
+    path = run.checkpoints / lineage.FILE
+    line = lineage.read_file(path)
+    assert line is not None
+    other = "0" if line.attempt[0] != "0" else "1"
+    path.write_text(path.read_text().replace(line.attempt, other + line.attempt[1:]))
+    assert lineage.read_file(path) is None
+    assert run.train(1) == 2  # it goes on, and does not begin anew
+
+
+def test_a_lineage_without_a_checksum_is_of_an_older_version(tmp_path: Path):
+    line = lineage.begin_anew()
+    content = {k: v for k, v in line.as_json().items() if k != "check"}
+    (tmp_path / "lineage.json").write_text(json.dumps(content))
+    assert lineage.read_file(tmp_path / "lineage.json") == line

@@ -55,3 +55,17 @@ def test_options_override_the_name():
 def test_mistakes_are_named(name, options, message):
     with pytest.raises(ValueError, match=message):
         build_backbone(name, **options)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"width": "x"}, {"width": None}, {"depth": "x"}, {"depth": 2**31}, {"width": 10**12},
+        {"embed_dim": -3}, {"depth": []}, {"mlp_ratio": float("inf")},
+        {"mlp_ratio": float("nan")},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_options_that_no_network_has_end_in_a_sentence(options):
+    with pytest.raises(ValueError, match="backbone vit"):
+        build_backbone("vit", **{"width": 16, "depth": 1, "heads": 2, "pool_heads": 2} | options)

@@ -1,4 +1,5 @@
 import pickle
+import zipfile
 
 import pytest
 import torch
@@ -125,3 +126,21 @@ def test_a_file_without_weights(tmp_path):
     torch.save({"epoch": 3}, tmp_path / "empty.pth")
     with pytest.raises(ValueError, match="holds no state dict"):
         load_published(tmp_path / "empty.pth")
+
+
+def test_an_archive_that_unpacks_to_far_more_is_refused_unread(tmp_path):
+    plain, packed = tmp_path / "plain.pth", tmp_path / "packed.pth"
+    torch.save({"a": torch.zeros(1_000_000)}, plain)
+    with zipfile.ZipFile(plain) as old, zipfile.ZipFile(packed, "w", zipfile.ZIP_DEFLATED) as new:
+        for info in old.infolist():
+            new.writestr(info.filename, old.read(info))
+    assert load_published(plain)["a"].numel() == 1_000_000
+    with pytest.raises(ValueError, match="unpacks to 4,"):
+        load_published(packed)
+
+
+@pytest.mark.parametrize("key", [1, ("a", "b"), None])
+def test_names_that_are_none(tmp_path, key):
+    torch.save({key: torch.zeros(1)}, tmp_path / "weights.pth")
+    with pytest.raises(ValueError, match="no state dict"):
+        load_published(tmp_path / "weights.pth")
