@@ -231,20 +231,19 @@ def _header_sizes(headers: list[bytes], sizes: list[int], check: int) -> list[in
     """`sizes` where the tar headers before the members are those that were indexed.
 
     Otherwise what the headers say of the sizes, -1 where there is none or of another member: the
-    shard was changed.  An index of the older format has no `check` (-1), so that only its sizes are
-    compared.
+    shard was changed, or the index is damaged.  An index of the older format has no `check` (-1),
+    so that only its sizes are compared.
     """
-    if check >= 0 and check_of(map(header_identity, headers)) == check:
-        return sizes
     found = [_size_in(header, size) for header, size in zip(headers, sizes, strict=True)]
-    return [-1] * len(sizes) if check >= 0 and found == sizes else found
+    same = check < 0 or check_of(map(header_identity, headers)) == check
+    return [-1] * len(sizes) if found == sizes and not same else found
 
 
 def _size_in(header: bytes, expected: int) -> int:
     """Size in a tar header, -1 where it is none; `expected` for a form only above 8 GiB."""
     field = header[124:136]
     try:
-        return expected if field[:1] == b"\x80" else int(field.rstrip(b" \0"), 8)
+        return expected if field[:1] == b"\x80" else int(field.partition(b"\0")[0], 8)
     except ValueError:
         return -1
 

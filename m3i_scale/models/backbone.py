@@ -74,7 +74,9 @@ def build_backbone(name: str, **options: Any) -> Backbone:
         return build(**merged)
     except ValueError:
         raise
-    except (TypeError, ArithmeticError, LookupError, RuntimeError, MemoryError) as error:
+    except (
+        TypeError, ArithmeticError, AssertionError, LookupError, RuntimeError, MemoryError,
+    ) as error:  # fmt: skip
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise ValueError(
             f"backbone {name} cannot be built with {_shown(options)}: {reason}"

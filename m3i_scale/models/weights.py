@@ -54,6 +54,17 @@ def load_weights(
     keeps its initialisation. Returns the names in `model` that did so. Raises ValueError, before
     anything is copied, listing every other name that is missing, unexpected or of another shape.
     """
+    require_fit(model, state, fresh=fresh)
+    own = model.state_dict()
+    fits = {name for name in state if name in own and state[name].shape == own[name].shape}
+    model.load_state_dict({name: state[name] for name in fits}, strict=False)
+    return [name for name in own if name not in fits]
+
+
+def require_fit(
+    model: nn.Module, state: Mapping[str, Tensor], *, fresh: Sequence[str] = ()
+) -> None:
+    """Raise ValueError as `load_weights`; the model may be on the meta device."""
     own = model.state_dict()
     fits = {name for name in state if name in own and state[name].shape == own[name].shape}
     faults = {
@@ -68,8 +79,6 @@ def load_weights(
     _raise_faults(
         {kind: [n for n in names if not _under(n, fresh)] for kind, names in faults.items()}
     )
-    model.load_state_dict({name: state[name] for name in fits}, strict=False)
-    return [name for name in own if name not in fits]
 
 
 def _under(name: str, modules: Sequence[str]) -> bool:

@@ -182,7 +182,7 @@ def _of_one_run(trace: Trace, found: list[Attempt]) -> list[Attempt]:
 def _goes_on_from(attempt: Attempt, found: list[Attempt], current: str) -> bool:
     """Whether the run went on from steps of another version, and did not begin anew."""
     first = next(a for a in found if a.run == current)
-    return first.begins[0][0] > attempt.begins[0][0]
+    return not attempt.begins or first.begins[0][0] > attempt.begins[0][0]
 
 
 def _put_in_order(attempt: Attempt, floor: float) -> None:

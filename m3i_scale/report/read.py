@@ -31,6 +31,7 @@ FIGURES: dict[str, tuple[str, ...]] = {
     "slowest_ratio": ("machine/slowest_rank_ratio",),
 }
 COLUMN = {name: number for number, name in enumerate(FIGURES)}
+_END_OF_TIME = 1e11  # seconds since 1970: what is beyond is no date that can be written
 Rows = NDArray[np.float64]  # (steps, figures), in the order of time
 
 
@@ -110,9 +111,16 @@ def _number(value: Any) -> float:
     return float(value)
 
 
+def _moment(value: Any) -> float:
+    """Seconds since 1970; raises as `_number`."""
+    if not 0 <= _number(value) < _END_OF_TIME:
+        raise ValueError(value)
+    return float(value)
+
+
 def _step(values: Any) -> tuple[str, list[float]]:
     """Attempt and figures of a line of metrics.jsonl."""
-    step, _ = _number(values["step"]), _number(values["time"])
+    step, _ = _number(values["step"]), _moment(values["time"])
     if step < 0 or step != int(step):
         raise ValueError(step)
     attempt = values.get("attempt", "")
@@ -134,13 +142,13 @@ def _event(values: Any) -> dict[str, Any]:
     for name in ("event", "attempt"):
         if not isinstance(values[name], str):
             raise TypeError(values[name])
-    found = {**values, "time": _number(values["time"])}
+    found = {**values, "time": _moment(values["time"])}
     if values["event"] == "start":
-        found["parts"] = [(str(part), _number(began)) for part, began in values["parts"]]
+        found["parts"] = [(str(part), _moment(began)) for part, began in values["parts"]]
         found["ranks"] = int(_number(values["ranks"]))
         found["hosts"] = [str(host) for host in values["hosts"]]
         for name in ("submitted", "last_sign"):
-            found[name] = None if values.get(name) is None else _number(values[name])
+            found[name] = None if values.get(name) is None else _moment(values[name])
     if values["event"] == "begin":
         found["step"] = int(_number(values["step"]))
         found["run"] = str(values["run"])

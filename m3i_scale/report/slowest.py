@@ -66,7 +66,8 @@ def _delays(attempts: Sequence[Attempt]) -> _Delays:
     found = _Delays([], [], [], [])
     for attempt in attempts:
         ratio = attempt.rows[:, COLUMN["slowest_ratio"]]
-        for row in attempt.rows[ratio > 1]:  # alone there is nobody to wait
+        known = np.isfinite(attempt.rows[:, COLUMN["slowest_rank"]])
+        for row in attempt.rows[(ratio > 1) & known]:  # alone there is nobody to wait
             rank = int(row[COLUMN["slowest_rank"]])
             found.time.append(float(row[COLUMN["time"]]))
             found.rank.append(rank)

@@ -8,12 +8,13 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Literal
 
+import torch
 from safetensors import SafetensorError, safe_open
 
 from m3i_scale.config import Config
 from m3i_scale.config.model import Backbone as ConfiguredBackbone
 from m3i_scale.models.backbone import Backbone, build_backbone
-from m3i_scale.models.weights import load_published, load_weights
+from m3i_scale.models.weights import load_published, load_weights, require_fit
 from m3i_scale.transfer import tensor_file
 from m3i_scale.transfer.loading import Weights, Which, stored_kinds
 from m3i_scale.transfer.tensor_file import Dtype, Entry
@@ -93,8 +94,11 @@ def load_backbone(path: str | os.PathLike[str]) -> Backbone:
         described = ConfiguredBackbone.model_validate_json(metadata.get("backbone", ""))
     except ValueError as error:
         raise ValueError(f"{path} does not describe a backbone ({error})") from None
-    backbone = build_backbone(described.name, **described.options)
     state = {name: tensor.float() for name, tensor in load_published(path).items()}
+    with torch.device("meta"):  # what does not fit is refused before it fills the memory
+        skeleton = build_backbone(described.name, **described.options)
+    require_fit(skeleton, state, fresh=untrained(skeleton, state))  # type: ignore[arg-type]
+    backbone = build_backbone(described.name, **described.options)
     load_weights(backbone, state, fresh=untrained(backbone, state))  # type: ignore[arg-type]
     return backbone
 

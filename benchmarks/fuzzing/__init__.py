@@ -1,0 +1,1 @@
+"""Damaged inputs and what must hold of each: one module per family of files."""
