@@ -26,6 +26,7 @@ from m3i_scale.engine.metrics import (
     write_initial,
     write_provenance,
 )
+from m3i_scale.engine.remembered import remembered_flops
 from m3i_scale.engine.saver import Saver, newest_good
 from m3i_scale.engine.schedules import make_schedule, split_batch
 from m3i_scale.engine.state import restore, start_from
@@ -174,7 +175,7 @@ def open_run(
         evaluate_every=steps(evaluation.every) if evaluation and evaluation.every else None,
         stated=stated,
         initial=weights,
-        speed=_speed(task, world) if world.is_main else None,
+        speed=_speed(task, world, write=write) if world.is_main else None,
         events=events,
     )
     if reader is not None:
@@ -191,8 +192,9 @@ def open_run(
     return run
 
 
-def _speed(task: Task, world: World) -> Speed:
-    return Speed(task.flops(), peak_flops(world.device, task.config.engine.precision))
+def _speed(task: Task, world: World, *, write: bool) -> Speed:
+    flops = remembered_flops(task.config.run_folder, task.config, task.flops, write=write)
+    return Speed(flops, peak_flops(world.device, task.config.engine.precision))
 
 
 def _open_initial(task: Task, world: World) -> InitialWeights | None:
