@@ -22,6 +22,13 @@ _REMEDIES = {
     # of images
     "undecodable image": "the file is damaged or no image: replace it, or leave it out",
     "too many pixels": "raise data.max_pixels to use them",
+    # of masks
+    "undecodable mask": "the file is damaged or no PNG: replace it, or leave its image out",
+    "mask of another size": "make it as large as its image, which EXIF may turn",
+    "mask in colours": "write a PNG of one channel, grey or with a palette, whose values are "
+    "classes",
+    "mask value beyond the classes": "set model.classes to their number, or 255 in the mask for "
+    "no class; where 0 is no class set data.zero_is_unlabelled",
     # of captions and categories
     "bad UTF-8": "texts must be UTF-8, or UTF-16 with a byte order mark: convert them, for "
     "instance with `iconv -f SHIFT_JIS -t UTF-8`",
