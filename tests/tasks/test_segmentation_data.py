@@ -14,7 +14,7 @@ from PIL import Image
 from m3i_scale.config import ConfigError
 from m3i_scale.config.segmentation import IGNORED, MaskedImages, SegmentationData
 from m3i_scale.data.bad_sample import BadSample, remedy
-from m3i_scale.tasks.segmentation.augmentation import Augmentation, choose_crop, fitted
+from m3i_scale.tasks.segmentation.augmentation import TrainingCrop, choose_crop, fitted
 from m3i_scale.tasks.segmentation.dataset import (
     Sample,
     SegmentationSet,
@@ -195,10 +195,10 @@ def sample(rows: int = 40, columns: int = 60) -> Sample:
     return Sample(torch.stack([red, red, red]), mask, "a")
 
 
-def augmentation(**changes: Any) -> Augmentation:
+def augmentation(**changes: Any) -> TrainingCrop:
     files = MaskedImages(images="i", masks="m")
     settings = {"short_side": 40, "long_side": 160, "photometric": 0.0} | changes
-    return Augmentation(SegmentationData(train=files, crop=32, augmentation=settings))
+    return TrainingCrop(SegmentationData(train=files, crop=32, augmentation=settings))
 
 
 @pytest.mark.parametrize("scale", [(1.0, 1.0), (0.5, 0.5), (2.0, 2.0)])

@@ -22,7 +22,7 @@ _CROPS = 10  # tried until no class has too large a share
 _BRIGHTNESS, _CONTRAST, _SATURATION, _HUE = 32 / 255, (0.5, 1.5), (0.5, 1.5), 18 / 180
 
 
-class Augmentation:
+class TrainingCrop:
     """Resize, crop, flip, colours: a sample of any size becomes one of `data.crop` pixels."""
 
     def __init__(self, data: SegmentationData) -> None:
