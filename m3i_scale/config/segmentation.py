@@ -71,8 +71,8 @@ class SegmentationData(Node):
     test: MaskedImages | None = None
     """What is tested on; null: nothing."""
     class_names: PathText | None = None
-    """Text file with the name of a class in each line (or ADE20k's objectInfo150.txt); null:
-    classes have numbers.
+    """Text file with the name of a class in each line, in the order of the masks' values, or
+    ADE20k's objectInfo150.txt, or a JSON file {name: value}; null: classes have numbers.
     """
     zero_is_unlabelled: bool = False
     """Whether 0 in a mask means no class, so that class 0 is written as 1 (ADE20k)."""
@@ -88,12 +88,18 @@ class SegmentationData(Node):
     """Larger images are left out."""
     workers: Annotated[int, Field(ge=0)] = 8
     """Processes of each rank that load images."""
+    max_bad_rate: Fraction = 0.01
+    """Share of images that cannot be used, among the last `bad_window` of a rank, above which a run
+    stops.
+    """
+    bad_window: Count = 10_000
+    """Samples over which `max_bad_rate` is measured."""
 
 
 class UperNet(Node):
     """Pyramid pooling and a feature pyramid (UperNet, arXiv 1807.10221), with a second head."""
 
-    form: Literal["upernet"] = "upernet"
+    kind: Literal["upernet"] = "upernet"
     """Which network."""
     width: Count = 512
     """Features of its maps."""
@@ -112,7 +118,7 @@ class UperNet(Node):
 class Mask2Former(Node):
     """Queries that each predict a class and a mask (Mask2Former, arXiv 2112.01527)."""
 
-    form: Literal["mask2former"] = "mask2former"
+    kind: Literal["mask2former"] = "mask2former"
     """Which network."""
     width: Annotated[int, Field(gt=0, multiple_of=32)] = 256
     """Features of maps and queries."""
@@ -159,11 +165,11 @@ class SegmentationModel(Node):
     """Of a ViT: the four blocks, from 0 on, whose features become maps of strides 4, 8, 16, 32;
     null: at a third, a half, two thirds and the end (3, 5, 7, 11 of 12).
     """
-    head: Annotated[UperNet | Mask2Former, Field(discriminator="form")]
+    head: Annotated[UperNet | Mask2Former, Field(discriminator="kind")]
     """What turns maps into classes."""
 
 
-class SegmentationTest(Node):
+class SegmentationEvaluation(Node):
     """How images are tested: whole or through a sliding window.
 
     `whole` gives an image to the network at once; `window` tiles it with windows of `data.crop`

@@ -51,7 +51,7 @@ class TrainingCrop:
         if any(border):
             image, mask = F.pad(image, border, fill=self.fill), F.pad(mask, border, fill=IGNORED)
         image, mask = image.as_subclass(Tensor), mask.as_subclass(Tensor)[0]
-        return Sample(image.contiguous(), mask.contiguous(), sample.name)
+        return Sample(image.contiguous(), mask.contiguous(), sample.key)
 
 
 def uniform(low: float = 0.0, high: float = 1.0) -> float:

@@ -7,11 +7,14 @@ that cannot be used raises `BadSample`.
 
 from __future__ import annotations
 
+import hashlib
 import io
+import json
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -35,36 +38,33 @@ class Sample:
 
     image   uint8 (3, H, W)
     mask    uint8 (H, W): classes from 0 on, `IGNORED` where there is none
-    name    of the image's file, below the folder of images
+    key     the image's file, below the folder of images
     """
 
     image: Tensor
     mask: Tensor
-    name: str
+    key: str
 
 
-@dataclass
+@dataclass(frozen=True)
 class Batch:
     """B samples of one size S, on the CPU or a device.
 
-    images      uint8 (B, 3, S, S)
-    masks       uint8 (B, S, S)
-    positions   int64 (B,), in the stream; -1 where there is none
-    names       of the files
+    images  uint8 (B, 3, S, S)
+    masks   uint8 (B, S, S)
+    key     the images' files
     """
 
     images: Tensor
     masks: Tensor
-    positions: Tensor
-    names: list[str]
+    key: tuple[str, ...]
 
     def __len__(self) -> int:
-        return len(self.names)
+        return len(self.key)
 
     def map(self, function: Callable[[Tensor], Tensor]) -> Batch:
         """Return a batch with `function` applied to every tensor."""
-        images, masks, positions = map(function, (self.images, self.masks, self.positions))
-        return replace(self, images=images, masks=masks, positions=positions)
+        return replace(self, images=function(self.images), masks=function(self.masks))
 
     def pin_memory(self) -> Batch:
         """Copy into page-locked memory, from which a copy to the device is asynchronous."""
@@ -75,13 +75,12 @@ class Batch:
         return self.map(lambda tensor: tensor.to(device, non_blocking=non_blocking))
 
 
-def collate(samples: Sequence[Sample], positions: Sequence[int] | None = None) -> Batch:
+def collate(samples: Sequence[Sample]) -> Batch:
     """Stack samples of one size."""
     return Batch(
         torch.stack([sample.image for sample in samples]),
         torch.stack([sample.mask for sample in samples]),
-        torch.tensor(positions if positions is not None else [-1] * len(samples)),
-        [sample.name for sample in samples],
+        tuple(sample.key for sample in samples),
     )
 
 
@@ -144,6 +143,14 @@ class SegmentationSet:
 
     def read(self, index: int) -> Sample:
         """`load` without augmentation; draws nothing."""
+        try:
+            return self._read(index)
+        except BadSample as bad:
+            detail = str(bad).removeprefix(bad.cause).removeprefix(": ")
+            place = self.name(index)
+            raise BadSample(bad.cause, f"{place}: {detail}" if detail else place) from None
+
+    def _read(self, index: int) -> Sample:
         path, mask_path = self._pairs[index]
         pixels = decode_image(_bytes(path), max_pixels=self._data.max_pixels)
         zero_is_unlabelled = self._data.zero_is_unlabelled
@@ -154,15 +161,20 @@ class SegmentationSet:
             )
         return Sample(pixels.permute(2, 0, 1).contiguous(), mask, self.name(index))
 
-    def lines(self) -> list[str]:
-        """What is in the set, and what is left out."""
-        lines = [f"{len(self):,} images with masks in {self.files.images}"]
+    def identity(self) -> dict[str, Any]:
+        """What the set is, whatever its path: how many images, and a digest of their names."""
+        names = "\n".join(self.name(index) for index in range(len(self)))
+        digest = hashlib.sha256(names.encode("utf-8", "surrogateescape")).hexdigest()
+        return {"samples": len(self), "fingerprint": digest}
+
+    def describe(self) -> dict[str, int | float | str]:
+        """Facts about it."""
+        facts: dict[str, int | float | str] = {"kind": "masks", "samples": len(self)}
+        facts |= {"shards": 1, "bytes": 0}
         if self.left_out:
-            lines.append(
-                f"{len(self.left_out):,} images without a mask are left out: "
-                f"{_few([path.name for path in self.left_out])}"
-            )
-        return lines
+            few = _few([path.name for path in self.left_out])
+            facts["without a mask, left out"] = f"{len(self.left_out)} ({few})"
+        return facts
 
     def _probe(self, key: str) -> None:
         """Refuse a set of which no sample is good: its configuration is wrong, and not a file."""
@@ -175,7 +187,7 @@ class SegmentationSet:
                 return
             except BadSample as bad:
                 causes[bad.cause] += 1
-                first = first or f"{self._pairs[index][1]}: {bad}"
+                first = first or str(bad)
         raise ConfigError(
             f"{key}: none of {len(numbers)} samples can be used: {'; '.join(explain(causes))} "
             f"(the first: {first})"
@@ -220,7 +232,9 @@ def read_class_names(path: str | None, classes: int) -> list[str]:
     if path is None:
         return [str(number) for number in range(classes)]
     lines = _lines(Path(path), key)
-    if lines and lines[0].startswith("Idx"):  # ADE20k's objectInfo150.txt: a table with a head
+    if Path(path).suffix == ".json":
+        lines = _of_json("\n".join(lines), f"{key}: {path}")
+    elif lines and lines[0].startswith("Idx"):  # ADE20k's objectInfo150.txt: a table with a head
         lines = [line.split("\t")[-1].strip() for line in lines[1:]]
     if len(lines) != classes:
         raise ConfigError(
@@ -232,6 +246,18 @@ def read_class_names(path: str | None, classes: int) -> list[str]:
     if twice:
         raise ConfigError(f"{key}: {path} has {_few(twice)} more than once; name classes apart")
     return lines
+
+
+def _of_json(text: str, place: str) -> list[str]:
+    try:
+        values = json.loads(text)
+    except ValueError:
+        values = None
+    if not isinstance(values, dict) or sorted(map(str, values.values())) != sorted(
+        map(str, range(len(values)))
+    ):
+        raise ConfigError(f"{place} must be one JSON object of names with the numbers from 0 on")
+    return sorted(values, key=lambda name: int(values[name]))
 
 
 # --------------------------------------------------------------------------------------- folders

@@ -115,7 +115,7 @@ def evaluate(
         plan = None
         if isinstance(sample, BadSample):
             bad[sample.cause] += 1
-            log.warning("left out: %s: %s", data.name(index), sample)
+            log.warning("left out: %s", sample)
         elif sample is not None:
             plan = planner.plan(sample.image)
         answers = _run(networks, plan, planner, world)

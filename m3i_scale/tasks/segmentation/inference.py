@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from torchvision.transforms.v2 import functional as transforms
 
 from m3i_scale.config import ConfigError
-from m3i_scale.config.segmentation import SegmentationData, SegmentationTest
+from m3i_scale.config.segmentation import SegmentationData, SegmentationEvaluation
 from m3i_scale.tasks.segmentation.augmentation import fitted
 from m3i_scale.tasks.segmentation.networks import resize
 
@@ -85,7 +85,7 @@ class Planner:
 
     def __init__(
         self,
-        test: SegmentationTest,
+        test: SegmentationEvaluation,
         data: SegmentationData,
         multiple: int,
         device: torch.device,
@@ -93,8 +93,8 @@ class Planner:
     ) -> None:
         if test.mode == "window" and test.stride > data.crop:
             raise ConfigError(
-                f"test.stride {test.stride} is above data.crop {data.crop}, so that windows would "
-                "leave gaps between them; make it smaller"
+                f"evaluation.stride {test.stride} is above data.crop {data.crop}, so that windows "
+                "would leave gaps between them; make it smaller"
             )
         self.test, self.crop, self.multiple = test, data.crop, multiple
         self._device, self._dtype = device, dtype

@@ -63,9 +63,9 @@ def test_samples_are_images_with_their_masks(folder: Path):
     assert sample.image.dtype == sample.mask.dtype == torch.uint8
     assert sample.mask[:4].unique().tolist() == [IGNORED]
     assert sample.mask[4:].unique().tolist() == [1]
-    batch = collate([data.load(0), sample], [7, 8])
+    batch = collate([data.load(0), sample])
     assert batch.images.shape == (2, 3, 24, 32)
-    assert batch.positions.tolist() == [7, 8]
+    assert batch.key == ("street/0.jpg", "street/1.jpg")
     assert len(batch.to("cpu")) == 2
 
 
@@ -75,7 +75,9 @@ def test_zero_may_stand_for_no_class(folder: Path):
     assert data.load(2).mask[4:].unique().tolist() == [1]
     write(folder, "street/3", full(CLASSES))  # the last class
     assert open_set(folder, zero_is_unlabelled=True).load(3).mask.unique().tolist() == [CLASSES - 1]
-    with pytest.raises(BadSample, match="mask value beyond the classes: 5, of 5 classes up to 4"):
+    with pytest.raises(
+        BadSample, match=r"mask value beyond the classes: street/3.jpg: 5, of 5 classes up to 4"
+    ):
         open_set(folder).load(3)
 
 
@@ -127,7 +129,8 @@ def test_bad_samples_are_named(folder: Path):
     (folder / "masks/street/0.png").unlink()
     fewer = open_set(folder)
     assert len(fewer) == len(data) - 2
-    assert fewer.lines()[1] == "2 images without a mask are left out: large.jpg, 0.jpg"
+    assert fewer.describe()["without a mask, left out"] == "2 (large.jpg, 0.jpg)"
+    assert fewer.identity()["fingerprint"] != data.identity()["fingerprint"]
     (folder / "masks/bad/deep.png").chmod(0)
     (folder / "images/bad/deep.jpg").unlink()
     data._pairs[0][0].unlink()  # gone since the set was opened
@@ -160,9 +163,7 @@ def test_sets_that_cannot_be_used_are_refused(folder: Path):
     write(folder, "other", None)
     refused("no mask", r"none of the 1 images has a mask: for .*other.jpg there is no .*other.png")
     write(folder, "street/0", full(9))
-    refused(
-        "values", r"none of 1 samples can be used: 1 mask value beyond.*street/0.png: .*9, of 5"
-    )
+    refused("values", r"none of 1 samples can be used: 1 mask value beyond.*street/0.jpg: 9, of 5")
     with pytest.raises(ConfigError, match=r"is no folder"):
         open_set(folder / "nowhere")
 
@@ -181,6 +182,13 @@ def test_class_names(tmp_path: Path):
         "Idx\tRatio\tTrain\tVal\tStuff\tName\n1\t0.1\t5\t1\t1\twall\n2\t0.1\t5\t1\t1\tsky\n"
     )
     assert read_class_names(str(path), 2) == ["wall", "sky"]
+    named = tmp_path / "names.json"
+    named.write_text('{"sky": 1, "wall": 0}')
+    assert read_class_names(str(named), 2) == ["wall", "sky"]
+    for wrong in ('{"sky": 1, "wall": 2}', '["sky"]', "{"):
+        named.write_text(wrong)
+        with pytest.raises(ConfigError, match="numbers from 0 on"):
+            read_class_names(str(named), 2)
     path.write_bytes(b"\xff\xfe\xfa")
     with pytest.raises(ConfigError, match="not UTF-8"):
         read_class_names(str(path), 3)

@@ -59,7 +59,7 @@ def model(backbone: str, head: str, **changes: Any) -> SegmentationModel:
         {
             "backbone": {"name": backbone, "options": BACKBONES[backbone]},
             "classes": CLASSES,
-            "head": {"form": head, **HEADS[head], **changes},
+            "head": {"kind": head, **HEADS[head], **changes},
         }
     )
 

@@ -20,7 +20,7 @@ from m3i_scale.config.segmentation import (
     IGNORED,
     MaskedImages,
     SegmentationData,
-    SegmentationTest,
+    SegmentationEvaluation,
 )
 from m3i_scale.tasks.segmentation.dataset import SegmentationSet
 from m3i_scale.tasks.segmentation.evaluation import Result, evaluate
@@ -69,7 +69,7 @@ def data_of(files: MaskedImages) -> SegmentationData:
 def planner(files: MaskedImages, device: str = "cpu", **test: Any) -> Planner:
     settings = {"short_side": 64, "long_side": 256, "round_to": 1, **test}
     return Planner(
-        SegmentationTest.model_validate(settings), data_of(files), 8, torch.device(device),
+        SegmentationEvaluation.model_validate(settings), data_of(files), 8, torch.device(device),
         torch.float32,
     )  # fmt: skip
 
@@ -150,7 +150,9 @@ def test_windows():
 
 def test_a_window_as_large_as_the_image_is_the_whole_image(files: MaskedImages):
     whole, _ = run(files)
-    settings = SegmentationTest(mode="window", stride=200, short_side=64, long_side=256, round_to=1)
+    settings = SegmentationEvaluation(
+        mode="window", stride=200, short_side=64, long_side=256, round_to=1
+    )
     large = Planner(
         settings, SegmentationData(train=files, crop=256), 8, torch.device("cpu"), torch.float32
     )
@@ -182,7 +184,7 @@ def test_sizes_and_mirrors(files: MaskedImages):
 
 
 def test_windows_without_gaps(files: MaskedImages):
-    with pytest.raises(ConfigError, match=r"test.stride 33 is above data.crop 32"):
+    with pytest.raises(ConfigError, match=r"evaluation.stride 33 is above data.crop 32"):
         planner(files, mode="window", stride=33)
 
 
@@ -192,7 +194,7 @@ def test_images_that_cannot_be_read_are_counted(tmp_path: Path, caplog: Any):
     result, _ = run(files)
     assert result.figures()["images"] == IMAGES - 1
     assert result.figures()["left_out"] == 1
-    assert "left out: 2.png: undecodable image" in caplog.text
+    assert "left out: undecodable image: 2.png" in caplog.text
     data = SegmentationSet(files, data_of(files), CLASSES)
     for path in Path(files.images).iterdir():
         path.write_bytes(b"")
