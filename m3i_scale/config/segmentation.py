@@ -8,6 +8,7 @@ from pydantic import Field, model_validator
 
 from m3i_scale.config.data import MAX_PIXELS
 from m3i_scale.config.model import Backbone
+from m3i_scale.config.transfer import Evaluation, TransferRun
 from m3i_scale.config.types import BelowOne, Count, Fraction, Node, PathText, Positive
 
 # ruff: noqa: RUF012  (pydantic copies defaults)
@@ -169,8 +170,8 @@ class SegmentationModel(Node):
     """What turns maps into classes."""
 
 
-class SegmentationEvaluation(Node):
-    """How images are tested: whole or through a sliding window.
+class SegmentationEvaluation(Evaluation):
+    """When and how images are tested: whole or through a sliding window.
 
     `whole` gives an image to the network at once; `window` tiles it with windows of `data.crop`
     and takes the mean of the scores where they overlap.
@@ -194,3 +195,31 @@ class SegmentationEvaluation(Node):
     """Windows that a network sees at once."""
     pictures: Annotated[int, Field(ge=0)] = 8
     """Rows in each picture of predictions."""
+
+
+class Segmentation(TransferRun):
+    """A segmentation network that is trained from a backbone."""
+
+    task: Literal["segmentation"] = "segmentation"
+    """What is trained."""
+    model: SegmentationModel
+    """The networks."""
+    data: SegmentationData
+    """Images with masks."""
+    evaluation: SegmentationEvaluation = SegmentationEvaluation()
+    """When and how to test."""
+
+    @model_validator(mode="after")
+    def _possible(self) -> Segmentation:
+        if self.data.zero_is_unlabelled and self.model.classes == IGNORED:
+            raise ValueError(
+                f"with zero_is_unlabelled the last of {IGNORED} classes would be {IGNORED} in a "
+                "mask, which means no class; use fewer classes"
+            )
+        windowed = self.evaluation.mode == "window"
+        if windowed and self.evaluation.stride > self.data.crop:
+            raise ValueError(
+                f"evaluation.stride {self.evaluation.stride} is above data.crop {self.data.crop}, "
+                "so that windows would leave gaps between them; make it smaller"
+            )
+        return self

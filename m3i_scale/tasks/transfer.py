@@ -61,6 +61,6 @@ class TransferTask(SampledTask):
         return min(average, (1 + step) / (10 + step))
 
     @property
-    def evaluation(self) -> Evaluation:
+    def evaluation(self) -> Evaluation | None:
         """At the end, and at intervals."""
         return self.config.evaluation

@@ -1,14 +1,15 @@
-"""Networks of a configuration, and the learning rates of their layers."""
+"""Networks of a configuration, and what a forward pass of them costs."""
 
 from __future__ import annotations
 
-from torch import nn
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from m3i_scale.config import ConfigError
 from m3i_scale.config.segmentation import Mask2Former, SegmentationModel
-from m3i_scale.models import layer_decay
+from m3i_scale.profiling.trace import count_flops, reference_operators
 from m3i_scale.tasks.segmentation.mask2former import Mask2FormerSegmenter
-from m3i_scale.tasks.segmentation.networks import Segmenter
+from m3i_scale.tasks.segmentation.networks import Inputs, Segmenter
 from m3i_scale.tasks.segmentation.upernet import UperNetSegmenter
 
 
@@ -26,9 +27,26 @@ def build_networks(model: SegmentationModel, crop: int) -> Segmenter:
             f"data.crop {crop} is not a multiple of {networks.multiple}, as the four maps of this "
             "backbone need it"
         )
+    if isinstance(model.head, Mask2Former) and crop < 2 * networks.multiple:
+        raise ConfigError(
+            f"data.crop {crop} leaves Mask2Former one pixel in its coarsest map, which it cannot "
+            f"normalise; make it {2 * networks.multiple} or more"
+        )
     return networks
 
 
-def layer_scales(networks: nn.Module, decay: float) -> dict[str, float]:
-    """Factor of the learning rate of every parameter, by its name (see `layer_decay`)."""
-    return layer_decay.layer_scales(networks, decay)
+def forward_flops(model: SegmentationModel, crop: int) -> float:
+    """FLOPs of one forward pass over an image of crop x crop pixels.
+
+    Raises:
+        ValueError: as `build_networks`.
+    """
+    options = {k: v for k, v in model.backbone.options.items() if k != "checkpoint_blocks"}
+    backbone = model.backbone.model_copy(update={"options": options})
+    with torch.random.fork_rng(devices=[]), reference_operators():
+        with torch.device("meta"):
+            networks = build_networks(model.model_copy(update={"backbone": backbone}), crop)
+        with FakeTensorMode(allow_non_fake_inputs=True):
+            networks.to_empty(device="cpu").eval()
+            images = torch.zeros(1, 3, crop, crop)
+            return float(count_flops(lambda: networks(Inputs(images))))

@@ -124,9 +124,9 @@ class Planner:
         return Plan((height, width), views, self.multiple, self.test.batch)
 
     def nothing(self) -> Tensor:
-        """The smallest image that the networks take."""
-        shape = (1, 3, self.multiple, self.multiple)
-        return torch.zeros(shape, device=self._device, dtype=self._dtype)
+        """A small image that any of the networks takes."""
+        side = 2 * self.multiple
+        return torch.zeros(1, 3, side, side, device=self._device, dtype=self._dtype)
 
     @property
     def _windowed(self) -> bool:

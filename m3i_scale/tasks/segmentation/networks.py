@@ -11,14 +11,16 @@ from abc import abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from m3i_scale.config import ConfigError
-from m3i_scale.config.segmentation import IGNORED, SegmentationModel
+from m3i_scale.config.segmentation import IGNORED, SegmentationData, SegmentationModel
 from m3i_scale.models.backbone import build_backbone
 from m3i_scale.models.intern_image import InternImage
 from m3i_scale.models.vit import ViT
+from m3i_scale.tasks.segmentation.dataset import Batch
 
 Norm = Callable[[int], nn.Module]
 
@@ -36,6 +38,15 @@ class Inputs:
     images: Tensor
     masks: Tensor | None = None
     keys: Tensor | None = None
+
+
+def inputs_of(
+    batch: Batch, data: SegmentationData, dtype: torch.dtype, keys: Tensor | None = None
+) -> Inputs:
+    """Normalise a batch that is on the networks' device."""
+    images = batch.images.float() / 255
+    mean, std = (images.new_tensor(x)[:, None, None] for x in (data.mean, data.std))
+    return Inputs(((images - mean) / std).to(dtype), batch.masks, keys)
 
 
 class Segmenter(nn.Module):

@@ -15,8 +15,10 @@ from transformers.models.mask2former import modeling_mask2former as theirs
 from m3i_scale.config import ConfigError
 from m3i_scale.config.segmentation import IGNORED, SegmentationModel
 from m3i_scale.models.backbone import build_backbone
+from m3i_scale.models.layer_decay import layer_scales
+from m3i_scale.profiling.backbone import backbone_flops
 from m3i_scale.tasks.segmentation import mask2former
-from m3i_scale.tasks.segmentation.build import build_networks, layer_scales
+from m3i_scale.tasks.segmentation.build import build_networks, forward_flops
 from m3i_scale.tasks.segmentation.mask2former import (
     DeformableAttention,
     Mask2FormerSegmenter,
@@ -313,6 +315,8 @@ def test_coordinates_are_float32_in_bfloat16():
 def test_impossible_networks(monkeypatch: pytest.MonkeyPatch):
     with pytest.raises(ConfigError, match=r"data.crop 48 is not a multiple of 32"):
         build_networks(model("vit", "upernet"), 48)
+    with pytest.raises(ConfigError, match=r"data.crop 32 leaves Mask2Former one pixel"):
+        build_networks(model("vit", "mask2former"), 32)
     for blocks in ([0, 1, 2], [0, 1, 2, 4]):
         chosen = model("vit", "upernet").model_copy(update={"blocks": blocks})
         with pytest.raises(ConfigError, match=r"must be four blocks of this ViT, from 0 to 3"):
@@ -335,3 +339,12 @@ def test_the_blocks_of_vit_b():
         update={"backbone": chosen.backbone.model_copy(update={"options": options})}
     )
     assert build_networks(deep, SIDE).blocks == [3, 5, 7, 11]
+
+
+@pytest.mark.parametrize("head", HEADS)
+@pytest.mark.parametrize("backbone", BACKBONES)
+def test_flops_are_those_of_backbone_and_head(backbone: str, head: str):
+    spec = model(backbone, head)
+    whole = forward_flops(spec, SIDE)
+    assert whole > 1.1 * backbone_flops(spec.backbone, SIDE) * (0.5 if backbone != "vit" else 1)
+    assert forward_flops(spec, 2 * SIDE) > 3 * whole
