@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import logging
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -25,6 +26,8 @@ from m3i_scale.config import ConfigError
 from m3i_scale.config.segmentation import IGNORED, MaskedImages, SegmentationData
 from m3i_scale.data.bad_sample import BadSample, explain
 from m3i_scale.data.decode import decode_image
+
+log = logging.getLogger(__name__)
 
 _IMAGES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff"}
 _MASK = ".png"
@@ -124,6 +127,8 @@ class SegmentationSet:
                 "masks have the names of their images"
             )
         self._probe(key)
+        for note in self.notes():
+            log.warning("%s", note)
 
     def __len__(self) -> int:
         return len(self._pairs)
@@ -169,12 +174,15 @@ class SegmentationSet:
 
     def describe(self) -> dict[str, int | float | str]:
         """Facts about it."""
-        facts: dict[str, int | float | str] = {"kind": "masks", "samples": len(self)}
-        facts |= {"shards": 1, "bytes": 0}
-        if self.left_out:
-            few = _few([path.name for path in self.left_out])
-            facts["without a mask, left out"] = f"{len(self.left_out)} ({few})"
-        return facts
+        return {"kind": "masks", "samples": len(self), "shards": 1, "bytes": 0}
+
+    def notes(self) -> list[str]:
+        """What is left out, a sentence for each kind."""
+        if not self.left_out:
+            return []
+        few = _few([str(path.relative_to(self.files.images)) for path in self.left_out])
+        count = len(self.left_out)
+        return [f"{count} images of {self.files.images} have no mask and are left out: {few}"]
 
     def _probe(self, key: str) -> None:
         """Refuse a set of which no sample is good: its configuration is wrong, and not a file."""

@@ -97,7 +97,7 @@ def test_kinds_of_png(tmp_path: Path, mask: Any, values: list[int] | None):
     assert open_set(tmp_path).load(0).mask.unique().tolist() == (values or [1])
 
 
-def test_bad_samples_are_named(folder: Path):
+def test_bad_samples_are_named(folder: Path, caplog: pytest.LogCaptureFixture):
     write(folder, "bad/colours", np.zeros((24, 32, 3), np.uint8))
     write(folder, "bad/large", full(1, (25, 32)))
     write(folder, "bad/deep", full(1000, kind=np.uint16))
@@ -129,7 +129,11 @@ def test_bad_samples_are_named(folder: Path):
     (folder / "masks/street/0.png").unlink()
     fewer = open_set(folder)
     assert len(fewer) == len(data) - 2
-    assert fewer.describe()["without a mask, left out"] == "2 (large.jpg, 0.jpg)"
+    (note,) = fewer.notes()
+    assert note.startswith("2 images of ")
+    assert note.endswith("left out: bad/large.jpg, street/0.jpg")
+    assert note in caplog.text
+    assert not data.notes()
     assert fewer.identity()["fingerprint"] != data.identity()["fingerprint"]
     (folder / "masks/bad/deep.png").chmod(0)
     (folder / "images/bad/deep.jpg").unlink()
