@@ -1,7 +1,8 @@
 # make demo     set everything up, pre-train a small InternImage on two ranks, show what it learned
+# make transfer-demo   train three other tasks from what the demo has learned
 # make test     set everything up and run the tests
 # make docs     build the documentation as a site in build/site; a broken link fails
-.PHONY: setup lock demo h-on-cpu test test-fast test-gpu gpu-session-rehearsal bench lint docs clean
+.PHONY: setup lock demo transfer-demo h-on-cpu test test-fast test-gpu gpu-session-rehearsal bench lint docs clean
 
 PYTHON ?= python3
 VENV := .venv
@@ -34,6 +35,10 @@ lock: setup
 # m3i glyphs, m3i tokenizer, deepspeed --module m3i_scale.train --config m3i:demo, m3i eval
 demo: setup
 	$(BIN)/m3i demo $(DEMO_OVERRIDES)
+
+# What the demo's backbone is worth in classification, detection and segmentation.
+transfer-demo: setup
+	$(BIN)/m3i transfer-demo $(DEMO_OVERRIDES)
 
 # The real InternImage-H without a GPU: 20 GiB of memory, 12 GB of disk; see docs/plan.md.
 h-on-cpu: setup

@@ -34,6 +34,9 @@ COMMANDS = {
     "m3i_scale.demo": {
         "demo": "draw data, pre-train a small network on two CPU ranks, and show what it learned",
     },
+    "m3i_scale.transfer_demo": {
+        "transfer-demo": "classify, detect and segment from the demo's backbone and without it",
+    },
     "m3i_scale.shards.commands": {
         "glyphs": "draw a small data set from matplotlib's own fonts",
         "pasted": "draw a small detection and segmentation set: characters on photographs",

@@ -24,6 +24,7 @@ ALLOWED: dict[str, set[str]] = {
     "arguments": {"paths"},
     "config": LEAVES,
     "demo": {"config"},  # starts the other commands as processes
+    "transfer_demo": {"demo"},
     "models": {"m3i_kernels"},
     "objective": {"config", "models", "m3i_kernels"},
     "data": {"config"} | LEAVES,
