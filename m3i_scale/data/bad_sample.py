@@ -22,6 +22,7 @@ _REMEDIES = {
     # of images
     "undecodable image": "the file is damaged or no image: replace it, or leave it out",
     "too many pixels": "raise data.max_pixels to use them",
+    "image of another size": "the annotations are of another version of it: fetch both again",
     # of masks
     "undecodable mask": "the file is damaged or no PNG: replace it, or leave its image out",
     "mask of another size": "make it as large as its image, which EXIF may turn",

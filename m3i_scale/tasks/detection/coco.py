@@ -1,0 +1,417 @@
+"""COCO's and LVIS's annotation files: read once, checked entry by entry, kept as bytes.
+
+What is wrong with a whole file ends in a sentence (ValueError).  Single entries that cannot be used
+are left out, named and counted (`CocoFile.findings`).  The ground truth of an evaluation keeps all
+entries that pycocotools would take: empty boxes, boxes outside their image, crowds.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+Box = tuple[float, float, float, float]  # left, top, right, bottom
+Entry = dict[str, Any]
+_EMPTY = "empty box"
+_OUTSIDE = "box outside its image"
+_CUT = "box that reaches beyond its image (cut off)"
+_STILL_TRUE = {_EMPTY, _OUTSIDE}  # not trained on, and yet part of the ground truth
+_EXAMPLES = 3
+
+
+class ImageEntry(NamedTuple):
+    """One listed image."""
+
+    id: int
+    file: str
+    height: int
+    width: int
+
+
+class Category(NamedTuple):
+    """One category; `frequency` is LVIS's r, c or f, otherwise empty."""
+
+    id: int
+    name: str
+    frequency: str = ""
+
+
+class Annotation(NamedTuple):
+    """One object of an image; `category` counts from 0, in the order of the categories' ids."""
+
+    category: int
+    box: Box
+    crowd: bool
+    segmentation: Any  # polygons, run lengths, or None
+
+
+@dataclass
+class Findings:
+    """What was left out of a file and why: causes, their counts and first examples."""
+
+    counts: Counter[str] = field(default_factory=Counter)
+    examples: dict[str, list[str]] = field(default_factory=dict)
+
+    def add(self, cause: str, what: str) -> None:
+        """Count one more."""
+        self.counts[cause] += 1
+        shown = self.examples.setdefault(cause, [])
+        if len(shown) < _EXAMPLES:
+            shown.append(what)
+
+    def lines(self) -> list[str]:
+        """`17 empty box: annotation 3 of image 5, ...`, the most frequent first."""
+        return [
+            f"{count:,} {cause}: {', '.join(self.examples[cause])}"
+            + (", ..." if count > len(self.examples[cause]) else "")
+            for cause, count in self.counts.most_common()
+        ]
+
+
+class CocoFile:
+    """The images, categories and usable annotations of one file.
+
+    Annotations are kept as JSON bytes, one piece an image: objects of Python would be copied into
+    every reading process.
+    """
+
+    def __init__(
+        self,
+        path: str,
+        images: Sequence[ImageEntry],
+        categories: Sequence[Category],
+        pieces: Sequence[Sequence[Entry]],
+        findings: Findings,
+        lists: Mapping[int, Entry],
+    ) -> None:
+        self.path = path
+        self.images = list(images)
+        self.categories = list(categories)
+        self.findings = findings
+        self.lvis = any(category.frequency for category in categories) and bool(lists)
+        self._numbers = {category.id: i for i, category in enumerate(categories)}
+        self._lists = lists
+        encoded = [json.dumps(piece, separators=(",", ":")).encode() for piece in pieces]
+        self._ends = np.cumsum([len(piece) for piece in encoded], dtype=np.int64)
+        self._bytes: npt.NDArray[np.uint8] = np.frombuffer(b"".join(encoded), np.uint8)
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def entries(self, index: int) -> list[Entry]:
+        """The entries of an image as they stand in the file, crowds and empty boxes included."""
+        start = int(self._ends[index - 1]) if index else 0
+        return json.loads(self._bytes[start : int(self._ends[index])].tobytes())
+
+    def annotations(self, index: int) -> list[Annotation]:
+        """The objects of an image that can be trained on, crowds included."""
+        image = self.images[index]
+        found = []
+        for entry in self.entries(index):
+            box = clipped(entry["bbox"], image)
+            if box is not None:
+                crowd, shape = bool(entry.get("iscrowd")), entry.get("segmentation")
+                number = self._numbers[entry["category_id"]]
+                found.append(Annotation(number, box, crowd, shape or None))
+        return found
+
+    def image_counts(self) -> list[int]:
+        """Of each category, the number of images that show it."""
+        counts = [0] * len(self.categories)
+        for index in range(len(self)):
+            for number in {self._numbers[entry["category_id"]] for entry in self.entries(index)}:
+                counts[number] += 1
+        return counts
+
+    def ground_truth(self) -> dict[str, Any]:
+        """The file as evaluators take it, annotations numbered from 1 (0 means unmatched there)."""
+        images = [
+            {"id": i.id, "height": i.height, "width": i.width, **self._lists.get(i.id, {})}
+            for i in self.images
+        ]
+        annotations: list[Entry] = []
+        for index in range(len(self)):
+            for entry in self.entries(index):
+                annotations.append({**entry, "id": len(annotations) + 1})
+        categories = [
+            {"id": c.id, "name": c.name} | ({"frequency": c.frequency} if c.frequency else {})
+            for c in self.categories
+        ]
+        return {"images": images, "annotations": annotations, "categories": categories}
+
+    def select(self, kept: Sequence[int]) -> CocoFile:
+        """The same file with only these images."""
+        return CocoFile(
+            self.path,
+            [self.images[i] for i in kept],
+            self.categories,
+            [self.entries(i) for i in kept],
+            self.findings,
+            self._lists,
+        )
+
+
+def read_coco(path: str | os.PathLike[str], *, masks: bool = False) -> CocoFile:
+    """Read and check an annotation file.
+
+    Args:
+        path: the JSON file.
+        masks: whether every object must have a mask.
+
+    Raises:
+        ValueError: there is no such file; it is no JSON, or lacks a list; two images or categories
+            have one id; no annotation can be used.
+    """
+    content = _content(path)
+    findings = Findings()
+    categories = _categories(path, content["categories"])
+    images, lists = _images(path, content["images"], findings)
+    pieces: dict[int, list[Entry]] = {image.id: [] for image in images}
+    by_id = {image.id: image for image in images}
+    known = {category.id for category in categories}
+    trained = 0
+    for number, entry in enumerate(content["annotations"]):
+        cause = _fault(entry, by_id, known, masks)
+        if cause is not None:
+            findings.add(cause, _named(entry, number))
+        if cause is None or cause in _STILL_TRUE | {_CUT}:
+            pieces[entry["image_id"]].append(_complete(entry))
+        trained += cause is None or cause == _CUT
+    if content["annotations"] and not trained:
+        raise ValueError(f"{path} has no annotation that can be used: {findings.lines()[0]}")
+    return CocoFile(
+        os.fspath(path), images, categories, [pieces[i.id] for i in images], findings, lists
+    )
+
+
+def require_same_categories(train: CocoFile, val: CocoFile) -> None:
+    """Raise ValueError unless both files have the same categories under the same ids."""
+    ours, theirs = ({c.id: c.name for c in file.categories} for file in (train, val))
+    if ours != theirs:
+        odd = sorted(i for i in ours.keys() | theirs.keys() if ours.get(i) != theirs.get(i))
+        first = odd[0]
+        raise ValueError(
+            f"{val.path} has other categories than {train.path}: {len(odd)} differ, first id "
+            f"{first} ({ours.get(first, 'absent')!r} in training, {theirs.get(first, 'absent')!r} "
+            "in validation); both files must list the same ids and names"
+        )
+
+
+def absent_files(images: Iterable[ImageEntry], folder: str | os.PathLike[str]) -> list[int]:
+    """Positions of listed images whose file is not there; each folder is listed once.
+
+    Raises:
+        ValueError: the folder does not exist.
+    """
+    root = Path(folder)
+    if not root.is_dir():
+        raise ValueError(f"{root} is no folder: it should hold the images of the annotation file")
+    there: dict[Path, frozenset[str]] = {}
+    absent = []
+    for position, image in enumerate(images):
+        path = root / image.file
+        if path.parent not in there:
+            listed = os.listdir(path.parent) if path.parent.is_dir() else []
+            there[path.parent] = frozenset(listed)
+        if path.name not in there[path.parent]:
+            absent.append(position)
+    return absent
+
+
+def clipped(bbox: Sequence[float], image: ImageEntry) -> Box | None:
+    """COCO's (left, top, width, height) as corners inside the image; None where nothing is left."""
+    left, top, width, height = (float(value) for value in bbox)
+    box = (
+        max(left, 0.0),
+        max(top, 0.0),
+        min(left + width, float(image.width)),
+        min(top + height, float(image.height)),
+    )
+    return box if box[2] > box[0] and box[3] > box[1] else None
+
+
+def compressed_lengths(counts: str) -> Iterator[int]:
+    """The run lengths of COCO's compressed counts; raises ValueError for other texts.
+
+    Six bits a character from "0" on, the highest of which says that more follow; from the fourth
+    number on they are differences to the number before the last.
+    """
+    before = [0, 0]
+    value = shift = position = 0
+    for character in counts:
+        bits = ord(character) - 48
+        if not 0 <= bits < 64:
+            raise ValueError(f"{character!r} is no character of run lengths")
+        value |= (bits & 31) << shift
+        shift += 5
+        if bits & 32:
+            continue
+        if bits & 16:
+            value -= 1 << shift
+        length = value + (before[0] if position > 2 else 0)
+        yield length
+        before = [before[1], length]
+        value, shift, position = 0, 0, position + 1
+    if shift:
+        raise ValueError("the run lengths end in the middle of a number")
+
+
+def _content(path: str | os.PathLike[str]) -> dict[str, list[Any]]:
+    if not os.path.isfile(path):
+        raise ValueError(f"{path} is no file: name the annotation file (COCO's or LVIS's JSON)")
+    try:
+        content = json.loads(Path(path).read_bytes())
+    except (ValueError, RecursionError) as error:
+        raise ValueError(
+            f"{path} is damaged or no JSON ({' '.join(str(error).split())}): download it again"
+        ) from None
+    wanted = ("images", "annotations", "categories")
+    lacking = [
+        name
+        for name in wanted
+        if not isinstance(content, dict) or not isinstance(content.get(name), list)
+    ]
+    if lacking:
+        raise ValueError(
+            f"{path} is no annotation file of COCO or LVIS: it has no list {', '.join(lacking)}"
+        )
+    for name in ("images", "categories"):
+        if not content[name]:
+            raise ValueError(f"{path} lists no {name}: it is empty, or of another kind")
+    return content
+
+
+def _whole(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _numbers(values: object, count: int | None = None) -> bool:
+    """Whether these are finite numbers, as many as wanted."""
+    return (
+        isinstance(values, list)
+        and (count is None or len(values) == count)
+        and all(
+            isinstance(v, int | float) and not isinstance(v, bool) and math.isfinite(v)
+            for v in values
+        )
+    )
+
+
+def _categories(path: str | os.PathLike[str], entries: Sequence[Any]) -> list[Category]:
+    found = []
+    for entry in entries:
+        if not isinstance(entry, dict) or not _whole(entry.get("id")):
+            raise ValueError(f"{path}: the category {str(entry)[:60]} has no whole number as id")
+        frequency = entry.get("frequency", "")
+        name = str(entry.get("name", entry["id"]))
+        found.append(Category(entry["id"], name, frequency if frequency in ("r", "c", "f") else ""))
+    twice = [i for i, count in Counter(c.id for c in found).items() if count > 1]
+    if twice:
+        raise ValueError(f"{path}: two categories have the id {twice[0]}; give each its own")
+    return sorted(found)
+
+
+def _images(
+    path: str | os.PathLike[str], entries: Sequence[Any], findings: Findings
+) -> tuple[list[ImageEntry], dict[int, Entry]]:
+    """Usable images, and of LVIS what is known to be absent from them or not labelled in full."""
+    images, lists = [], {}
+    for position, entry in enumerate(entries):
+        image = _image(entry)
+        if image is None:
+            findings.add("image without id, file_name, height or width", f"entry {position}")
+            continue
+        images.append(image)
+        keys = ("neg_category_ids", "not_exhaustive_category_ids")
+        if all(isinstance(entry.get(key), list) for key in keys):
+            lists[image.id] = {key: entry[key] for key in keys}
+    twice = [i for i, count in Counter(image.id for image in images).items() if count > 1]
+    if twice:
+        raise ValueError(f"{path}: two images have the id {twice[0]}; give each its own")
+    if not images:
+        raise ValueError(f"{path} has no image that can be used: {findings.lines()[0]}")
+    return images, lists
+
+
+def _image(entry: object) -> ImageEntry | None:
+    if not isinstance(entry, dict):
+        return None
+    file = entry.get("file_name")
+    if file is None and isinstance(entry.get("coco_url"), str):
+        file = "/".join(entry["coco_url"].split("/")[-2:])  # LVIS: train2017/000000000009.jpg
+    if not (_whole(entry.get("id")) and isinstance(file, str) and file):
+        return None
+    if not all(_whole(entry.get(side)) and entry[side] > 0 for side in ("height", "width")):
+        return None
+    return ImageEntry(entry["id"], file, entry["height"], entry["width"])
+
+
+def _named(entry: object, position: int) -> str:
+    if not isinstance(entry, dict):
+        return f"entry {position}"
+    return f"annotation {entry.get('id', position)} of image {entry.get('image_id')}"
+
+
+def _fault(
+    entry: object, images: Mapping[int, ImageEntry], categories: set[int], masks: bool
+) -> str | None:
+    """Why an annotation cannot be used as it stands; None: it can."""
+    if not isinstance(entry, dict) or not _whole(entry.get("image_id")):
+        return "annotation without image_id"
+    image = images.get(entry["image_id"])
+    if image is None:
+        return "annotation of an image that is not listed"
+    if not _whole(entry.get("category_id")) or entry["category_id"] not in categories:
+        return "unknown category"
+    if not _numbers(entry.get("bbox"), 4):
+        return "box that is not four numbers"
+    shape = entry.get("segmentation")
+    cause = _mask_fault(shape, image) if shape else ("no mask" if masks else None)
+    return cause or _box_fault(entry["bbox"], image)
+
+
+def _box_fault(bbox: Sequence[float], image: ImageEntry) -> str | None:
+    left, top, width, height = bbox
+    if width <= 0 or height <= 0:
+        return _EMPTY
+    if clipped(bbox, image) is None:
+        return _OUTSIDE
+    beyond = max(-left, -top, left + width - image.width, top + height - image.height)
+    return _CUT if beyond > 1 else None
+
+
+def _mask_fault(shape: object, image: ImageEntry) -> str | None:
+    if isinstance(shape, list):
+        good = all(_numbers(p) and len(p) >= 6 and len(p) % 2 == 0 for p in shape)
+        return None if good else "damaged polygon"
+    if not isinstance(shape, dict) or not _numbers(shape.get("size"), 2):
+        return "damaged mask"
+    if shape["size"] != [image.height, image.width]:
+        return "mask of another size than its image"
+    counts = shape.get("counts")
+    try:
+        lengths: Any = list(compressed_lengths(counts)) if isinstance(counts, str) else counts
+    except ValueError:
+        return "damaged mask"
+    if not isinstance(lengths, list) or not all(_whole(n) and n >= 0 for n in lengths):
+        return "damaged mask"
+    return None if sum(lengths) == image.height * image.width else "damaged mask"
+
+
+def _complete(entry: Entry) -> Entry:
+    """An annotation with the keys that evaluators read."""
+    keys = ("image_id", "category_id", "bbox", "segmentation")
+    kept = {key: entry[key] for key in keys if entry.get(key) is not None}
+    area = entry.get("area")
+    if not _numbers([area]):
+        area = max(0.0, entry["bbox"][2]) * max(0.0, entry["bbox"][3])
+    return {**kept, "area": area, "iscrowd": int(bool(entry.get("iscrowd")))}

@@ -1,0 +1,212 @@
+"""AP of boxes and masks over all ranks, in COCO's and in LVIS's way; figures equal pycocotools'."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from m3i_scale.data.bad_sample import BadSample
+from m3i_scale.objective.collectives import gather_rows, rank_and_size
+from m3i_scale.tasks.detection.batch import Sample
+from m3i_scale.tasks.detection.coco import CocoFile
+from m3i_scale.tasks.detection.dataset import TestImages
+from m3i_scale.tasks.detection.detections import Detections, DetectorNetworks
+
+Result = dict[str, Any]  # one detection as COCO's result files have it
+LVIS_DETECTIONS = 300
+# COCO's twelve numbers: name here, name in faster-coco-eval.
+COCO_FIGURES = {
+    "AP": "AP_all",
+    "AP50": "AP_50",
+    "AP75": "AP_75",
+    "AP_small": "AP_small",
+    "AP_medium": "AP_medium",
+    "AP_large": "AP_large",
+    "AR1": "AR_all",
+    "AR10": "AR_second",
+    "AR100": "AR_third",
+    "AR_small": "AR_small",
+    "AR_medium": "AR_medium",
+    "AR_large": "AR_large",
+}
+LVIS_FIGURES = {
+    **{name: COCO_FIGURES[name] for name in list(COCO_FIGURES)[:6]},
+    "AP_rare": "APr",
+    "AP_common": "APc",
+    "AP_frequent": "APf",
+    "AR300": "AR_all",
+}
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Figures, and on rank 0 the detections behind them.
+
+    figures  "box/AP", "mask/AP50", ...: shares from 0 to 1, -1 where nothing could be measured
+    results  all detections as COCO's result files have them
+    bad      images that could not be read, and why: nothing is detected in them
+    """
+
+    figures: dict[str, float]
+    results: list[Result] = field(default_factory=list)
+    bad: list[str] = field(default_factory=list)
+
+
+def evaluate(
+    networks: DetectorNetworks,
+    images: TestImages,
+    device: torch.device | str,
+    *,
+    batch_size: int = 1,
+) -> Evaluation:
+    """Detect in every image, shared over the ranks, and measure on rank 0.
+
+    Ranks run equally many batches (ZeRO-3 gathers weights in each); where images are missing, a
+    blank one stands for them and is not counted. Networks that were training are so again.
+    """
+    was_training = networks.training
+    networks.train(False)
+    try:
+        own, bad = _detect(networks, images, device, batch_size)
+    finally:
+        networks.train(was_training)
+    results: list[Result] = [r for part in gather_json(own, device) for r in part]
+    named: list[str] = [line for part in gather_json(bad, device) for line in part]
+    results.sort(key=lambda result: result["image_id"])  # whatever the number of ranks
+    figures: dict[str, float] = {}
+    if rank_and_size()[0] == 0:
+        for kind in ("box", "mask") if images.masks else ("box",):
+            figures |= measure(images.file, results, kind)
+    return Evaluation(gather_json(figures, device)[0], results, named)
+
+
+def measure(file: CocoFile, results: Sequence[Result], kind: str) -> dict[str, float]:
+    """The figures of `kind` ("box" or "mask") of detections in the images of an annotation file.
+
+    LVIS, known by its fields, is measured in its way over the best 300 detections of an image.
+    """
+    evaluator = _evaluated(file, results, kind)
+    evaluator.summarize()
+    names = LVIS_FIGURES if file.lvis else COCO_FIGURES
+    figures = evaluator.stats_as_dict
+    return {f"{kind}/{name}": float(figures[theirs]) for name, theirs in names.items()}
+
+
+def precision_recall(
+    file: CocoFile, results: Sequence[Result], kind: str
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(recall (R,), overlap thresholds (T,), precision (T, R, K)) over all sizes of objects.
+
+    Precision is -1 for a category without objects.
+    """
+    evaluator = _evaluated(file, results, kind)
+    precision = torch.from_numpy(evaluator.eval["precision"].copy())[:, :, :, 0, -1]
+    parameters = evaluator.params
+    recall = torch.as_tensor(parameters.recThrs, dtype=torch.float32)
+    return recall, torch.as_tensor(parameters.iouThrs, dtype=torch.float32), precision.float()
+
+
+def _evaluated(file: CocoFile, results: Sequence[Result], kind: str) -> Any:
+    from faster_coco_eval import COCO, COCOeval_faster
+
+    truth = COCO(file.ground_truth())
+    chosen = best_of_each_image(results, LVIS_DETECTIONS) if file.lvis else results
+    found = truth.loadRes([dict(result) for result in chosen])
+    iou = {"box": "bbox", "mask": "segm"}[kind]
+    evaluator = COCOeval_faster(
+        truth, found, iou, lvis_style=file.lvis, print_function=logging.getLogger(__name__).debug
+    )
+    if file.lvis:
+        evaluator.params.maxDets = [LVIS_DETECTIONS]
+    evaluator.evaluate()
+    evaluator.accumulate()
+    return evaluator
+
+
+def best_of_each_image(results: Sequence[Result], count: int) -> list[Result]:
+    """The `count` best detections of each image, in a stable order."""
+    by_image: dict[int, list[Result]] = {}
+    for result in results:
+        by_image.setdefault(result["image_id"], []).append(result)
+    return [
+        result
+        for found in by_image.values()
+        for result in sorted(found, key=lambda r: -r["score"])[:count]
+    ]
+
+
+def coco_results(found: Detections, image_id: int, file: CocoFile) -> Iterator[Result]:
+    """Detections of an image as COCO's result files have them."""
+    runs = [None] * len(found) if found.masks is None else _run_lengths(found.masks)
+    corners = found.boxes.tolist()
+    rows = zip(corners, found.labels.tolist(), found.scores.tolist(), runs, strict=True)
+    for (left, top, right, bottom), label, score, mask in rows:
+        result: Result = {
+            "image_id": image_id,
+            "category_id": file.categories[label].id,
+            "bbox": [left, top, right - left, bottom - top],
+            "score": score,
+        }
+        yield result if mask is None else {**result, "segmentation": mask}
+
+
+def _run_lengths(masks: Tensor) -> list[Any]:
+    import numpy as np
+    from faster_coco_eval.core import mask as coco_mask
+
+    columns = np.asfortranarray(masks.to(torch.uint8).permute(1, 2, 0).cpu().numpy())
+    encoded = coco_mask.encode(columns) if len(masks) else []
+    for runs in encoded:
+        if isinstance(runs["counts"], bytes):
+            runs["counts"] = runs["counts"].decode("ascii")
+        runs["size"] = [int(side) for side in runs["size"]]
+    return list(encoded)
+
+
+def _detect(
+    networks: DetectorNetworks, images: TestImages, device: torch.device | str, batch_size: int
+) -> tuple[list[Result], list[str]]:
+    """The detections of this rank's share, and what could not be read."""
+    rank, size = rank_and_size()
+    share = -(-len(images) // (size * batch_size)) * batch_size  # images of every rank
+    results: list[Result] = []
+    bad: list[str] = []
+    blank = images.blank()
+    for start in range(0, share, batch_size):
+        # Neighbours go to different ranks: files are often sorted by size.
+        wanted = [(start + i) * size + rank for i in range(batch_size)]
+        samples = [_read(images, index, bad) for index in wanted]
+        batch = images.collate([sample or blank for sample in samples]).to(device)
+        for sample, found in zip(samples, networks.detect(batch), strict=True):
+            if sample is not None:
+                results += coco_results(found, sample.image_id, images.file)
+    return results, bad
+
+
+def _read(images: TestImages, index: int, bad: list[str]) -> Sample | None:
+    """An image; None beyond the last one, and where it cannot be read, which is noted in `bad`."""
+    if index >= len(images):
+        return None
+    try:
+        return images.load(index)
+    except BadSample as error:
+        bad.append(str(error))
+        return None
+
+
+def gather_json(value: Any, device: torch.device | str) -> list[Any]:
+    """What each rank has, in the order of ranks, on all of them; values are what JSON holds."""
+    _, size = rank_and_size()
+    if size == 1:
+        return [value]
+    data = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8).to(device)
+    lengths = gather_rows(torch.tensor([len(data)], device=device)).flatten().tolist()
+    padded = torch.nn.functional.pad(data, (0, max(lengths) - len(data)))
+    rows = gather_rows(padded).cpu()
+    return [json.loads(row[:n].numpy().tobytes()) for row, n in zip(rows, lengths, strict=True)]

@@ -1,0 +1,222 @@
+"""Mask R-CNN of torchvision's parts on a ViT (simple feature pyramid) or an InternImage (FPN).
+
+Convolutions compute in the weights' precision, boxes in float32 throughout: a coordinate of 1,000
+pixels has steps of 4 in bfloat16.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from timm.layers import LayerNorm2d
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torchvision.models.detection import FasterRCNN, MaskRCNN
+from torchvision.models.detection.anchor_utils import AnchorGenerator
+from torchvision.models.detection.faster_rcnn import FastRCNNConvFCHead, FastRCNNPredictor
+from torchvision.models.detection.image_list import ImageList
+from torchvision.models.detection.mask_rcnn import MaskRCNNHeads, MaskRCNNPredictor
+from torchvision.models.detection.roi_heads import paste_masks_in_image
+from torchvision.models.detection.rpn import RPNHead
+from torchvision.models.detection.transform import resize_boxes
+from torchvision.ops import FeaturePyramidNetwork, MultiScaleRoIAlign
+
+from m3i_scale.config.detection import DetectionData, Detector, MaskRcnn
+from m3i_scale.tasks.detection.backbones import build_backbone, stage_widths
+from m3i_scale.tasks.detection.batch import Batch, Objects, normalised
+from m3i_scale.tasks.detection.detections import Detections, figures
+from m3i_scale.tasks.detection.vitdet import SimpleFeaturePyramid, WindowedViT
+
+_LEVELS = ["0", "1", "2", "3"]  # of the pyramid that regions are cut from; "pool" only proposes
+_LOSSES = {
+    "loss_objectness": "objectness",
+    "loss_rpn_box_reg": "proposal_box",
+    "loss_classifier": "class",
+    "loss_box_reg": "box",
+    "loss_mask": "mask",
+}
+
+
+class MaskRcnnDetector(nn.Module):
+    """Backbone, pyramid, proposals, heads; `forward` gives losses, `detect` detections.
+
+    Args:
+        config: backbone and head.
+        data: size, mean and deviation of the images.
+        categories: number of categories, background not counted.
+    """
+
+    built_whole = True
+
+    def __init__(self, config: Detector, data: DetectionData, categories: int) -> None:
+        super().__init__()
+        head = config.head
+        assert isinstance(head, MaskRcnn)
+        self.mean, self.std, self.offset_rate = data.mean, data.std, config.offset_rate
+        size = training_side(data)
+        self.backbone = build_backbone(config, size)
+        self.side = size if isinstance(self.backbone, WindowedViT) else None
+        if isinstance(self.backbone, WindowedViT):
+            self.neck: nn.Module = SimpleFeaturePyramid(self.backbone.width, head.width)
+        else:
+            self.neck = StagePyramid(stage_widths(self.backbone), head.width)
+        parts = _parts(head, categories)
+        self.rpn, self.roi_heads = parts.rpn, parts.roi_heads
+
+    def forward(self, inputs: Batch) -> dict[str, Tensor]:
+        """Losses of a batch: "loss", and "loss/NAME" as [sum, count]."""
+        targets = [_target(objects) for objects in inputs.objects]
+        images, maps = self._maps(inputs)
+        proposals, losses = self.rpn(images, maps, targets)
+        _, more = self.roi_heads(maps, proposals, images.image_sizes, targets)
+        named = {_LOSSES[name]: value for name, value in {**losses, **more}.items()}
+        return {"loss": torch.stack(list(named.values())).sum(), **figures(named)}
+
+    @torch.no_grad()
+    def detect(self, inputs: Batch) -> list[Detections]:
+        """What is seen in each image, in pixels of the stored image; call in evaluation mode."""
+        images, maps = self._maps(inputs)
+        proposals, _ = self.rpn(images, maps)
+        found, _ = self.roi_heads(maps, proposals, images.image_sizes)
+        return [
+            _detections(one, fed, stored)
+            for one, fed, stored in zip(found, images.image_sizes, inputs.originals, strict=True)
+        ]
+
+    def _maps(self, inputs: Batch) -> tuple[ImageList, dict[str, Tensor]]:
+        """The images with their sizes, and maps by level."""
+        dtype = next(self.backbone.parameters()).dtype
+        images = normalised(inputs, self.mean, self.std, dtype)
+        if self.side is not None:
+            images = _square(images, self.side)
+        sizes = [(int(height), int(width)) for height, width in inputs.sizes.tolist()]
+        if isinstance(self.backbone, WindowedViT):
+            maps = self.neck(self.backbone.feature_map(images))
+        else:
+            maps = self.neck(self.backbone.forward_stages(images))
+        named = OrderedDict((name, found) for name, found in zip(_LEVELS, maps, strict=True))
+        named["pool"] = F.max_pool2d(maps[-1], 1, 2)
+        return ImageList(images, sizes), named
+
+
+class StagePyramid(nn.Module):
+    """Maps of stages (B, H, W, C_i) -> maps (B, C, H, W), top-down (arXiv 1612.03144)."""
+
+    def __init__(self, of_stages: Sequence[int], channels: int) -> None:
+        super().__init__()
+        self.fpn = FeaturePyramidNetwork(list(of_stages), channels)
+
+    def forward(self, stages: Sequence[Tensor]) -> list[Tensor]:
+        """Four maps, the finest first."""
+        maps = {str(i): stage.permute(0, 3, 1, 2) for i, stage in enumerate(stages)}
+        return list(self.fpn(OrderedDict(maps)).values())
+
+
+class _Anchors(AnchorGenerator):
+    """Anchors in float32 whatever the maps are."""
+
+    def set_cell_anchors(self, dtype: torch.dtype, device: torch.device) -> None:
+        super().set_cell_anchors(torch.float32, device)
+
+
+class _ProposalHead(RPNHead):
+    def forward(self, x: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+        scores, boxes = super().forward(x)
+        return [score.float() for score in scores], [box.float() for box in boxes]
+
+
+class _Regions(MultiScaleRoIAlign):
+    """Regions of the maps, cut in float32 and given in the maps' precision."""
+
+    def forward(
+        self, x: dict[str, Tensor], boxes: list[Tensor], image_shapes: list[tuple[int, int]]
+    ) -> Tensor:
+        maps = OrderedDict((name, found.float()) for name, found in x.items())
+        dtype = next(iter(x.values())).dtype
+        return super().forward(maps, boxes, image_shapes).to(dtype)
+
+
+class _BoxPredictor(FastRCNNPredictor):
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        scores, boxes = super().forward(x)
+        return scores.float(), boxes.float()
+
+
+class _MaskPredictor(MaskRCNNPredictor):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x).float()
+
+
+class _Stub(nn.Module):
+    """Stands for a backbone while torchvision assembles the other parts."""
+
+    def __init__(self, out_channels: int) -> None:
+        super().__init__()
+        self.out_channels = out_channels
+
+
+def _parts(head: MaskRcnn, categories: int) -> Any:
+    """torchvision's model with the proposal network and the heads."""
+    width = head.width
+    anchors = _Anchors(tuple((side,) for side in head.anchors), ((0.5, 1.0, 2.0),) * 5)
+    boxes = [width] * head.box_convolutions
+    arguments: dict[str, Any] = {
+        "rpn_anchor_generator": anchors,
+        "rpn_head": _ProposalHead(width, 3, conv_depth=2),
+        "rpn_pre_nms_top_n_train": 2 * head.proposals,
+        "rpn_pre_nms_top_n_test": head.proposals,
+        "rpn_post_nms_top_n_train": head.proposals,
+        "rpn_post_nms_top_n_test": head.proposals,
+        "rpn_batch_size_per_image": head.proposal_samples,
+        "box_roi_pool": _Regions(_LEVELS, 7, 0),
+        "box_head": FastRCNNConvFCHead(
+            (width, 7, 7), boxes, [head.box_hidden], norm_layer=LayerNorm2d
+        ),
+        "box_predictor": _BoxPredictor(head.box_hidden, categories + 1),
+        "box_score_thresh": head.score_threshold,
+        "box_detections_per_img": head.detections,
+        "box_batch_size_per_image": head.box_samples,
+    }
+    if not head.masks:
+        return FasterRCNN(_Stub(width), **arguments)
+    return MaskRCNN(
+        _Stub(width),
+        **arguments,
+        mask_roi_pool=_Regions(_LEVELS, 14, 0),
+        mask_head=MaskRCNNHeads(width, [width] * head.mask_convolutions, 1, LayerNorm2d),
+        mask_predictor=_MaskPredictor(width, width, categories + 1),
+    )
+
+
+def training_side(data: DetectionData) -> int:
+    """The longest side of a training image."""
+    resize = data.resize
+    return resize.size if resize.kind == "jitter" else resize.longest
+
+
+def _square(images: Tensor, side: int) -> Tensor:
+    """Pad to a square of `side`, or of the next multiple of it, for relative positions."""
+    height, width = images.shape[-2:]
+    whole = -(-max(height, width) // side) * side
+    return F.pad(images, (0, whole - width, 0, whole - height))
+
+
+def _target(objects: Objects) -> dict[str, Tensor]:
+    """As torchvision takes it: 0 is the background."""
+    target = {"boxes": objects.boxes, "labels": objects.labels + 1}
+    if objects.masks is not None:
+        target["masks"] = objects.masks.to(torch.uint8)
+    return target
+
+
+def _detections(
+    found: dict[str, Tensor], fed: tuple[int, int], stored: tuple[int, int]
+) -> Detections:
+    boxes = resize_boxes(found["boxes"], fed, stored)
+    masks = None
+    if "masks" in found:
+        masks = paste_masks_in_image(found["masks"], boxes, stored)[:, 0] > 0.5
+    return Detections(boxes, found["labels"] - 1, found["scores"], masks)
