@@ -88,7 +88,7 @@ def content(images: int = 4, *, seed: int = 0) -> dict[str, Any]:
     generator = np.random.default_rng(seed)
     entries, annotations = [], []
     for number in range(images):
-        height, width = 40 + 8 * number, 72 - 8 * number
+        height, width = 40 + 8 * (number % 4), 72 - 8 * (number % 4)
         name = f"{number}.png"
         entries.append({"id": 100 + number, "file_name": name, "height": height, "width": width})
         for _ in range(0 if number == 1 else 3):
