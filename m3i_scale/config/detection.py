@@ -14,7 +14,10 @@ from m3i_scale.config.types import Count, Fraction, Node, PathText, Positive
 
 
 class Windows(Node):
-    """How a ViT reads large images: ViTDet (arXiv 2203.16527)."""
+    """How a ViT reads large images: ViTDet (arXiv 2203.16527).
+
+    Its option `position_grid` says for which grid its positions were trained: 14 at 224 pixels.
+    """
 
     size: Count = 14
     """Side of the windows of local attention, in patches."""
@@ -22,9 +25,6 @@ class Windows(Node):
     """Blocks, counted from 0, whose attention spans the whole image."""
     relative_positions: bool = True
     """Learned relative positions in every attention; they start at zero."""
-    pretraining_grid: Count | None = 14
-    """Patches along an image side in pre-training: positions are stretched over the image as they
-    were there. null: they count patches, as in pre-training at the same size."""
 
 
 class MaskRcnn(Node):
@@ -128,7 +128,7 @@ class Detector(Node):
     """Of a ViT; InternImage has none."""
     head: Annotated[MaskRcnn | Dino, Field(discriminator="kind")] = MaskRcnn()
     """The detector: `kind: mask_rcnn` or `kind: dino`."""
-    offset_rate: Positive = 1.0
+    offset_rate: Annotated[float, Field(gt=0, le=1)] = 1.0
     """Factor of the learning rate of what says where deformable layers sample: offsets and centre
     scales of DCNv3, sampling offsets of DINO."""
 

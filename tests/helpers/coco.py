@@ -17,7 +17,7 @@ INTERN_IMAGE = {
     "name": "intern_image",
     "options": {"channels": 8, "depths": [1, 1, 2, 1], "groups": [1, 2, 4, 8]},
 }
-VIT = {"name": "vit", "options": {"width": 32, "depth": 2, "heads": 2}}
+VIT = {"name": "vit", "options": {"width": 32, "depth": 2, "heads": 2, "position_grid": 4}}
 MASK_RCNN = {
     "kind": "mask_rcnn",
     "width": 16,
@@ -39,7 +39,7 @@ DINO = {
     "queries": 14,
     "denoising": 8,
 }
-WINDOWS = {"size": 2, "global_blocks": [1], "pretraining_grid": 4}
+WINDOWS = {"size": 2, "global_blocks": [1]}
 CATEGORIES = 5
 # name -> backbone and head
 DETECTORS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import re
-from typing import Any
 
 from torch import nn
 
 from m3i_scale.config.detection import Detector, Dino
+from m3i_scale.models import layer_decay
 from m3i_scale.models.backbone import backbone_options
 from m3i_scale.models.intern_image import InternImage
 from m3i_scale.tasks.detection.composite import CompositeInternImage
@@ -40,7 +40,6 @@ def build_backbone(config: Detector, image_size: int) -> InternImage | WindowedV
         window=windows.size,
         global_blocks=windows.global_blocks,
         relative_positions=windows.relative_positions,
-        pretraining_grid=windows.pretraining_grid,
         **merged,
     )
 
@@ -66,53 +65,25 @@ def stage_widths(backbone: InternImage) -> list[int]:
     return [int(channels) * 2**stage for stage in range(len(backbone.levels))]
 
 
-def depth_of(backbone: nn.Module) -> int:
-    """Blocks of a backbone, one after the other."""
-    return len(backbone.blocks) if isinstance(backbone, WindowedViT) else sum(_depths(backbone))
-
-
-def _depths(backbone: Any) -> list[int]:
-    return [len(level.blocks) for level in backbone.levels]
-
-
-def layer_number(backbone: nn.Module, name: str) -> int:
-    """How deep a parameter of the backbone lies: 0 patch embedding, 1 first block, ...
-
-    Of an InternImage, what stands between two stages belongs to the first block of the next one.
-    """
-    if isinstance(backbone, WindowedViT):
-        found = re.match(r"blocks\.(\d+)\.", name)
-        if found:
-            return int(found[1]) + 1
-        return depth_of(backbone) + 1 if name.startswith("norm.") else 0
-    if name.startswith("mixing."):
-        return depth_of(backbone) + 1
-    found = re.match(r"(?:levels|second)\.(\d+)\.(?:blocks\.(\d+)\.)?", name)
-    if not found:
-        return 0
-    stage, depths = int(found[1]), _depths(backbone)
-    before = sum(depths[:stage])
-    inside = depths[stage] if found[2] is None else int(found[2])
-    return before + inside + 1
-
-
-# Parts of names of the layers that say where a deformable layer samples.
-_OFFSETS = re.compile(r"\.dcn\.offset\.|\.center_feature_scale_proj|\.sampling_offsets\.")
+# Of DINO's layers, what says where they sample; the backbone's offsets are known to layer_decay.
+_SAMPLING = ".sampling_offsets."
+_SECOND, _FIRST = f"{PREFIX}second.", f"{PREFIX}levels."
 
 
 def layer_scales(networks: nn.Module, decay: float) -> dict[str, float]:
     """Parameter name -> factor of its learning rate: layer decay, and `offset_rate`.
 
-    A head has 1, the deepest block of the backbone `decay`, the one before `decay` ** 2, and so on
-    (arXiv 2203.16527, table 13; for InternImage-H 50 blocks at 0.94).
+    A head has 1, the deepest block of the backbone `decay`, the one before `decay` ** 2, and so on;
+    both backbones of a composite have the same factors.
+
+    Raises:
+        ValueError: `decay` is out of bounds.
     """
-    backbone, rate = networks.backbone, float(networks.offset_rate)  # type: ignore[arg-type]
-    assert isinstance(backbone, nn.Module)
-    deepest = depth_of(backbone) + 1
-    scales = {}
-    for name, _ in networks.named_parameters():
-        inside = name.startswith(PREFIX)
-        layer = layer_number(backbone, name.removeprefix(PREFIX)) if inside else deepest
-        scale = decay ** (deepest - layer)
-        scales[name] = scale * rate if _OFFSETS.search(f".{name}") else scale
+    rate = float(networks.offset_rate)  # type: ignore[arg-type]
+    scales = layer_decay.layer_scales(networks, decay, deformation=rate)
+    for name in scales:
+        if name.startswith(_SECOND):
+            scales[name] = scales[_FIRST + name.removeprefix(_SECOND)]
+        elif _SAMPLING in name:
+            scales[name] *= rate
     return scales

@@ -86,7 +86,9 @@ def save_mistakes(
         axis.imshow(image)
         _draw(axis, mistake.box, "", WRONG, None)
         _zoom(axis, mistake.box, image.shape[1], image.shape[0])
-        axis.set_title("\n".join(textwrap.wrap(mistake.words, 26)), fontsize=6)
+        words = f"{mistake.words} (score {mistake.weight:.2f})"
+        words = mistake.words if mistake.words.startswith("missed ") else words
+        axis.set_title("\n".join(textwrap.wrap(words, 26)), fontsize=6)
     if not worst:
         axes[0, 0].set_title("no errors", fontsize=8)
     _save(figure, axes, path)

@@ -11,7 +11,6 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
-import torch
 from timm.layers import LayerNorm2d
 from torch import Tensor, nn
 from transformers import VitDetConfig
@@ -22,7 +21,7 @@ from transformers.models.vitdet.modeling_vitdet import (
 )
 
 from m3i_scale.models.layers import init_transformer, require_divisible, run_block
-from m3i_scale.models.positions import sincos_embedding
+from m3i_scale.models.positions import grid_embedding
 from m3i_scale.models.stochastic_depth import draw_uniform
 from m3i_scale.models.vit import ViT
 
@@ -59,8 +58,6 @@ class WindowedViT(ViT):
             global blocks, interpolated for other sizes.
         window, global_blocks: side of the windows in patches, 0 for none, and the blocks without.
         relative_positions: learned, zero at the start.
-        pretraining_grid: patches along a side in pre-training; positions are stretched to that
-            grid. None: positions count patches, as in `ViT`.
         heads, options: of `ViT`.
     """
 
@@ -72,7 +69,6 @@ class WindowedViT(ViT):
         window: int = 14,
         global_blocks: Sequence[int] = (2, 5, 8, 11),
         relative_positions: bool = True,
-        pretraining_grid: int | None = None,
         **options: Any,
     ) -> None:
         super().__init__(heads=heads, **options)
@@ -82,7 +78,6 @@ class WindowedViT(ViT):
                 f"windows.global_blocks names block {outside[0]}, and this ViT has blocks 0 to "
                 f"{len(self.blocks) - 1}"
             )
-        self.pretraining_grid = pretraining_grid
         del self.attention_pool  # nothing is pooled here
         for number, block in enumerate(self.blocks):
             block.attn = WindowAttention(
@@ -94,24 +89,12 @@ class WindowedViT(ViT):
             )
             block.attn.apply(init_transformer)
 
-    def positions(self, rows: int, columns: int, device: torch.device) -> Tensor:
-        """Embeddings (rows, columns, D) of the patches, stretched to the pre-training grid."""
-        y, x = (self._axis(count, device) for count in (rows, columns))
-        parts = [sincos_embedding(axis, self.width // 2) for axis in (y, x)]
-        shape = (rows, columns, self.width // 2)
-        return torch.cat([parts[0][:, None].expand(shape), parts[1][None].expand(shape)], -1)
-
-    def _axis(self, count: int, device: torch.device) -> Tensor:
-        steps = torch.arange(count, device=device, dtype=torch.float32)
-        if self.pretraining_grid is None:
-            return steps
-        return (steps + 0.5) * (self.pretraining_grid / count) - 0.5
-
     def feature_map(self, images: Tensor, keys: Tensor | None = None) -> Tensor:
         """Map images (B, 3, H, W) to (B, h, w, D), after the last norm."""
-        rows, columns = self.grid_size(*images.shape[-2:])
-        x = self.patch_embed(images).unflatten(1, (rows, columns))
-        x = x + self.positions(rows, columns, x.device).to(x.dtype)
+        grid = self.grid_size(*images.shape[-2:])
+        x = self.patch_embed(images)
+        positions = grid_embedding(grid, self.width, x.device, self.position_grid)
+        x = (x + positions.to(x.dtype)).unflatten(1, grid)
         drawn = None
         if self.training and self.drop_path_rate:
             drawn = draw_uniform(len(x), 2 * len(self.blocks), keys, x.device)

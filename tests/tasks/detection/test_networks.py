@@ -12,7 +12,7 @@ from transformers import VitDetBackbone, VitDetConfig
 from helpers import coco as small
 from m3i_scale.config.detection import Detector
 from m3i_scale.models.intern_image import InternImage
-from m3i_scale.models.positions import sincos_embedding
+from m3i_scale.models.positions import grid_embedding
 from m3i_scale.models.vit import ViT
 from m3i_scale.tasks.detection.composite import CompositeInternImage
 from m3i_scale.tasks.detection.networks import build_detector, layer_scales, pretrained_names
@@ -98,9 +98,9 @@ def windowed(**options) -> WindowedViT:
     return WindowedViT(**{**defaults, **options}, **VIT).eval()
 
 
-def plain() -> ViT:
+def plain(**options) -> ViT:
     torch.manual_seed(1)
-    return ViT(**VIT, pool_heads=2, embed_dim=32).eval()
+    return ViT(**VIT, **options, pool_heads=2, embed_dim=32).eval()
 
 
 def load(ours: WindowedViT, vit: ViT) -> None:
@@ -119,17 +119,12 @@ def test_without_windows_it_is_our_vit(size, relative):
     torch.testing.assert_close(ours.features(images), vit.features(images), atol=2e-6, rtol=1e-4)
 
 
-def test_positions_are_stretched_as_in_pretraining():
-    vit, ours = plain(), windowed(pretraining_grid=4)
+@pytest.mark.parametrize("size", [(64, 64), (128, 96)])
+def test_positions_are_stretched_as_in_our_vit(size):
+    vit, ours = plain(position_grid=4), windowed(position_grid=4)
     load(ours, vit)
-    same = torch.randn(1, 3, 64, 64)
-    torch.testing.assert_close(ours.features(same), vit.features(same), atol=2e-6, rtol=1e-4)
-    # At another size, a patch's centre as a share of the image decides.
-    found = ours.positions(8, 6, torch.device("cpu"))
-    for row, column in [(0, 0), (3, 5), (7, 2)]:
-        y, x = (row + 0.5) / 8 * 4 - 0.5, (column + 0.5) / 6 * 4 - 0.5
-        wanted = torch.cat([sincos_embedding(torch.tensor(v), 16) for v in (y, x)])
-        torch.testing.assert_close(found[row, column], wanted)
+    images = torch.randn(1, 3, *size)
+    torch.testing.assert_close(ours.features(images), vit.features(images), atol=2e-6, rtol=1e-4)
 
 
 @pytest.mark.parametrize("size", [(64, 64), (96, 80)])
@@ -157,7 +152,7 @@ def test_windows_and_relative_positions_are_those_of_transformers(size):
     assert (missing, unknown) == (["embeddings.position_embeddings"], [])
     nn.init.zeros_(theirs.embeddings.position_embeddings)
     images = torch.randn(2, 3, *size)
-    positions = ours.positions(rows, columns, torch.device("cpu")).permute(2, 0, 1)
+    positions = grid_embedding((rows, columns), 32).T.unflatten(1, (rows, columns))
     theirs.embeddings.register_forward_hook(lambda module, given, result: result + positions)
     wanted = ours.norm(theirs(images).feature_maps[0].permute(0, 2, 3, 1))
     torch.testing.assert_close(ours.feature_map(images), wanted, atol=1e-5, rtol=1e-4)
@@ -242,6 +237,7 @@ def test_rates_of_intern_image_follow_its_recipe():
         assert scales[f"backbone.{network}.0.downsample.conv.weight"] == 0.5**4
         assert scales[f"backbone.{network}.2.blocks.1.mlp.fc1.weight"] == 0.5**2
         assert scales[f"backbone.{network}.2.norm.0.weight"] == 0.5
+        assert scales[f"backbone.{network}.3.norm.0.weight"] == 0.5
         assert scales[f"backbone.{network}.3.blocks.0.dcn.offset.weight"] == 0.5 * 0.01
     assert scales["backbone.patch_embed.conv1.weight"] == 0.5**6
     assert scales["decoder.layers.0.encoder_attn.sampling_offsets.weight"] == 0.01
