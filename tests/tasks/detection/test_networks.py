@@ -6,16 +6,23 @@ from dataclasses import replace
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import nn
 from transformers import VitDetBackbone, VitDetConfig
 
 from helpers import coco as small
+from m3i_scale.config import ConfigError
 from m3i_scale.config.detection import Detector
 from m3i_scale.models.intern_image import InternImage
 from m3i_scale.models.positions import grid_embedding
 from m3i_scale.models.vit import ViT
 from m3i_scale.tasks.detection.composite import CompositeInternImage
-from m3i_scale.tasks.detection.networks import build_detector, layer_scales, pretrained_names
+from m3i_scale.tasks.detection.networks import (
+    build_detector,
+    layer_scales,
+    load_pretrained,
+    pretrained_names,
+)
 from m3i_scale.tasks.detection.vitdet import WindowedViT, transformers_name
 
 VIT = {"width": 32, "depth": 2, "heads": 2}
@@ -201,18 +208,45 @@ def test_both_backbones_of_a_composite_start_equal():
     assert not torch.allclose(changed[2], second[2])
 
 
-def test_weights_of_one_backbone_become_those_of_both():
-    networks = built("composite")
+def test_weights_of_one_backbone_become_those_of_both(tmp_path):
+    config, networks = small.detector("composite"), built("composite").eval()
     names = pretrained_names(networks)
     assert names["backbone.second.2.blocks.1.mlp.fc1.weight"] == "levels.2.blocks.1.mlp.fc1.weight"
-    single = InternImage(**small.INTERN_IMAGE["options"], num_classes=0)
+    torch.manual_seed(5)
+    single = InternImage(**small.INTERN_IMAGE["options"], num_classes=0).eval()
     assert set(names.values()) == set(single.state_dict())
-    with torch.no_grad():
-        own = networks.state_dict()
-        for name, theirs in names.items():
-            own[name].copy_(single.state_dict()[theirs])
-    first, second = networks.backbone.forward_pair(torch.randn(1, 3, 64, 64))
-    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+    save_file(single.state_dict(), tmp_path / "pretrained.safetensors")
+    with torch.no_grad():  # as if it had been trained
+        networks.backbone.second[1].blocks[0].mlp.fc1.weight.zero_()
+    config = config.model_copy(update={"init": str(tmp_path / "pretrained.safetensors")})
+    report = load_pretrained(networks, config)
+    assert report[0].startswith(f"loaded {len(single.state_dict())} tensors")
+    images = torch.randn(1, 3, 64, 64)
+    pair = networks.backbone.forward_pair(images)
+    for first, second, alone in zip(*pair, single.forward_stages(images), strict=True):
+        torch.testing.assert_close(first, alone)
+        assert torch.equal(first, second)
+
+
+def test_weights_of_a_pretrained_vit_fit_by_name(tmp_path):
+    config, networks = small.detector("vit"), built("vit").eval()
+    vit = ViT(**VIT, position_grid=4)
+    save_file(vit.state_dict(), tmp_path / "vit.safetensors")
+    config = config.model_copy(update={"init": str(tmp_path / "vit.safetensors")})
+    load_pretrained(networks, config)
+    own = networks.backbone.state_dict()
+    for name, weight in vit.state_dict().items():
+        assert name.startswith("attention_pool.") or torch.equal(own[name], weight)
+
+
+def test_weights_of_another_backbone_are_refused(tmp_path):
+    torch.manual_seed(5)
+    single = InternImage(channels=16, depths=[1, 1, 2, 1], groups=[1, 2, 4, 8], num_classes=0)
+    save_file(single.state_dict(), tmp_path / "other.safetensors")
+    config = small.detector("intern_image")
+    config = config.model_copy(update={"init": str(tmp_path / "other.safetensors")})
+    with pytest.raises(ConfigError, match=r"model\.init: .*of another shape"):
+        load_pretrained(built("intern_image"), config)
 
 
 # ------------------------------------------------------------------------------------------- rates
