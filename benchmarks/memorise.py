@@ -19,13 +19,15 @@ from typing import Any
 
 import torch
 
+from m3i_scale.cluster.launch import World
 from m3i_scale.config.detection import DetectionData, Detector
 from m3i_scale.shards.pasted import Recipe, build
 from m3i_scale.tasks.detection.dataset import open_test, open_training
-from m3i_scale.tasks.detection.evaluation import evaluate
+from m3i_scale.tasks.detection.evaluation import detect, measure
 from m3i_scale.tasks.detection.networks import build_detector, needs_masks
 
 SIZE, IMAGES, BATCH = 96, 8, 4
+ALONE = World(0, 0, 1, torch.device("cpu"))
 BACKBONE = {
     "name": "intern_image",
     "options": {"channels": 24, "depths": [1, 1, 3, 1], "groups": [3, 6, 12, 24]},
@@ -68,16 +70,22 @@ def detection(options: argparse.Namespace, folder: Path) -> None:
             "without_objects": True,
         }
     )
-    config = Detector.model_validate({"backbone": BACKBONE, "head": HEADS[options.head]})
+    tree = {"backbone": BACKBONE, "head": HEADS[options.head]}
+    config = Detector.model_validate({**tree, "categories": len(Recipe().characters)})
     masks = needs_masks(config)
     images, test = open_training(data, masks=masks)[0], open_test(data, masks=masks)[0]
-    networks = build_detector(config, data, len(images.categories))
+    networks = build_detector(config, data)
 
     def loss(chosen: list[int]) -> torch.Tensor:
         return networks(images.collate([images.load(i) for i in chosen]))["loss"]
 
     def figures() -> dict[str, float]:
-        found = evaluate(networks, test, "cpu", batch_size=BATCH).figures
+        networks.eval()
+        results = detect(networks, test, ALONE, batch=BATCH)
+        networks.train()
+        found: dict[str, float] = {}
+        for kind in ("box", "mask") if masks else ("box",):
+            found |= measure(test.file, results, kind)
         return {name: value for name, value in found.items() if name.endswith(("/AP", "/AP50"))}
 
     learn(options, networks, loss, figures, "box/AP")

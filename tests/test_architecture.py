@@ -53,19 +53,6 @@ ALLOWED: dict[str, set[str]] = {
     | LEAVES,
     # Other people's libraries and weights, for the networks of `models`.
     "integrations": {"config", "models", "m3i_kernels"} | LEAVES,
-    # What backbones are trained for, on the engine.
-    "tasks": {
-        "config",
-        "models",
-        "data",
-        "objective",
-        "engine",
-        "cluster",
-        "profiling",
-        "integrations",
-        "m3i_kernels",
-    }
-    | LEAVES,
     # Starts training and evaluation as processes; of the engine it asks which checkpoints are
     # complete and what an exit code means.
     "sweep": {"config", "profiling", "engine"} | LEAVES,

@@ -8,6 +8,7 @@ from pydantic import Field, model_validator
 
 from m3i_scale.config.data import MAX_PIXELS
 from m3i_scale.config.model import Backbone
+from m3i_scale.config.transfer import TransferOptimizer, TransferRun
 from m3i_scale.config.types import Count, Fraction, Node, PathText, Positive
 
 # ruff: noqa: RUF012  (pydantic copies defaults)
@@ -122,15 +123,13 @@ class Detector(Node):
     backbone: Backbone
     """The image encoder; `drop_path_rate`, `checkpoint_blocks` are among its options."""
     init: PathText | None = None
-    """Weights that the backbone starts with: a file of `m3i export`, a file or folder of published
-    weights, of timm or transformers, or a name on the Hub (OWNER/NAME); null: drawn from `seed`."""
+    """Weights that the backbone starts with, as in pre-training's `model.init`."""
+    categories: Count
+    """Number of categories of the annotation files."""
     windows: Windows = Windows()
     """Of a ViT; InternImage has none."""
     head: Annotated[MaskRcnn | Dino, Field(discriminator="kind")] = MaskRcnn()
     """The detector: `kind: mask_rcnn` or `kind: dino`."""
-    offset_rate: Annotated[float, Field(gt=0, le=1)] = 1.0
-    """Factor of the learning rate of what says where deformable layers sample: offsets and centre
-    scales of DCNv3, sampling offsets of DINO."""
 
     @model_validator(mode="after")
     def _dino_of_stages(self) -> Detector:
@@ -184,7 +183,7 @@ class DetectionData(Node):
 
     train: CocoSet
     """What is trained on."""
-    val: CocoSet | None = None
+    val: CocoSet
     """What is evaluated; its categories are those of `train`."""
     resize: Annotated[Jitter | Sides, Field(discriminator="kind")] = Jitter()
     """How training images are resized: `kind: jitter` or `kind: sides`."""
@@ -210,3 +209,25 @@ class DetectionData(Node):
     """Samples over which `max_bad_rate` is measured."""
     max_pixels: Count = MAX_PIXELS
     """Larger images are replaced before they are decoded."""
+
+
+class DetectionOptimizer(TransferOptimizer):
+    """AdamW with a learning rate for each layer, and a moving average of the weights."""
+
+    deformation_factor: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """Further factor of the offsets and the centre scale in InternImage."""
+    sampling_factor: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """Factor of the sampling offsets in DINO's layers."""
+
+
+class Detection(TransferRun):
+    """A detector that is trained from a backbone, with or without masks."""
+
+    task: Literal["detection"] = "detection"
+    """What is trained."""
+    model: Detector
+    """Backbone and head."""
+    data: DetectionData
+    """Images with objects."""
+    optimizer: DetectionOptimizer
+    """Batch, duration, AdamW, layer decay."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from m3i_scale.config import Config, RunConfig
 from m3i_scale.config.classification import Classification
+from m3i_scale.config.detection import Detection
 from m3i_scale.config.segmentation import Segmentation
 from m3i_scale.tasks.task import SampledTask
 
@@ -18,6 +19,10 @@ def task_of(config: RunConfig) -> SampledTask:
         from m3i_scale.tasks.classification.task import ClassificationTask
 
         return ClassificationTask(config)
+    if isinstance(config, Detection):
+        from m3i_scale.tasks.detection.task import DetectionTask
+
+        return DetectionTask(config)
     if isinstance(config, Segmentation):
         from m3i_scale.tasks.segmentation.task import SegmentationTask
 

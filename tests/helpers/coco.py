@@ -3,14 +3,21 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+import yaml
 from PIL import Image
 
-from m3i_scale.config.detection import CocoSet, DetectionData, Detector, Jitter
+from helpers.training import full_weights
+from m3i_scale.cluster.launch import World
+from m3i_scale.config.detection import CocoSet, Detection, DetectionData, Detector, Jitter
+from m3i_scale.engine import loop, metrics, session
+from m3i_scale.engine.stop import StopFlag
+from m3i_scale.tasks import task_of
 from m3i_scale.tasks.detection.batch import Batch, Objects, Sample, collate
 
 INTERN_IMAGE = {
@@ -54,7 +61,12 @@ def detector(name: str, **options: Any) -> Detector:
     """The configuration of a small detector; options of its head."""
     backbone, head = DETECTORS[name]
     return Detector.model_validate(
-        {"backbone": backbone, "head": {**head, **options}, "windows": WINDOWS}
+        {
+            "backbone": backbone,
+            "head": {**head, **options},
+            "windows": WINDOWS,
+            "categories": CATEGORIES,
+        }
     )
 
 
@@ -140,3 +152,67 @@ def write(folder: Path, coco: dict[str, Any]) -> Path:
     path = folder / "instances.json"
     path.write_text(json.dumps(coco))
     return path
+
+
+TREE = """
+task: detection
+run: small
+model: {categories: 3}
+data:
+  resize: {kind: jitter, size: 64, scale: [0.5, 1.5]}
+  test_side: 64
+  test_longest: 64
+  without_objects: true
+  workers: 0
+optimizer: {global_batch_size: 4, max_micro_batch: 1, duration: 4 steps, warmup: 1 steps,
+            learning_rate: 1.0e-3, layer_decay: 0.75, average: 0.9}
+checkpoint: {every: 2 steps}
+engine: {precision: fp32, device: cpu}
+logging: {trackers: [], pictures: false}
+"""
+
+
+def small_detection(
+    images: Path, folder: Path, name: str, overrides: Mapping[str, Any] | None = None
+) -> Detection:
+    """The configuration of a run on the set in `images`, with keys `a.b` changed."""
+    tree = yaml.safe_load(TREE)
+    backbone, head = DETECTORS[name]
+    tree["folder"] = str(folder)
+    tree["model"] |= {"backbone": backbone, "head": head, "windows": WINDOWS}
+    where = {"annotations": f"{images}/instances.json", "images": f"{images}/images"}
+    tree["data"] |= {"train": where, "val": where}
+    for path, value in (overrides or {}).items():
+        node = tree
+        *above, last = path.split(".")
+        for key in above:
+            node = node.setdefault(key, {})
+        node[last] = value
+    return Detection.model_validate(tree)
+
+
+def train_detector(
+    world: World, folder: Path, images: str, name: str, overrides: dict[str, Any], resume: str
+) -> dict[str, Any]:
+    """Train to the end and evaluate; the weights and the figures."""
+    task = task_of(small_detection(Path(images), folder, name, overrides))
+    stream = task.open_stream()
+    run = session.open_run(
+        task, world, stream, epoch_samples=stream.samples, resume=resume,
+        sources=stream.identities(),
+    )  # fmt: skip
+    record = metrics.MetricLog(
+        run.folder, is_main=world.is_main, total=run.schedule.total, first=run.progress.step
+    )
+    finished = loop.train_to_end(run, StopFlag(), record)
+    record.close()
+    return {"finished": finished, "weights": full_weights(run), "evaluation": loop.evaluate(run)}
+
+
+def train_and_resume_detector(world: World, folder: Path, images: str, name: str) -> dict[str, Any]:
+    """To the end, and the second half once more from the checkpoint in the middle."""
+    middle = folder / "small" / "checkpoints" / "step-00000002"
+    return {
+        kind: train_detector(world, folder, images, name, {}, resume)
+        for kind, resume in (("whole", "never"), ("resumed", str(middle)))
+    }

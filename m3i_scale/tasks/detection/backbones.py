@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import re
+from collections.abc import Iterable
 
 from torch import nn
 
@@ -14,6 +14,7 @@ from m3i_scale.tasks.detection.composite import CompositeInternImage
 from m3i_scale.tasks.detection.vitdet import WindowedViT
 
 PREFIX = "backbone."
+_SECOND, _FIRST = f"{PREFIX}second.", f"{PREFIX}levels."
 
 
 def build_backbone(config: Detector, image_size: int) -> InternImage | WindowedViT:
@@ -44,19 +45,21 @@ def build_backbone(config: Detector, image_size: int) -> InternImage | WindowedV
     )
 
 
-def pretrained_names(networks: nn.Module) -> dict[str, str]:
+# Of a pre-trained backbone, what a detector has no use for.
+_UNUSED = ("dcnv3_head_x3.", "dcnv3_head_x4.", "clip_projector.", "attention_pool.")
+
+
+def pretrained_names(names: Iterable[str], *, composite: bool = False) -> dict[str, str]:
     """Parameter of a detector -> the pre-trained backbone's parameter that it starts from.
 
-    Both backbones of a composite start from the same one.
+    `names` are the pre-trained backbone's; both backbones of a composite start from the same one.
     """
-    names = {}
-    for name, _ in networks.named_parameters():
-        if not name.startswith(PREFIX):
-            continue
-        own = re.sub(r"^second\.", "levels.", name.removeprefix(PREFIX))
-        if ".rel_pos_" not in own and not own.startswith("mixing."):
-            names[name] = own
-    return names
+    used = [name for name in names if not name.startswith(_UNUSED)]
+    found = {PREFIX + name: name for name in used}
+    if composite:
+        inside = [name for name in used if name.startswith("levels.")]
+        found |= {_SECOND + name.removeprefix("levels."): name for name in inside}
+    return found
 
 
 def stage_widths(backbone: InternImage) -> list[int]:
@@ -67,23 +70,20 @@ def stage_widths(backbone: InternImage) -> list[int]:
 
 # Of DINO's layers, what says where they sample; the backbone's offsets are known to layer_decay.
 _SAMPLING = ".sampling_offsets."
-_SECOND, _FIRST = f"{PREFIX}second.", f"{PREFIX}levels."
 
 
-def layer_scales(networks: nn.Module, decay: float) -> dict[str, float]:
-    """Parameter name -> factor of its learning rate: layer decay, and `offset_rate`.
+def layer_scales(
+    networks: nn.Module, decay: float, *, deformation: float = 1.0, sampling: float = 1.0
+) -> dict[str, float]:
+    """Parameter name -> factor of its learning rate.
 
-    A head has 1, the deepest block of the backbone `decay`, the one before `decay` ** 2, and so on;
-    both backbones of a composite have the same factors.
-
-    Raises:
-        ValueError: `decay` is out of bounds.
+    As `models.layer_decay.layer_scales`; both backbones of a composite have the same factors, and
+    DINO's sampling offsets have `sampling`.
     """
-    rate = float(networks.offset_rate)  # type: ignore[arg-type]
-    scales = layer_decay.layer_scales(networks, decay, deformation=rate)
+    scales = layer_decay.layer_scales(networks, decay, deformation=deformation)
     for name in scales:
         if name.startswith(_SECOND):
             scales[name] = scales[_FIRST + name.removeprefix(_SECOND)]
         elif _SAMPLING in name:
-            scales[name] *= rate
+            scales[name] *= sampling
     return scales

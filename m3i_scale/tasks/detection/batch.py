@@ -56,6 +56,7 @@ class Batch:
 
     images  uint8 (B, 3, H, W), each in the upper left corner, height and width multiples of 32
     sizes   int64 (B, 2), height and width of each image in there
+    keys    int64 (B,): what stochastic depth draws from; None: the default generator
     """
 
     images: Tensor
@@ -64,14 +65,10 @@ class Batch:
     image_ids: tuple[int, ...]
     originals: tuple[tuple[int, int], ...]
     key: tuple[str, ...]
+    keys: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.images)
-
-    @property
-    def object_count(self) -> int:
-        """Objects of all images."""
-        return sum(len(objects) for objects in self.objects)
 
     def map(self, function: Callable[[Tensor], Tensor]) -> Batch:
         """The same with `function` applied to every tensor."""
@@ -80,6 +77,7 @@ class Batch:
             images=function(self.images),
             sizes=function(self.sizes),
             objects=tuple(objects.map(function) for objects in self.objects),
+            keys=None if self.keys is None else function(self.keys),
         )
 
     def pin_memory(self) -> Batch:

@@ -7,6 +7,7 @@ entries that pycocotools would take: empty boxes, boxes outside their image, cro
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import os
@@ -147,6 +148,12 @@ class CocoFile:
             for c in self.categories
         ]
         return {"images": images, "annotations": annotations, "categories": categories}
+
+    def fingerprint(self) -> str:
+        """A hash of images, categories and annotations, whatever the file's path."""
+        digest = hashlib.sha256(repr((self.images, self.categories)).encode())
+        digest.update(self._bytes.tobytes())
+        return digest.hexdigest()[:16]
 
     def select(self, kept: Sequence[int]) -> CocoFile:
         """The same file with only these images."""

@@ -14,7 +14,7 @@ from m3i_scale.config.detection import CocoSet, DetectionData
 from m3i_scale.data.bad_sample import BadSample
 from m3i_scale.data.decode import decode_image
 from m3i_scale.tasks.detection import resizing
-from m3i_scale.tasks.detection.batch import DIVISOR, Batch, Objects, Sample, collate
+from m3i_scale.tasks.detection.batch import Batch, Objects, Sample, collate
 from m3i_scale.tasks.detection.coco import (
     Annotation,
     CocoFile,
@@ -63,11 +63,14 @@ class CocoImages:
             raise BadSample("image of another size", f"{self.folder / entry.file}: {found}")
         return image, self._objects(index, entry, masks)
 
-    def blank(self) -> Sample:
-        """A small black image without objects, which stands for one that cannot be read."""
-        image = torch.zeros(3, DIVISOR, DIVISOR, dtype=torch.uint8)
-        objects = Objects(torch.zeros(0, 4), torch.zeros(0, dtype=torch.int64))
-        return Sample(image, objects, -1, (DIVISOR, DIVISOR), "blank")
+    def identity(self) -> dict[str, Any]:
+        """A hash of all images and annotations."""
+        return {"samples": len(self), "content": self.file.fingerprint()}
+
+    def describe(self) -> dict[str, int | float | str]:
+        """For `--dry-run`."""
+        kind = "lvis" if self.file.lvis else "coco"
+        return {"kind": kind, "samples": len(self), "shards": 1, "bytes": 0}
 
     def _objects(self, index: int, entry: ImageEntry, with_masks: bool) -> Objects:
         chosen = [a for a in self.file.annotations(index) if not a.crowd]
@@ -140,11 +143,9 @@ def open_test(
     """The validation set, and what was left out of it, one line for each cause.
 
     Raises:
-        ValueError: there is none; its annotation file cannot be used; it has other categories than
-            `train`; an image is absent.
+        ValueError: its annotation file cannot be used; it has other categories than `train`; an
+            image is absent.
     """
-    if data.val is None:
-        raise ValueError("data.val names no validation set; set data.val.annotations and .images")
     file = read_coco(data.val.annotations, masks=masks)
     if train is not None:
         require_same_categories(train, file)

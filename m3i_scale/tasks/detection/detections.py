@@ -4,12 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
 from torch import Tensor
-
-from m3i_scale.tasks.detection.batch import Batch
 
 
 @dataclass(frozen=True)
@@ -29,20 +26,6 @@ class Detections:
 
     def __len__(self) -> int:
         return len(self.labels)
-
-
-class DetectorNetworks(Protocol):
-    """What evaluation needs of networks."""
-
-    training: bool
-
-    def train(self, mode: bool = True) -> DetectorNetworks:
-        """As `nn.Module.train`."""
-        ...
-
-    def detect(self, inputs: Batch) -> list[Detections]:
-        """Detections of each image of a batch."""
-        ...
 
 
 def figures(losses: Mapping[str, Tensor]) -> dict[str, Tensor]:

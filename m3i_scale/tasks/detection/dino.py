@@ -7,6 +7,7 @@ selection"); noised objects are learned to be restored beside them.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -35,46 +36,44 @@ _NEAR_EDGE = 0.01  # a proposal's centre must be further inside the image
 
 
 class DinoDetector(nn.Module):
-    """Backbone, encoder, decoder; `forward` gives losses, `detect` detections.
+    """Backbone, encoder, decoder: losses in training, detections in evaluation.
 
     Args:
         config: backbone and head.
         data: mean and deviation of the images.
-        categories: number of categories K.
         image_counts: images with each category, for the federated loss.
     """
-
-    built_whole = True
 
     def __init__(
         self,
         config: Detector,
         data: DetectionData,
-        categories: int,
         image_counts: Sequence[int] | None = None,
     ) -> None:
         super().__init__()
         head = config.head
         assert isinstance(head, Dino)
-        self.head, self.categories = head, categories
-        self.mean, self.std, self.offset_rate = data.mean, data.std, config.offset_rate
+        self.head, self.categories = head, config.categories
+        self.mean, self.std = data.mean, data.std
         backbone = build_backbone(config, training_side(data))
         assert isinstance(backbone, InternImage)  # the configuration refuses others
         self.backbone = backbone
         self.tokens = MapTokens(stage_widths(self.backbone)[1:], head.width)
         self.encoder = Encoder(head)
         self.proposal = nn.Sequential(nn.Linear(head.width, head.width), nn.LayerNorm(head.width))
-        self.proposal_classes = class_head(head.width, categories)
+        self.proposal_classes = class_head(head.width, self.categories)
         self.proposal_boxes = box_head(head.width)
         self.queries = nn.Embedding(head.queries, head.width)
         # One row more: the padding of images with fewer objects.
-        self.noised = nn.Embedding(categories + 1, head.width) if head.denoising else None
-        self.decoder = Decoder(head, categories)
+        self.noised = nn.Embedding(self.categories + 1, head.width) if head.denoising else None
+        self.decoder = Decoder(head, self.categories)
         counts = None if image_counts is None else torch.tensor(image_counts)
         self.loss = DinoLoss(head, counts)
 
-    def forward(self, inputs: Batch) -> dict[str, Tensor]:
-        """Losses of a batch: "loss", and "loss/NAME" as [sum, count]."""
+    def forward(self, inputs: Batch) -> dict[str, Any]:
+        """Losses of a batch: "loss", and "loss/NAME" as [sum, count]; or its "detections"."""
+        if not self.training:
+            return {"detections": self.detect(inputs)}
         targets = [_target(inputs, i) for i in range(len(inputs))]
         chosen = self.loss.choose(targets, self.categories)
         total, named = inputs.images.new_zeros((), dtype=torch.float32), {}
@@ -111,10 +110,10 @@ class DinoDetector(nn.Module):
         dtype = next(self.backbone.parameters()).dtype
         images = normalised(inputs, self.mean, self.std, dtype)
         if isinstance(self.backbone, CompositeInternImage):
-            first, second = self.backbone.forward_pair(images)
+            first, second = self.backbone.forward_pair(images, inputs.keys)
             pair = [(self.head.first_weight, first[1:]), (1.0, second[1:])]
             return pair if self.training else pair[1:]
-        return [(1.0, self.backbone.forward_stages(images)[1:])]
+        return [(1.0, self.backbone.forward_stages(images, inputs.keys)[1:])]
 
     def _encoded(self, stages: list[Tensor], inputs: Batch) -> tuple[Tokens, Tensor]:
         height, width = inputs.images.shape[-2:]

@@ -5,18 +5,18 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from m3i_scale.data.bad_sample import BadSample
-from m3i_scale.objective.collectives import gather_rows, rank_and_size
-from m3i_scale.tasks.detection.batch import Sample
+from m3i_scale.cluster.launch import World
+from m3i_scale.data.map_stream import shares
+from m3i_scale.objective.collectives import gather_rows
+from m3i_scale.tasks.detection.batch import Batch
 from m3i_scale.tasks.detection.coco import CocoFile
 from m3i_scale.tasks.detection.dataset import TestImages
-from m3i_scale.tasks.detection.detections import Detections, DetectorNetworks
+from m3i_scale.tasks.detection.detections import Detections
 
 Result = dict[str, Any]  # one detection as COCO's result files have it
 LVIS_DETECTIONS = 300
@@ -44,46 +44,31 @@ LVIS_FIGURES = {
 }
 
 
-@dataclass(frozen=True)
-class Evaluation:
-    """Figures, and on rank 0 the detections behind them.
+@torch.no_grad()
+def detect(
+    networks: Any, images: TestImages, world: World, *, batch: int = 1, workers: int = 0
+) -> list[Result]:
+    """Detections in all images, in the order of their ids, on every rank (a collective).
 
-    figures  "box/AP", "mask/AP50", ...: shares from 0 to 1, -1 where nothing could be measured
-    results  all detections as COCO's result files have them
-    bad      images that could not be read, and why: nothing is detected in them
+    Args:
+        networks: detectors in evaluation mode; "detections" of a batch.
+        images: what is evaluated.
+        world: this rank.
+        batch: images at once, on each rank.
+        workers: processes that load images.
+
+    Raises:
+        ValueError: an image cannot be read: figures of the others would be of another set.
     """
-
-    figures: dict[str, float]
-    results: list[Result] = field(default_factory=list)
-    bad: list[str] = field(default_factory=list)
-
-
-def evaluate(
-    networks: DetectorNetworks,
-    images: TestImages,
-    device: torch.device | str,
-    *,
-    batch_size: int = 1,
-) -> Evaluation:
-    """Detect in every image, shared over the ranks, and measure on rank 0.
-
-    Ranks run equally many batches (ZeRO-3 gathers weights in each); where images are missing, a
-    blank one stands for them and is not counted. Networks that were training are so again.
-    """
-    was_training = networks.training
-    networks.train(False)
-    try:
-        own, bad = _detect(networks, images, device, batch_size)
-    finally:
-        networks.train(was_training)
-    results: list[Result] = [r for part in gather_json(own, device) for r in part]
-    named: list[str] = [line for part in gather_json(bad, device) for line in part]
-    results.sort(key=lambda result: result["image_id"])  # whatever the number of ranks
-    figures: dict[str, float] = {}
-    if rank_and_size()[0] == 0:
-        for kind in ("box", "mask") if images.masks else ("box",):
-            figures |= measure(images.file, results, kind)
-    return Evaluation(gather_json(figures, device)[0], results, named)
+    own: list[Result] = []
+    each = shares(images, batch, rank=world.rank, world_size=world.size, workers=workers)
+    for share in each:
+        data: Batch = share.batch.to(world.device)
+        found: list[Detections] = networks(data)["detections"]
+        for index, image_id, one in zip(share.indices, data.image_ids, found, strict=True):
+            own += coco_results(one, image_id, images.file) if index >= 0 else []
+    results: list[Result] = [r for part in gather_json(own, world) for r in part]
+    return sorted(results, key=lambda result: result["image_id"])
 
 
 def measure(file: CocoFile, results: Sequence[Result], kind: str) -> dict[str, float]:
@@ -169,44 +154,14 @@ def _run_lengths(masks: Tensor) -> list[Any]:
     return list(encoded)
 
 
-def _detect(
-    networks: DetectorNetworks, images: TestImages, device: torch.device | str, batch_size: int
-) -> tuple[list[Result], list[str]]:
-    """The detections of this rank's share, and what could not be read."""
-    rank, size = rank_and_size()
-    share = -(-len(images) // (size * batch_size)) * batch_size  # images of every rank
-    results: list[Result] = []
-    bad: list[str] = []
-    blank = images.blank()
-    for start in range(0, share, batch_size):
-        # Neighbours go to different ranks: files are often sorted by size.
-        wanted = [(start + i) * size + rank for i in range(batch_size)]
-        samples = [_read(images, index, bad) for index in wanted]
-        batch = images.collate([sample or blank for sample in samples]).to(device)
-        for sample, found in zip(samples, networks.detect(batch), strict=True):
-            if sample is not None:
-                results += coco_results(found, sample.image_id, images.file)
-    return results, bad
-
-
-def _read(images: TestImages, index: int, bad: list[str]) -> Sample | None:
-    """An image; None beyond the last one, and where it cannot be read, which is noted in `bad`."""
-    if index >= len(images):
-        return None
-    try:
-        return images.load(index)
-    except BadSample as error:
-        bad.append(str(error))
-        return None
-
-
-def gather_json(value: Any, device: torch.device | str) -> list[Any]:
+def gather_json(value: Any, world: World) -> list[Any]:
     """What each rank has, in the order of ranks, on all of them; values are what JSON holds."""
-    _, size = rank_and_size()
-    if size == 1:
+    if world.size == 1:
         return [value]
-    data = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8).to(device)
-    lengths = gather_rows(torch.tensor([len(data)], device=device)).flatten().tolist()
+    data = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8)
+    data = data.to(world.device)
+    length = torch.tensor([len(data)], device=world.device)
+    lengths = gather_rows(length).flatten().tolist()
     padded = torch.nn.functional.pad(data, (0, max(lengths) - len(data)))
     rows = gather_rows(padded).cpu()
     return [json.loads(row[:n].numpy().tobytes()) for row, n in zip(rows, lengths, strict=True)]

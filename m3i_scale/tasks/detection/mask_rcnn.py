@@ -41,21 +41,18 @@ _LOSSES = {
 
 
 class MaskRcnnDetector(nn.Module):
-    """Backbone, pyramid, proposals, heads; `forward` gives losses, `detect` detections.
+    """Backbone, pyramid, proposals, heads: losses in training, detections in evaluation.
 
     Args:
         config: backbone and head.
         data: size, mean and deviation of the images.
-        categories: number of categories, background not counted.
     """
 
-    built_whole = True
-
-    def __init__(self, config: Detector, data: DetectionData, categories: int) -> None:
+    def __init__(self, config: Detector, data: DetectionData) -> None:
         super().__init__()
         head = config.head
         assert isinstance(head, MaskRcnn)
-        self.mean, self.std, self.offset_rate = data.mean, data.std, config.offset_rate
+        self.mean, self.std = data.mean, data.std
         size = training_side(data)
         self.backbone = build_backbone(config, size)
         self.side = size if isinstance(self.backbone, WindowedViT) else None
@@ -63,11 +60,13 @@ class MaskRcnnDetector(nn.Module):
             self.neck: nn.Module = SimpleFeaturePyramid(self.backbone.width, head.width)
         else:
             self.neck = StagePyramid(stage_widths(self.backbone), head.width)
-        parts = _parts(head, categories)
+        parts = _parts(head, config.categories)
         self.rpn, self.roi_heads = parts.rpn, parts.roi_heads
 
-    def forward(self, inputs: Batch) -> dict[str, Tensor]:
-        """Losses of a batch: "loss", and "loss/NAME" as [sum, count]."""
+    def forward(self, inputs: Batch) -> dict[str, Any]:
+        """Losses of a batch: "loss", and "loss/NAME" as [sum, count]; or its "detections"."""
+        if not self.training:
+            return {"detections": self.detect(inputs)}
         targets = [_target(objects) for objects in inputs.objects]
         images, maps = self._maps(inputs)
         proposals, losses = self.rpn(images, maps, targets)
@@ -94,9 +93,9 @@ class MaskRcnnDetector(nn.Module):
             images = _square(images, self.side)
         sizes = [(int(height), int(width)) for height, width in inputs.sizes.tolist()]
         if isinstance(self.backbone, WindowedViT):
-            maps = self.neck(self.backbone.feature_map(images))
+            maps = self.neck(self.backbone.feature_map(images, inputs.keys))
         else:
-            maps = self.neck(self.backbone.forward_stages(images))
+            maps = self.neck(self.backbone.forward_stages(images, inputs.keys))
         named = OrderedDict((name, found) for name, found in zip(_LEVELS, maps, strict=True))
         named["pool"] = F.max_pool2d(maps[-1], 1, 2)
         return ImageList(images, sizes), named

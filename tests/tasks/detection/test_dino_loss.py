@@ -98,7 +98,7 @@ def test_losses_are_those_of_the_paper(objects, chosen):
 def test_the_loss_of_a_batch_is_the_sum_over_layers(monkeypatch):
     """Every layer is matched and measured once: proposals, decoder layers, denoising."""
     torch.manual_seed(0)
-    networks = build_detector(small.detector("dino"), small.data(), small.CATEGORIES).train()
+    networks = build_detector(small.detector("dino"), small.data()).train()
     kept = []
     real = DinoLoss.measured
 
@@ -125,7 +125,7 @@ def test_the_loss_of_a_batch_is_the_sum_over_layers(monkeypatch):
 
 def test_objects_are_averaged_over_the_ranks(monkeypatch):
     torch.manual_seed(0)
-    networks = build_detector(small.detector("dino"), small.data(), small.CATEGORIES).eval()
+    networks = build_detector(small.detector("dino"), small.data()).train()
     batch = small.batch(3)
     torch.manual_seed(0)
     alone = networks(batch)["loss"]

@@ -12,13 +12,19 @@ import torch
 from PIL import Image
 
 from helpers import coco as small
+from m3i_scale.cluster.launch import World
 from m3i_scale.config.detection import DetectionData
 from m3i_scale.tasks.detection import evaluation, pictures
 from m3i_scale.tasks.detection.batch import Batch
 from m3i_scale.tasks.detection.coco import CocoFile, read_coco
 from m3i_scale.tasks.detection.dataset import TestImages, open_test
 from m3i_scale.tasks.detection.detections import Detections
-from m3i_scale.tasks.detection.evaluation import COCO_FIGURES, coco_results, evaluate, measure
+from m3i_scale.tasks.detection.evaluation import COCO_FIGURES, coco_results, detect, measure
+
+
+def alone() -> World:
+    """The only rank."""
+    return World(0, 0, 1, torch.device("cpu"))
 
 
 @pytest.fixture(scope="module")
@@ -85,21 +91,14 @@ class Oracle:
     """Networks that know the truth: what is asked of them is counted."""
 
     def __init__(self, images: TestImages) -> None:
-        self.images, self.training, self.seen = images, True, 0
+        self.images, self.calls = images, 0
         self.truth = {entry.id: i for i, entry in enumerate(images.file.images)}
 
-    def train(self, mode: bool = True) -> Oracle:
-        self.training = mode
-        return self
-
-    def detect(self, inputs: Batch) -> list[Detections]:
-        assert not self.training
-        self.seen += 1
-        return [self._one(image_id) for image_id in inputs.image_ids]
+    def __call__(self, inputs: Batch) -> dict[str, list[Detections]]:
+        self.calls += 1
+        return {"detections": [self._one(image_id) for image_id in inputs.image_ids]}
 
     def _one(self, image_id: int) -> Detections:
-        if image_id < 0:
-            return Detections(torch.tensor([[0.0, 0, 9, 9]]), torch.tensor([0]), torch.ones(1))
         entry = self.images.file.images[self.truth[image_id]]
         known = self.images.file.annotations(self.truth[image_id])
         masks = torch.zeros(len(known), entry.height, entry.width, dtype=torch.bool)
@@ -115,35 +114,31 @@ class Oracle:
 
 
 def test_the_truth_has_an_ap_of_one(images):
-    oracle = Oracle(images)
-    found = evaluate(oracle, images, "cpu", batch_size=3)
-    assert found.figures["box/AP"] == found.figures["mask/AP"] == pytest.approx(1.0)
-    assert oracle.training
-    assert found.bad == []
+    results = detect(Oracle(images), images, alone(), batch=3)
+    for kind in ("box", "mask"):
+        assert measure(images.file, results, kind)[f"{kind}/AP"] == pytest.approx(1.0)
 
 
 @pytest.mark.parametrize("size", [2, 3])
 def test_ranks_share_the_images_and_run_equally_many_batches(images, monkeypatch, size):
-    alone = evaluate(Oracle(images), images, "cpu").results
-    parts, seen = [], []
+    wanted = detect(Oracle(images), images, alone())
+    monkeypatch.setattr(evaluation, "gather_json", lambda value, world: [value])
+    parts, calls = [], []
     for rank in range(size):
-        monkeypatch.setattr(evaluation, "rank_and_size", lambda rank=rank: (rank, size))
-        oracle = Oracle(images).train(False)
-        parts += evaluation._detect(oracle, images, "cpu", 2)[0]
-        seen.append(oracle.seen)
-    assert len(set(seen)) == 1
-    assert sorted(parts, key=lambda r: r["image_id"]) == alone
+        oracle = Oracle(images)
+        world = alone()._replace(rank=rank, size=size)
+        parts += detect(oracle, images, world, batch=2)
+        calls.append(oracle.calls)
+    assert len(set(calls)) == 1
+    assert sorted(parts, key=lambda r: r["image_id"]) == wanted
 
 
-def test_an_unreadable_image_is_named_and_nothing_is_found_in_it(tmp_path):
+def test_an_unreadable_image_ends_the_evaluation_with_its_name(tmp_path):
     small.write(tmp_path, small.content())
     images, _ = open_test(small.data(tmp_path), masks=True)
     (tmp_path / "images" / "2.png").write_bytes(b"no image")
-    found = evaluate(Oracle(images), images, "cpu", batch_size=2)
-    (line,) = found.bad
-    assert "2.png" in line
-    assert {r["image_id"] for r in found.results} == {100, 103}
-    assert found.figures["box/AP"] < 1
+    with pytest.raises(ValueError, match=r"2\.png.*mend it"):
+        detect(Oracle(images), images, alone())
 
 
 def lvis(tmp_path, detections: int) -> tuple[CocoFile, list[evaluation.Result]]:

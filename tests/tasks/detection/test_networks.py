@@ -6,12 +6,10 @@ from dataclasses import replace
 
 import pytest
 import torch
-from safetensors.torch import save_file
 from torch import nn
 from transformers import VitDetBackbone, VitDetConfig
 
 from helpers import coco as small
-from m3i_scale.config import ConfigError
 from m3i_scale.config.detection import Detector
 from m3i_scale.models.intern_image import InternImage
 from m3i_scale.models.positions import grid_embedding
@@ -20,7 +18,6 @@ from m3i_scale.tasks.detection.composite import CompositeInternImage
 from m3i_scale.tasks.detection.networks import (
     build_detector,
     layer_scales,
-    load_pretrained,
     pretrained_names,
 )
 from m3i_scale.tasks.detection.vitdet import WindowedViT, transformers_name
@@ -30,7 +27,7 @@ VIT = {"width": 32, "depth": 2, "heads": 2}
 
 def built(name: str, **options):
     torch.manual_seed(0)
-    return build_detector(small.detector(name, **options), small.data(), small.CATEGORIES)
+    return build_detector(small.detector(name, **options), small.data())
 
 
 @pytest.mark.parametrize("name", small.DETECTORS)
@@ -59,7 +56,7 @@ def test_weights_of_bfloat16_keep_boxes_in_float32(name):
     found["loss"].backward()
     assert all(p.grad is not None and p.grad.isfinite().all() for p in networks.parameters())
     networks.eval()
-    for one in networks.detect(small.batch(2)):
+    for one in networks(small.batch(2))["detections"]:
         assert one.boxes.dtype == one.scores.dtype == torch.float32
         # A thousand boxes on a grid of bfloat16 would mostly be whole numbers.
         assert (one.boxes % 1 > 0).float().mean() > 0.5
@@ -69,7 +66,7 @@ def test_weights_of_bfloat16_keep_boxes_in_float32(name):
 def test_detections_lie_in_the_stored_image(name):
     networks = built(name).eval()
     batch = small.batch(2)
-    for found, (height, width) in zip(networks.detect(batch), batch.originals, strict=True):
+    for found, (height, width) in zip(networks(batch)["detections"], batch.originals, strict=True):
         assert len(found) > 0
         assert (found.boxes >= 0).all()
         assert (found.boxes <= torch.tensor([width, height, width, height])).all()
@@ -83,7 +80,7 @@ def test_detections_lie_in_the_stored_image(name):
 def test_a_padded_image_is_seen_as_it_is_alone():
     networks = built("dino").eval()
     both = small.batch(0)
-    first = networks.detect(both)[0]
+    first = networks(both)["detections"][0]
     alone = replace(
         both,
         images=both.images[:1],
@@ -93,7 +90,7 @@ def test_a_padded_image_is_seen_as_it_is_alone():
         image_ids=both.image_ids[:1],
         key=both.key[:1],
     )
-    torch.testing.assert_close(networks.detect(alone)[0].scores, first.scores)
+    torch.testing.assert_close(networks(alone)["detections"][0].scores, first.scores)
 
 
 # ------------------------------------------------------------------------------------------ ViTDet
@@ -166,25 +163,25 @@ def test_windows_and_relative_positions_are_those_of_transformers(size):
 
 
 def test_names_of_a_vit_detector_are_those_of_the_pretrained_vit():
-    names = pretrained_names(built("vit"))
-    vit = set(ViT(**VIT, pool_heads=2, embed_dim=32).state_dict())
-    pooled = {n for n in vit if n.startswith("attention_pool.")}
-    assert set(names.values()) == vit - pooled
-    assert all(n == f"backbone.{own}" for n, own in names.items())
+    vit = ViT(**VIT, pool_heads=2, embed_dim=32).state_dict()
+    own = {n: p.shape for n, p in built("vit").named_parameters() if n.startswith("backbone.")}
+    names = pretrained_names(vit)
+    assert set(names) == {n for n in own if "rel_pos" not in n}
+    assert all(own[n] == vit[theirs].shape for n, theirs in names.items())
 
 
 def test_impossible_windows_and_sizes_end_in_a_sentence():
-    options = {"backbone": small.VIT, "head": small.MASK_RCNN}
+    options = {"backbone": small.VIT, "head": small.MASK_RCNN, "categories": 5}
     outside = Detector.model_validate(options)  # block 11 of 2
     with pytest.raises(ValueError, match="names block 2, and"):
-        build_detector(outside, small.data(), 5)
+        build_detector(outside, small.data())
     with pytest.raises(ValueError, match="multiple of 32"):
-        build_detector(small.detector("vit"), small.data(resize={"kind": "jitter", "size": 72}), 5)
+        build_detector(small.detector("vit"), small.data(resize={"kind": "jitter", "size": 72}))
 
 
 def test_dino_needs_stages():
     with pytest.raises(ValueError, match=r"head\.kind dino needs the stages"):
-        Detector.model_validate({"backbone": small.VIT, "head": small.DINO})
+        Detector.model_validate({"backbone": small.VIT, "head": small.DINO, "categories": 5})
 
 
 # --------------------------------------------------------------------------------------- composite
@@ -208,45 +205,24 @@ def test_both_backbones_of_a_composite_start_equal():
     assert not torch.allclose(changed[2], second[2])
 
 
-def test_weights_of_one_backbone_become_those_of_both(tmp_path):
-    config, networks = small.detector("composite"), built("composite").eval()
-    names = pretrained_names(networks)
-    assert names["backbone.second.2.blocks.1.mlp.fc1.weight"] == "levels.2.blocks.1.mlp.fc1.weight"
+@pytest.mark.parametrize("projector", [False, True])
+def test_weights_of_one_backbone_become_those_of_both(projector):
+    networks = built("composite").eval()
+    options = small.INTERN_IMAGE["options"] | {"clip_projector_width": 32, "clip_heads": 4}
     torch.manual_seed(5)
-    single = InternImage(**small.INTERN_IMAGE["options"], num_classes=0).eval()
-    assert set(names.values()) == set(single.state_dict())
-    save_file(single.state_dict(), tmp_path / "pretrained.safetensors")
-    with torch.no_grad():  # as if it had been trained
-        networks.backbone.second[1].blocks[0].mlp.fc1.weight.zero_()
-    config = config.model_copy(update={"init": str(tmp_path / "pretrained.safetensors")})
-    report = load_pretrained(networks, config)
-    assert report[0].startswith(f"loaded {len(single.state_dict())} tensors")
+    single = InternImage(**options, num_classes=0, use_clip_projector=projector).eval()
+    names = pretrained_names(single.state_dict(), composite=True)
+    own = dict(networks.named_parameters())
+    with torch.no_grad():
+        for name, theirs in names.items():
+            own[name].copy_(single.state_dict()[theirs])
+    other = {n for n in own if n.startswith("backbone.")} - set(names)
+    assert all(n.startswith("backbone.mixing.") for n in other)
     images = torch.randn(1, 3, 64, 64)
     pair = networks.backbone.forward_pair(images)
     for first, second, alone in zip(*pair, single.forward_stages(images), strict=True):
         torch.testing.assert_close(first, alone)
         assert torch.equal(first, second)
-
-
-def test_weights_of_a_pretrained_vit_fit_by_name(tmp_path):
-    config, networks = small.detector("vit"), built("vit").eval()
-    vit = ViT(**VIT, position_grid=4)
-    save_file(vit.state_dict(), tmp_path / "vit.safetensors")
-    config = config.model_copy(update={"init": str(tmp_path / "vit.safetensors")})
-    load_pretrained(networks, config)
-    own = networks.backbone.state_dict()
-    for name, weight in vit.state_dict().items():
-        assert name.startswith("attention_pool.") or torch.equal(own[name], weight)
-
-
-def test_weights_of_another_backbone_are_refused(tmp_path):
-    torch.manual_seed(5)
-    single = InternImage(channels=16, depths=[1, 1, 2, 1], groups=[1, 2, 4, 8], num_classes=0)
-    save_file(single.state_dict(), tmp_path / "other.safetensors")
-    config = small.detector("intern_image")
-    config = config.model_copy(update={"init": str(tmp_path / "other.safetensors")})
-    with pytest.raises(ConfigError, match=r"model\.init: .*of another shape"):
-        load_pretrained(built("intern_image"), config)
 
 
 # ------------------------------------------------------------------------------------------- rates
@@ -262,9 +238,7 @@ def test_rates_decay_with_the_depth():
 
 
 def test_rates_of_intern_image_follow_its_recipe():
-    networks = built("composite")
-    networks.offset_rate = 0.01
-    scales = layer_scales(networks, 0.5)
+    scales = layer_scales(built("composite"), 0.5, deformation=0.01, sampling=0.03)
     # Five blocks; what stands between two stages belongs to the first block of the next.
     for network in ("levels", "second"):
         assert scales[f"backbone.{network}.0.blocks.0.mlp.fc1.weight"] == 0.5**5
@@ -274,7 +248,7 @@ def test_rates_of_intern_image_follow_its_recipe():
         assert scales[f"backbone.{network}.3.norm.0.weight"] == 0.5
         assert scales[f"backbone.{network}.3.blocks.0.dcn.offset.weight"] == 0.5 * 0.01
     assert scales["backbone.patch_embed.conv1.weight"] == 0.5**6
-    assert scales["decoder.layers.0.encoder_attn.sampling_offsets.weight"] == 0.01
+    assert scales["decoder.layers.0.encoder_attn.sampling_offsets.weight"] == 0.03
     assert scales["decoder.layers.0.encoder_attn.value_proj.weight"] == 1
     assert scales["backbone.mixing.0.gamma"] == 1
 
@@ -284,7 +258,7 @@ def test_blocks_are_recomputed_and_drop_paths_are_drawn():
     config = small.detector("vit").model_copy(
         update={"backbone": small.detector("vit").backbone.model_copy(update=backbone)}
     )
-    networks = build_detector(config, small.data(), 5).train()
+    networks = build_detector(config, small.data()).train()
     vit = networks.backbone
     assert vit.checkpoint_blocks
     assert [block.drop_path.drop_prob for block in vit.blocks] == [0.0, 0.5]

@@ -1,0 +1,197 @@
+"""Detection and instance segmentation as a task of the engine."""
+
+from __future__ import annotations
+
+import functools
+import json
+import logging
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from m3i_scale.cluster.launch import World
+from m3i_scale.config import ConfigError
+from m3i_scale.config.detection import Detection, Detector, Dino, Jitter
+from m3i_scale.data.map_stream import MapStream, Placed
+from m3i_scale.engine.agreement import flat
+from m3i_scale.engine.files import write_whole
+from m3i_scale.engine.task import Values
+from m3i_scale.models.layers import residual_blocks
+from m3i_scale.models.stochastic_depth import hash_keys
+from m3i_scale.profiling.trace import count_flops, reference_operators
+from m3i_scale.tasks.detection import pictures
+from m3i_scale.tasks.detection.backbones import build_backbone, layer_scales, pretrained_names
+from m3i_scale.tasks.detection.batch import DIVISOR, Batch
+from m3i_scale.tasks.detection.dataset import TestImages, TrainingImages, open_test, open_training
+from m3i_scale.tasks.detection.dino import DinoDetector
+from m3i_scale.tasks.detection.evaluation import detect, gather_json, measure
+from m3i_scale.tasks.detection.mask_rcnn import MaskRcnnDetector, training_side
+from m3i_scale.tasks.detection.networks import build_detector, needs_masks
+from m3i_scale.tasks.detection.vitdet import WindowedViT
+from m3i_scale.tasks.transfer import TransferTask
+
+log = logging.getLogger(__name__)
+
+_OF_EVALUATION = {"detections", "score_threshold", "checkpoint_layers"}  # settings of a head
+
+
+class DetectionTask(TransferTask):
+    """Mask R-CNN or DINO on COCO's or LVIS's files."""
+
+    config: Detection
+    built_whole = True  # transformers' layers write to weights while they are built
+
+    @functools.cached_property
+    def training_set(self) -> TrainingImages:
+        """What is trained on; what was left out of it is logged."""
+        found = self._opened("train", lambda data, masks: open_training(data, masks=masks))
+        assert isinstance(found, TrainingImages)
+        return found
+
+    @functools.cached_property
+    def test_set(self) -> TestImages:
+        """What is evaluated."""
+        train = self.training_set.file
+        found = self._opened("val", lambda data, masks: open_test(data, masks=masks, train=train))
+        assert isinstance(found, TestImages)
+        return found
+
+    def _opened(self, which: str, opened: Any) -> TrainingImages | TestImages:
+        config = self.config
+        try:
+            images, lines = opened(config.data, needs_masks(config.model))
+        except ValueError as error:
+            raise ConfigError(f"data.{which}: {error}") from error
+        if len(images.categories) != config.model.categories:
+            raise ConfigError(
+                f"{images.file.path} has {len(images.categories)} categories and model.categories "
+                f"is {config.model.categories}; set it to {len(images.categories)}"
+            )
+        for line in lines:
+            log.warning("data.%s: left out %s", which, line)
+        return images
+
+    def open_stream(self) -> MapStream:
+        """Training images; those of validation are opened, too, so that a fault is found now."""
+        data = self.config.data
+        assert len(self.test_set)
+        return MapStream(
+            self.training_set, name="train", seed=self.config.seed,
+            max_bad_rate=data.max_bad_rate, bad_window=data.bad_window,
+        )  # fmt: skip
+
+    def networks(self) -> MaskRcnnDetector | DinoDetector:
+        """The detector; a federated loss reads how many images show each category."""
+        head = self.config.model.head
+        federated = isinstance(head, Dino) and head.federated is not None
+        counts = self.training_set.file.image_counts() if federated else None
+        return build_detector(self.config.model, self.config.data, counts)
+
+    def title(self, networks: Any) -> str:
+        """Backbone and head."""
+        return f"{self.config.model.backbone.name} with {self.config.model.head.kind}"
+
+    def leaves(self, networks: MaskRcnnDetector | DinoDetector) -> Iterable[nn.Module]:
+        """The backbone's residual blocks, which run once."""
+        return [block for _, block in residual_blocks(networks.backbone)]
+
+    def rate_factors(self, networks: MaskRcnnDetector | DinoDetector) -> Mapping[str, float]:
+        """Layer decay, and factors of offsets."""
+        spec = self.config.optimizer
+        return layer_scales(
+            networks,
+            spec.layer_decay,
+            deformation=spec.deformation_factor,
+            sampling=spec.sampling_factor,
+        )
+
+    def initial_names(self, names: Iterable[str]) -> dict[str, str]:
+        """Without what only pre-training uses; both backbones of a composite."""
+        head = self.config.model.head
+        return pretrained_names(names, composite=isinstance(head, Dino) and head.composite)
+
+    def statement(self, sources: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+        """Seed, batch, augmentation, the data set, and the head's losses."""
+        tree = self.config.model_dump(mode="json")
+        wanted = (
+            "resize", "flip_probability", "without_objects", "least_box", "mean", "std",
+            "max_pixels",
+        )  # fmt: skip
+        data = {key: tree["data"][key] for key in wanted} | {"train": dict(sources[0])}
+        head = {k: v for k, v in tree["model"]["head"].items() if k not in _OF_EVALUATION}
+        return self.common_statement() | flat("data", data) | flat("model.head", head)
+
+    def flops(self) -> float:
+        """Of the backbone, its forward pass three times, at the largest training size.
+
+        Heads are not counted: what they do depends on the objects.
+        """
+        model, data = self.config.model, self.config.data
+        height, width = (-(-side // DIVISOR) * DIVISOR for side in largest_size(self.config))
+        with torch.random.fork_rng(devices=[]), reference_operators():
+            with torch.device("meta"):
+                backbone = build_backbone(_not_recomputed(model), training_side(data))
+            with FakeTensorMode(allow_non_fake_inputs=True):
+                backbone.to_empty(device="cpu").eval()
+                images = torch.zeros(1, 3, height, width)
+                run = (
+                    backbone.feature_map
+                    if isinstance(backbone, WindowedViT)
+                    else backbone.forward_stages
+                )
+                return 3 * float(count_flops(lambda: run(images)))
+
+    def prepare(self, batch: Placed, world: World) -> Batch:
+        """The batch on the device, with what stochastic depth draws from."""
+        data = batch.to(world.device)
+        return replace(data.batch, keys=hash_keys(data.position, self.config.seed))
+
+    def forward(self, engine: nn.Module, inputs: Batch) -> dict[str, Tensor]:
+        """Run the networks; what they draw is a function of the seed and the first sample."""
+        assert inputs.keys is not None
+        device = inputs.images.device
+        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+            torch.manual_seed(int(inputs.keys[0]))
+            outputs: dict[str, Tensor] = engine(inputs)
+        return outputs
+
+    def evaluate(self, networks: nn.Module, world: World) -> Values:
+        """AP and AR in percent; pictures and all detections go to the run folder."""
+        config, images = self.config, self.test_set
+        results = detect(
+            networks, images, world,
+            batch=config.optimizer.max_micro_batch, workers=config.data.workers,
+        )  # fmt: skip
+        values: Values = {}
+        if world.is_main:
+            kinds = ["box", "mask"] if images.masks else ["box"]
+            for kind in kinds:
+                found = measure(images.file, results, kind)
+                values |= {name.replace("/", "_"): 100 * v for name, v in found.items() if v >= 0}
+            write_whole(config.run_folder / "detections.json", json.dumps(results))
+            self._draw(results, kinds)
+        return dict(gather_json(values, world)[0])
+
+    def _draw(self, results: list[dict[str, Any]], kinds: Sequence[str]) -> None:
+        folder, images = self.config.run_folder, self.test_set
+        pictures.save_detections(folder / "detections.png", images, results)
+        pictures.save_mistakes(folder / "mistakes.png", images, results)
+        pictures.save_curves(folder / "precision_recall.png", images.file, results, kinds)
+
+
+def _not_recomputed(model: Detector) -> Detector:
+    options = {k: v for k, v in model.backbone.options.items() if k != "checkpoint_blocks"}
+    backbone = model.backbone.model_copy(update={"options": options})
+    return model.model_copy(update={"backbone": backbone})
+
+
+def largest_size(config: Detection) -> tuple[int, int]:
+    """Height and width of the largest training image."""
+    resize = config.data.resize
+    if isinstance(resize, Jitter):
+        return resize.size, resize.size
+    return max(resize.shorter), resize.longest
