@@ -218,7 +218,7 @@ def _write(
         for thing in scene.objects:
             entry = {"id": len(annotations) + 1, "image_id": number, **_entry(thing)}
             annotations.append(entry)
-            crop = scene.image.crop(_square(*entry["bbox"], size))
+            crop = scene.image.crop(_square(entry["bbox"], size))
             crop.save(crops[thing.category - 1] / f"{entry['id']}.jpg", quality=92)
     content = {
         "info": {"description": f"characters pasted on photographs, {split}"},
@@ -298,8 +298,9 @@ def _ink(rng: random.Random, image: Image.Image, mask: Mask) -> tuple[int, int, 
     return round(255 * red), round(255 * green), round(255 * blue)
 
 
-def _square(x: int, y: int, width: int, height: int, size: int) -> tuple[int, int, int, int]:
+def _square(box: Sequence[int], size: int) -> tuple[int, int, int, int]:
     """A square around a box with a tenth of its longer side on each side, inside the image."""
+    x, y, width, height = box
     side = min(size, round(1.2 * max(width, height)))
     left = min(max(0, x + (width - side) // 2), size - side)
     top = min(max(0, y + (height - side) // 2), size - side)

@@ -98,7 +98,7 @@ def batch(objects: int, *, seed: int = 0) -> Batch:
 def content(images: int = 4, *, seed: int = 0) -> dict[str, Any]:
     """A COCO file: odd category ids, polygons, run lengths, a crowd, an image without objects."""
     generator = np.random.default_rng(seed)
-    entries, annotations = [], []
+    entries, annotations: list[dict[str, Any]] = [], []
     for number in range(images):
         height, width = 40 + 8 * (number % 4), 72 - 8 * (number % 4)
         name = f"{number}.png"
