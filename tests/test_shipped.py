@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import IO, Any
 
 import pytest
 import yaml
@@ -56,13 +57,13 @@ def test_every_other_file_is_part_of_a_run_or_of_a_sweep_or_can_be_laid_over_one
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     seen: set[Path] = set()
-    read_bytes = Path.read_bytes
+    open_file = Path.open
 
-    def remember(path: Path) -> bytes:
+    def remember(path: Path, *how: Any, **more: Any) -> IO[Any]:
         seen.add(path.resolve())
-        return read_bytes(path)
+        return open_file(path, *how, **more)
 
-    monkeypatch.setattr(Path, "read_bytes", remember)
+    monkeypatch.setattr(Path, "open", remember)
     for path in RUNS:
         load_run(path)
     for path in SWEEPS:

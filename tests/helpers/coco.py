@@ -98,7 +98,8 @@ def batch(objects: int, *, seed: int = 0) -> Batch:
 def content(images: int = 4, *, seed: int = 0) -> dict[str, Any]:
     """A COCO file: odd category ids, polygons, run lengths, a crowd, an image without objects."""
     generator = np.random.default_rng(seed)
-    entries, annotations: list[dict[str, Any]] = [], []
+    entries: list[dict[str, Any]] = []
+    annotations: list[dict[str, Any]] = []
     for number in range(images):
         height, width = 40 + 8 * (number % 4), 72 - 8 * (number % 4)
         name = f"{number}.png"
