@@ -81,9 +81,9 @@ def _bracket(kind: Any) -> str:
 
 
 def _section(title: str, node: type[Node], path: str) -> str:
-    choice = node.model_fields.get("form")
-    if choice is not None:
-        title = f"`{path}`, form `{choice.default}`"
+    choice = _choice(node)
+    if choice:
+        title = f"`{path}`, {choice}"
     described = _descriptions(node)
     rows = [
         f"| `{name}` | {_type(field)} | {_default(field)} | {described.get(name, '')} |"
@@ -91,6 +91,16 @@ def _section(title: str, node: type[Node], path: str) -> str:
     ]
     table = ["| key | type | default | meaning |", "| --- | --- | --- | --- |", *rows, ""]
     return "\n".join([f"## {title}", "", _prose(node), "", *table])
+
+
+def _choice(node: type[Node]) -> str:
+    """Of one of several kinds of a mapping, the key and the value that choose it."""
+    for name in ("form", "kind"):
+        field = node.model_fields.get(name)
+        values = () if field is None else typing.get_args(field.annotation)
+        if field is not None and values == (field.default,):
+            return f"{name} `{field.default}`"
+    return ""
 
 
 def _backbone(name: str, build: Callable[..., Any]) -> str:

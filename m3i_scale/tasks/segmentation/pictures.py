@@ -55,8 +55,8 @@ def save_predictions(
         for axis, content in zip(row, shown, strict=True):
             axis.imshow(content)
             axis.set_axis_off()
-        row[0].set_title(name(index), fontsize=6, loc="left")
-        row[2].set_title(f"{100 * right:.1f} % of labelled pixels right", fontsize=6, loc="left")
+        for axis, text in ((row[0], name(index)), (row[2], f"{100 * right:.1f} % of pixels right")):
+            axis.text(0, -0.02, text, fontsize=6, va="top", transform=axis.transAxes)
     for axis, title in zip(axes[0], ("image", "truth", "prediction"), strict=True):
         axis.set_title(title, fontsize=8)
     figure.legend(
