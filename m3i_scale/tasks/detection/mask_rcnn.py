@@ -6,6 +6,7 @@ pixels has steps of 4 in bfloat16.
 
 from __future__ import annotations
 
+import math
 from collections import OrderedDict
 from collections.abc import Sequence
 from typing import Any
@@ -23,6 +24,7 @@ from torchvision.models.detection.roi_heads import paste_masks_in_image
 from torchvision.models.detection.rpn import RPNHead
 from torchvision.models.detection.transform import resize_boxes
 from torchvision.ops import FeaturePyramidNetwork, MultiScaleRoIAlign
+from torchvision.ops.poolers import initLevelMapper
 
 from m3i_scale.config.detection import DetectionData, Detector, MaskRcnn
 from m3i_scale.tasks.detection.backbones import build_backbone, stage_widths
@@ -58,9 +60,10 @@ class MaskRcnnDetector(nn.Module):
         self.side = size if isinstance(self.backbone, WindowedViT) else None
         if isinstance(self.backbone, WindowedViT):
             self.neck: nn.Module = SimpleFeaturePyramid(self.backbone.width, head.width)
+            finest = self.backbone.stride / 4
         else:
-            self.neck = StagePyramid(stage_widths(self.backbone), head.width)
-        parts = _parts(head, config.categories)
+            self.neck, finest = StagePyramid(stage_widths(self.backbone), head.width), 4.0
+        parts = _parts(head, config.categories, finest)
         self.rpn, self.roi_heads = parts.rpn, parts.roi_heads
 
     def forward(self, inputs: Batch) -> dict[str, Any]:
@@ -128,7 +131,22 @@ class _ProposalHead(RPNHead):
 
 
 class _Regions(MultiScaleRoIAlign):
-    """Regions of the maps, cut in float32 and given in the maps' precision."""
+    """Regions of the maps, cut in float32 and given in the maps' precision.
+
+    The maps' strides are told: torchvision guesses them once, from the images of the first batch
+    without their padding.
+    """
+
+    def __init__(self, side: int, finest: float) -> None:
+        super().__init__(_LEVELS, side, 0)
+        strides = [finest * 2**level for level in range(len(_LEVELS))]
+        self.scales = [1 / stride for stride in strides]
+        self.map_levels = initLevelMapper(
+            int(math.log2(strides[0])),
+            int(math.log2(strides[-1])),
+            canonical_scale=self.canonical_scale,
+            canonical_level=self.canonical_level,
+        )
 
     def forward(
         self, x: dict[str, Tensor], boxes: list[Tensor], image_shapes: list[tuple[int, int]]
@@ -157,8 +175,8 @@ class _Stub(nn.Module):
         self.out_channels = out_channels
 
 
-def _parts(head: MaskRcnn, categories: int) -> Any:
-    """torchvision's model with the proposal network and the heads."""
+def _parts(head: MaskRcnn, categories: int, finest: float) -> Any:
+    """torchvision's model with the proposal network and the heads; `finest`: stride of the maps."""
     width = head.width
     anchors = _Anchors(tuple((side,) for side in head.anchors), ((0.5, 1.0, 2.0),) * 5)
     boxes = [width] * head.box_convolutions
@@ -170,7 +188,7 @@ def _parts(head: MaskRcnn, categories: int) -> Any:
         "rpn_post_nms_top_n_train": head.proposals,
         "rpn_post_nms_top_n_test": head.proposals,
         "rpn_batch_size_per_image": head.proposal_samples,
-        "box_roi_pool": _Regions(_LEVELS, 7, 0),
+        "box_roi_pool": _Regions(7, finest),
         "box_head": FastRCNNConvFCHead(
             (width, 7, 7), boxes, [head.box_hidden], norm_layer=LayerNorm2d
         ),
@@ -184,7 +202,7 @@ def _parts(head: MaskRcnn, categories: int) -> Any:
     return MaskRCNN(
         _Stub(width),
         **arguments,
-        mask_roi_pool=_Regions(_LEVELS, 14, 0),
+        mask_roi_pool=_Regions(14, finest),
         mask_head=MaskRCNNHeads(width, [width] * head.mask_convolutions, 1, LayerNorm2d),
         mask_predictor=_MaskPredictor(width, width, categories + 1),
     )

@@ -77,6 +77,18 @@ def test_detections_lie_in_the_stored_image(name):
             assert found.masks.shape == (len(found), height, width)
 
 
+@pytest.mark.parametrize("name", small.DETECTORS)
+def test_what_came_before_makes_no_difference(name):
+    def loss(networks) -> torch.Tensor:
+        torch.manual_seed(3)
+        return networks(small.batch(3))["loss"]
+
+    first, second = built(name).train(), built(name).train()
+    tiny = small.batch(0)
+    second(replace(tiny, sizes=torch.full_like(tiny.sizes, 20)))
+    assert torch.equal(loss(first), loss(second))
+
+
 def test_a_padded_image_is_seen_as_it_is_alone():
     networks = built("dino").eval()
     both = small.batch(0)
