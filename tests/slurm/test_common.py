@@ -144,3 +144,78 @@ def test_the_rank_that_was_killed_stands_before_the_words_of_rank_0(job):
 def test_no_gpus_may_be_asked_for(job, gpus, code):
     site = {"SLURM_NTASKS_PER_NODE": "8", "SLURM_GPUS_PER_NODE": gpus}
     assert job.run(M3I_RUN="x", **site)[0] == code
+
+
+APPTAINER = "#!/bin/bash\n[[ $1 == exec ]] || exit 9\nexit 1\n"
+
+
+def test_everything_runs_in_an_apptainer_image(job):
+    job.program("apptainer", APPTAINER)
+    image = job.folder / "m3i.sif"
+    image.touch()
+    site = {"M3I_CONTAINER": str(image), "M3I_MOUNTS": "/data,/scratch"}
+    runs = f"{job.folder}/elsewhere"
+    code, said = job.run(srun='printf "<%s>" "$@"', M3I_RUN="x", M3I_FOLDER=runs, **site)
+    assert code == 0, said
+    binds = "".join(f"<--bind><{folder}>" for folder in (job.folder, runs, "/data", "/scratch"))
+    command = f"<{job.folder}/bin/apptainer><exec><--pwd><{job.folder}><--nv>{binds}"
+    assert f"{command}<{image}><python><m3i_scale/train.py><--config>" in said
+    code, said = job.run(srun='printf "<%s>" "$@"', M3I_RUN="x", M3I_DEVICE="cpu", **site)
+    assert "<--nv>" not in said
+
+
+@pytest.mark.parametrize("image", ["m3i.sqsh", "registry.example#team/m3i:1"])
+def test_everything_runs_in_a_container_of_pyxis(job, image):
+    (job.folder / "m3i.sqsh").touch()
+    here = str(job.folder)
+    code, said = job.run(
+        srun='printf "<%s>" "$@"; echo "$PYTHONPATH"', M3I_RUN="x", M3I_CONTAINER=image,
+        M3I_MOUNTS="/data",
+    )  # fmt: skip
+    assert code == 0, said
+    mounts = f"--container-mounts={here}:{here},/data:/data"
+    assert f"<--container-image={image}><{mounts}><--container-workdir={here}>" in said
+    assert "<python><m3i_scale/train.py>" in said
+    assert f"{here}:{here}/kernels:" in said  # the code is the checkout's
+
+
+def test_an_image_that_is_not_there_ends_the_job_at_once(job):
+    code, said = job.run(srun="echo started", M3I_RUN="x", M3I_CONTAINER="/images/no.sif")
+    assert code == 2
+    assert "/images/no.sif: there is no such image" in said
+    assert "started" not in said
+
+
+def test_both_images_are_made_of_the_same_files_by_the_same_script():
+    containers = REPOSITORY / "containers"
+    docker, apptainer = (containers / name for name in ("Dockerfile", "m3i.def"))
+    copied = [
+        name
+        for line in docker.read_text().splitlines() if line.startswith("COPY ")
+        for name in line.split()[1:-1]
+    ]  # fmt: skip
+    files = apptainer.read_text().partition("%files\n")[2].partition("%post")[0]
+    pairs = [line.split() for line in files.splitlines() if line.strip()]
+    assert [name for name, _ in pairs] == copied
+    assert all(target == f"/opt/source/{name}" for name, target in pairs)
+    assert all((REPOSITORY / name).exists() for name in copied)
+    for text in (docker.read_text(), apptainer.read_text()):
+        assert "containers/install.sh /opt/m3i" in text
+        assert "PATH=/opt/m3i/bin:$PATH" in text
+        assert "python:3.11-slim-bookworm" in text
+
+
+def test_what_the_images_install(tmp_path):
+    python = tmp_path / "python3"
+    log = tmp_path / "log"
+    python.write_text(
+        f'#!/bin/bash\necho "$@" >> {log}\n'
+        f'[[ $2 != venv ]] || {{ mkdir -p "$3/bin"; cp "$0" "$3/bin/python"; }}\n'
+    )
+    python.chmod(0o755)
+    subprocess.run(
+        [REPOSITORY / "containers" / "install.sh", tmp_path / "m3i"], check=True, cwd=REPOSITORY,
+        env=os.environ | {"PYTHON": str(python)},
+    )  # fmt: skip
+    installed = [line.split("--quiet ")[-1] for line in log.read_text().splitlines()]
+    assert installed[2:4] == ["--requirement requirements/lock.txt", "--no-deps ."]

@@ -55,7 +55,7 @@ def test_everything_of_a_site_stands_in_one_block(name):
         assert word in block
 
 
-@pytest.mark.parametrize("name", [*TEMPLATES, "common.sh"])
+@pytest.mark.parametrize("name", [*TEMPLATES, "common.sh", "container.sh"])
 def test_shell_syntax(name):
     subprocess.run(["bash", "-n", str(REPOSITORY / "slurm" / name)], check=True)
 
