@@ -96,7 +96,7 @@ class Dcnv3:
             inputs["center_scale"] = inputs["center_scale"].sigmoid()
         return {k: v.requires_grad_() for k, v in inputs.items()}
 
-    def _call(self, problem: Problem, backend: str, deterministic: bool = False) -> Implementation:
+    def _call(self, problem: Problem, backend: str, **options: Any) -> Implementation:
         def call(**inputs: Any) -> Tensor:
             return dcnv3(
                 **inputs,
@@ -104,14 +104,14 @@ class Dcnv3:
                 padding=1,
                 groups=problem.shape["groups"],
                 mask_is_logits=not self.plain,
-                deterministic=deterministic,
                 backend=backend,
+                **({"deterministic": False} | options),
             )
 
         return call
 
     def implementations(self, problem: Problem) -> dict[str, Implementation]:
-        """Ours, ours deterministic, eager and compiled reference; in float16 the official ones."""
+        """Ours in three ways, eager and compiled reference; in float16 the official ones."""
         reference = self._call(problem, "reference")
         official = {}
         if problem.dtype == torch.float16:
@@ -119,6 +119,7 @@ class Dcnv3:
         return {
             "triton": self._call(problem, "triton"),
             "triton deterministic": self._call(problem, "triton", deterministic=True),
+            "triton half_blend": self._call(problem, "triton", half_blend=True, algorithm="gather"),
             "reference eager": reference,
             "reference compiled": torch.compile(reference),
             **official,

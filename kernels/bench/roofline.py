@@ -22,7 +22,7 @@ from torch import Tensor
 
 _LANES, _L1_BYTES = 128, 128
 _MODULES = ("m3i_kernels.dcnv3.op", "m3i_kernels.depthwise.op")
-_DESCRIBED = {
+DESCRIBED = {
     "dcnv3_forward_kernel",
     "dcnv3_backward_kernel",
     "depthwise_kernel",
@@ -46,7 +46,7 @@ def least_ms(
     Returns an empty limit and NaN where the launches of this operator are not described.
     """
     launches = _launches(implementation, inputs, direction)
-    if not launches or any(x.kernel.__name__ not in _DESCRIBED for x in launches):
+    if not launches or any(x.kernel.__name__ not in DESCRIBED for x in launches):
         return "", float("nan")
     properties = torch.cuda.get_device_properties(0)
     index = torch.cuda.current_device()
@@ -95,8 +95,30 @@ def trips(arguments: dict[str, Any], kernel: str) -> float:
     return 1
 
 
+def instructions_per_result(
+    launch: compile_only.Launch, resources: compile_only.Resources
+) -> float:
+    """Instructions that a thread executes for one element of the result, with all turns of loops.
+
+    Of a weight's gradient, an element of the gradient that it is summed from.
+    """
+    return _threads(launch) * _repeated(launch, resources) / _results(launch)
+
+
+def _results(launch: compile_only.Launch) -> float:
+    a = launch.arguments
+    if launch.kernel.__name__.startswith("dcnv3"):
+        return float(a["positions"] * a["G"] * a["D"])
+    return float(
+        a["p_dz" if launch.kernel.__name__ == "depthwise_weight_kernel" else "p_z"].numel()
+    )
+
+
 def _executed(launch: compile_only.Launch, target: str) -> float:
-    resources = _compile(_Hashable(launch), target)
+    return _repeated(launch, _compile(_Hashable(launch), target))
+
+
+def _repeated(launch: compile_only.Launch, resources: compile_only.Resources) -> float:
     repeated = trips(launch.arguments, launch.kernel.__name__)
     return resources.instructions + (repeated - 1) * resources.in_loops
 

@@ -7,12 +7,15 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import compile_only
+import roofline
 import torch
 from m3i_kernels import PhotometricParams
 from m3i_kernels.dcnv3.geometry import make_geometry
 from torch import Tensor
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+_HALF = "forward half_blend"
+_DIRECTIONS = ("forward", _HALF, "backward", "backward deterministic")
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
 # The packages export functions of the same name, so the modules are fetched by their full name.
@@ -23,7 +26,11 @@ photometric_op = importlib.import_module("m3i_kernels.photometric.op")
 
 
 class StaticCount(NamedTuple):
-    """One kernel on one target; bytes are per element of the result."""
+    """One kernel on one target; bytes are per element of the result.
+
+    `per_result` is what a thread executes for one element of the result, loops as often as they
+    run; nan where that is not counted (AMD's targets, operators on images).
+    """
 
     operator: str
     configuration: str
@@ -34,6 +41,7 @@ class StaticCount(NamedTuple):
     spilled_bytes: int
     shared_bytes: int
     instructions: int
+    per_result: float
     requested_bytes: float
     minimal_bytes: float
 
@@ -50,6 +58,7 @@ class Configuration(NamedTuple):
     launches: Callable[[], list[compile_only.Launch]]
     requested_bytes: float
     minimal_bytes: float
+    vendors: tuple[str, ...] = ("cuda", "hip")
 
 
 def configurations() -> list[Configuration]:
@@ -61,7 +70,12 @@ def report(
     chosen: Sequence[Configuration], targets: Sequence[str], processes: int = 2
 ) -> Iterator[StaticCount]:
     """Compile `chosen` for `targets` in parallel processes and yield rows in order."""
-    jobs = [(c.operator, c.name, t) for c in chosen for t in targets]
+    jobs = [
+        (c.operator, c.name, target)
+        for c in chosen
+        for target in targets
+        if compile_only.TARGETS[target].backend in c.vendors
+    ]
     with concurrent.futures.ProcessPoolExecutor(processes) as pool:
         for rows in pool.map(_compile, jobs):
             yield from rows
@@ -93,6 +107,7 @@ def _compile(job: tuple[str, str, str]) -> list[StaticCount]:
                 target,
                 launch.options["num_warps"],
                 *resources[:4],
+                _per_result(launch, resources, target),
                 round(chosen.requested_bytes, 2),
                 round(chosen.minimal_bytes, 2),
             )
@@ -100,16 +115,28 @@ def _compile(job: tuple[str, str, str]) -> list[StaticCount]:
     return rows
 
 
+def _per_result(
+    launch: compile_only.Launch, resources: compile_only.Resources, target: str
+) -> float:
+    described = launch.kernel.__name__ in roofline.DESCRIBED
+    if not described or compile_only.TARGETS[target].backend != "cuda":
+        return float("nan")
+    return round(roofline.instructions_per_result(launch, resources), 1)
+
+
 def _dcnv3_configurations() -> Iterator[Configuration]:
     """Groups of 16 channels (T to XL) and of 32 with the blend (H, G), in every precision."""
     for models, channels, groups, gated in (("T-XL", 16, 16, False), ("H G", 32, 40, True)):
         for precision, dtype in DTYPES.items():
-            for direction in ("forward", "backward", "backward deterministic"):
+            for direction in _DIRECTIONS:
+                if direction == _HALF and dtype == torch.float32:
+                    continue
                 yield Configuration(
                     "dcnv3",
                     f"{models} {precision} {direction}",
                     functools.partial(_record_dcnv3, channels, groups, gated, dtype, direction),
                     *_dcnv3_bytes(channels, gated, dtype.itemsize, direction),
+                    ("cuda",) if direction == _HALF else ("cuda", "hip"),
                 )
 
 
@@ -118,7 +145,7 @@ def _dcnv3_bytes(channels: int, gated: bool, size: int, direction: str) -> tuple
     K = 9
     row = (3 * K + gated) * size / channels  # offsets, logits and gate
     corners, logits_again = 4 * K * size, K * size / channels
-    if direction == "forward":
+    if direction in ("forward", _HALF):
         return corners + size * (1 + gated) + row + logits_again, 2 * size + row
     # atomics: one read and one write of the accumulator; then its conversion to the result
     accumulator = 8 if "deterministic" in direction else 4
@@ -143,11 +170,12 @@ def _record_dcnv3(
     tensors = (x, offset, mask, scale)
     with compile_only.record(dcnv3_op) as launches:
         fixed_point = direction == "backward deterministic"
+        half, backward = direction == _HALF, direction.startswith("backward")
         tiles = dcnv3_op.choose_tiles(
-            channels, K, direction != "forward", fixed_point, itemsize=dtype.itemsize
+            channels, K, backward, fixed_point, itemsize=dtype.itemsize, half=half
         )
-        if direction == "forward":
-            dcnv3_op.launch_forward(tensors, x, geometry, True, tiles)
+        if not backward:
+            dcnv3_op.launch_forward(tensors, x, geometry, True, tiles, half)
             return launches
         unit = _meta(1, dtype=torch.float32) if fixed_point else None
         dx = _meta(*x.shape, dtype=torch.int64 if fixed_point else torch.float32)

@@ -47,7 +47,7 @@ _FIXED = {
     "drop_rate": (0.0,),
 }
 # Arguments of `InternImage` that say how it computes, not what; `with_cp` has the published name.
-_RUNTIME = {"checkpoint_blocks", "fused_offset_branch"}
+_RUNTIME = {"checkpoint_blocks", "fused_offset_branch", "half_blend"}
 OPTIONS = tuple(
     name
     for name in inspect.signature(InternImage).parameters

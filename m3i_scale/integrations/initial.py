@@ -40,8 +40,8 @@ _LEFT = {
 }  # fmt: skip
 # Arguments that say how a network trains or computes, or what names and shapes show.
 _FREE = {
-    "drop_path_rate", "drop_path_type", "checkpoint_blocks", "fused_offset_branch", "num_classes",
-    "use_clip_projector", "layer_scale", "position_grid",
+    "drop_path_rate", "drop_path_type", "checkpoint_blocks", "fused_offset_branch", "half_blend",
+    "num_classes", "use_clip_projector", "layer_scale", "position_grid",
 }  # fmt: skip
 _OF_POOLING = ("clip_", "pool_", "embed_dim")  # begin the names of arguments of the pooling
 

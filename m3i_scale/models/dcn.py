@@ -27,6 +27,7 @@ class DCNv3(nn.Module):
 
     `fused_offset_branch` computes depthwise convolution, LayerNorm and GELU by
     `m3i_kernels.depthwise_norm_gelu` instead of torch's layers: the same parameters and function.
+    `half_blend` is that of `m3i_kernels.dcnv3`: fewer instructions, less exact.
     """
 
     def __init__(
@@ -40,6 +41,7 @@ class DCNv3(nn.Module):
         remove_center: bool = False,
         center_feature_scale: bool = False,
         fused_offset_branch: bool = False,
+        half_blend: bool = False,
     ) -> None:
         super().__init__()
         require_divisible("channels", channels, "groups", groups)
@@ -52,6 +54,7 @@ class DCNv3(nn.Module):
         self.remove_center = remove_center
         self.center_feature_scale = center_feature_scale
         self.fused_offset_branch = fused_offset_branch
+        self.half_blend = half_blend
         if center_feature_scale:
             self.center_feature_scale_proj_weight = nn.Parameter(torch.empty(groups, channels))
             self.center_feature_scale_proj_bias = nn.Parameter(torch.empty(groups))
@@ -90,6 +93,7 @@ class DCNv3(nn.Module):
             remove_center=self.remove_center,
             mask_is_logits=True,
             center_scale=self._center_scale(branch),
+            half_blend=self.half_blend,
         )
         return self.output_proj(y)
 

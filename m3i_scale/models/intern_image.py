@@ -246,7 +246,7 @@ class InternImage(nn.Module):
     num_classes          0 leaves out the classifier and the norm or convolution that only it uses
     drop_path_rate, drop_path_type   stochastic depth, `linear` over the blocks or `uniform`
     checkpoint_blocks    recompute each block in the backward pass
-    fused_offset_branch  see `DCNv3`; off until a measurement speaks for it
+    fused_offset_branch, half_blend   see `DCNv3`; off until a measurement speaks for them
 
     Images are (B, 3, H, W) floats, normalised; any H, W for the stages and logits of T to XL,
     multiples of 32 for the fused map. Bad configurations raise ValueError.
@@ -280,6 +280,7 @@ class InternImage(nn.Module):
         drop_path_type: str = "linear",
         checkpoint_blocks: bool = False,
         fused_offset_branch: bool = False,
+        half_blend: bool = False,
     ) -> None:
         super().__init__()
         _check_depths_and_groups(channels, depths, groups)
@@ -307,6 +308,7 @@ class InternImage(nn.Module):
                 remove_center=remove_center,
                 center_feature_scale=center_feature_scale,
                 fused_offset_branch=fused_offset_branch,
+                half_blend=half_blend,
             )
             for i in range(len(depths))
         )

@@ -28,7 +28,7 @@ from m3i_scale.transfer.tensor_file import Dtype, Entry, Tensors
 
 Library = Literal["timm", "transformers"]
 # Arguments of `InternImage` that say how it computes, not what.
-_RUNTIME = {"checkpoint_blocks", "fused_offset_branch"}
+_RUNTIME = {"checkpoint_blocks", "fused_offset_branch", "half_blend"}
 # Parts of a ViT's block as published files of transformers name them; it renames them on loading.
 _VIT_BLOCK = {
     "norm1": "layernorm_before",

@@ -213,7 +213,8 @@ def test_checkpointing_changes_memory_only():
 def test_a_configuration_has_every_option_and_the_published_defaults():
     options = hf.InternImageConfig().options()
     parameters = inspect.signature(InternImage).parameters
-    assert options.keys() == parameters.keys() - {"num_classes", "fused_offset_branch"}
+    runtime = {"num_classes", "fused_offset_branch", "half_blend"}
+    assert options.keys() == parameters.keys() - runtime
     sizes = {"channels", "depths", "groups"}
     for name in options.keys() - sizes:
         assert options[name] == parameters[name].default, name

@@ -72,7 +72,7 @@ def test_a_spilling_kernel_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(str(BENCH))
     import static
 
-    good = static.StaticCount("op", "c", "k", "sm_90", 4, 255, 0, 100, 900, 2.0, 1.0)
+    good = static.StaticCount("op", "c", "k", "sm_90", 4, 255, 0, 100, 900, 90.0, 2.0, 1.0)
     assert static.problems([good]) == []
     assert "spills 8 bytes" in static.problems([good._replace(spilled_bytes=8)])[0]
     crowded = good._replace(target="gfx942", shared_bytes=65 << 10)
@@ -162,7 +162,7 @@ def test_roofline_counts_every_described_kernel(monkeypatch: pytest.MonkeyPatch)
     if not isinstance(static.dcnv3_op.dcnv3_forward_kernel, compile_only.triton.JITFunction):
         pytest.skip("kernels are interpreted in this process")
     launches = [x for c in static.configurations() if c.name in names for x in c.launches()]
-    assert {x.kernel.__name__ for x in launches} == roofline._DESCRIBED
+    assert {x.kernel.__name__ for x in launches} == roofline.DESCRIBED
     for launch in launches:
         assert roofline._threads(launch) > 0
         assert roofline._l1_bytes(launch) > 0

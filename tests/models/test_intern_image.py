@@ -2,10 +2,12 @@ import gzip
 import json
 import zlib
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from m3i_kernels import dcnv3
 
 from m3i_scale.models.dcn import DCNv3
 from m3i_scale.models.intern_image import INTERN_IMAGE_VARIANTS, InternImage, intern_image
@@ -218,3 +220,18 @@ def test_fused_offset_branch_is_the_same_function_of_the_same_parameters() -> No
         torch.autograd.grad(m(x).square().sum(), list(m.parameters())) for m in (plain, fused)
     ]
     torch.testing.assert_close(gradients[1], gradients[0])
+
+
+def test_half_blend_reaches_the_operator(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+
+    def operator(*tensors: torch.Tensor, half_blend: bool, **options: Any) -> torch.Tensor:
+        asked.append(half_blend)
+        return dcnv3(*tensors, half_blend=half_blend, **options)
+
+    monkeypatch.setattr("m3i_scale.models.dcn.dcnv3", operator)
+    for chosen in (False, True):
+        asked.clear()
+        model = InternImage(**SMALL, num_classes=0, half_blend=chosen)
+        model.forward_stages(torch.zeros(1, 3, 64, 64))
+        assert asked == [chosen] * sum(SMALL["depths"])

@@ -31,6 +31,7 @@ def dcnv3(
     deterministic: bool | None = None,
     backend: str = "auto",
     algorithm: str = "auto",
+    half_blend: bool = False,
 ) -> Tensor:
     """Deformable convolution v3 (InternImage, arXiv 2211.05778, equation 2).
 
@@ -59,8 +60,15 @@ def dcnv3(
         backend: `auto`, `triton` or `reference`; `auto` follows `set_backend`.
         algorithm: of the Triton backend, `auto`, `gather` or `matrix`; `auto` follows
             `set_dcnv3_algorithm` and then the rule of `m3i_kernels.dcnv3.choice`.
+        half_blend: allow the gather kernel's forward to read each point in the precision of a
+            bfloat16 or float16 x: the four bilinear weights are rounded to that type, and so is
+            each of the three sums of their products. Weighting by m and the sum over points stay
+            float32. Fewer instructions, a larger error (kernels/README.md has both). Gradients
+            are as without it, but for the output that the softmax's starts from. Without effect
+            on the matrix kernel, the reference, and where `choice.half_obstacle` says why.
 
-    Inputs may be strided and may differ in dtype; everything is accumulated in float32.
+    Inputs may be strided and may differ in dtype; everything is accumulated in float32, unless
+    `half_blend` says otherwise.
 
     Returns:
         (N, Ho, Wo, C) in the dtype of `x`. Gradients flow to x, offset, mask and center_scale.
@@ -83,7 +91,15 @@ def dcnv3(
     from m3i_kernels.dcnv3.op import dcnv3_op  # Triton is only needed from here on
 
     return dcnv3_op(
-        x, offset, mask, center_scale, *geometry, mask_is_logits, deterministic, algorithm
+        x,
+        offset,
+        mask,
+        center_scale,
+        *geometry,
+        mask_is_logits,
+        deterministic,
+        algorithm,
+        half_blend,
     )
 
 

@@ -10,6 +10,9 @@ The rule depends on shapes, dtypes and versions alone, so it can be read off bef
 `m3i_kernels.set_dcnv3_algorithm("gather" | "matrix" | "auto")` for the process, or
 `dcnv3(..., algorithm=)` for a call, forces either one. A forced matrix kernel that cannot run
 raises `ValueError`; nothing falls back. The choice is logged once for each shape.
+
+`dcnv3(..., half_blend=True)` allows the gather kernel to blend corners in the type of x; where it
+cannot (`half_obstacle`), it blends in float32, and the log says why.
 """
 
 import importlib
@@ -137,8 +140,34 @@ def resolve(
         )
     chosen = "gather" if algorithm == "gather" or reason else "matrix"
     why = "as asked" if algorithm != "auto" else reason or "the shape rule allows it"
-    _report(f"dcnv3 at {H} x {W}, {C} channels in {geometry.groups} groups", chosen, why)
+    _report(f"{_where(H, W, C, geometry.groups)}: {chosen} kernel ({why})")
     return chosen
+
+
+def half_obstacle(x: Tensor, is_words: bool) -> str | None:
+    """Say why the gather kernel cannot blend corners in the type of x, or return None.
+
+    Args:
+        x: as the kernel gets it.
+        is_words: whether pairs of its channels can be read as 32-bit words.
+    """
+    if x.dtype not in (torch.bfloat16, torch.float16):
+        return "x is {}".format(str(x.dtype).removeprefix("torch."))
+    if not is_words:
+        return "channels of a group, strides or address of x are no multiples of 8 elements"
+    capability = capability_of(x.device)
+    if _backend.is_interpreted() or (capability is not None and capability >= _CAPABILITY):
+        return None
+    return "it needs an NVIDIA GPU of compute capability {}.{} or later".format(*_CAPABILITY)
+
+
+def blends_in_half(x: Tensor, groups: int, is_words: bool) -> bool:
+    """Whether a call that allows it blends corners in the type of x; a new answer is logged."""
+    reason = half_obstacle(x, is_words)
+    _, H, W, C = x.shape
+    how = f"in float32 ({reason})" if reason else "in half precision (as asked)"
+    _report(f"{_where(H, W, C, groups)}: the gather kernel blends corners {how}")
+    return reason is None
 
 
 def triton_version() -> tuple[int, int]:
@@ -159,8 +188,11 @@ def _check_name(name: str) -> None:
         raise ValueError(f"algorithm is {name!r}, but must be one of {', '.join(ALGORITHMS)}")
 
 
-def _report(where: str, chosen: str, why: str) -> None:
-    line = f"{where}: {chosen} kernel ({why})"
+def _where(height: int, width: int, channels: int, groups: int) -> str:
+    return f"dcnv3 at {height} x {width}, {channels} channels in {groups} groups"
+
+
+def _report(line: str) -> None:
     if line not in _reported:
         _reported.add(line)
         _log.info("%s", line)

@@ -29,6 +29,8 @@ elements, o_ offset in elements, b_ tile of values, i_ index.
 import triton
 import triton.language as tl
 
+from m3i_kernels.dcnv3.words import first_corner, next_corner, packed, pair_of, unpacked
+
 # Image sizes vary from call to call: one compilation serves them all.
 _SIZES = ["H", "W", "Ho", "Wo", "positions"]
 LOG2_E = tl.constexpr(1.4426950408889634)
@@ -116,25 +118,27 @@ def _neighbours(location):
 @triton.jit
 def _clamped(i, size, stride, WIDE: tl.constexpr):
     """Element offset of index i on one axis, moved into the image where it is outside."""
-    i = tl.minimum(tl.maximum(i, 0), size - 1)
+    i = tl.maximum(tl.minimum(i, size - 1), 0)
     if WIDE:  # no return in here: Triton 3.6 compiles what follows a return as well
         i = i.to(tl.int64)
     return i * stride
 
 
 @triton.jit
-def _load_chunk(p, i_d, D: tl.constexpr, FULL: tl.constexpr, WORDS: tl.constexpr):
-    """Read units i_d of every row as float32, zero beyond D: (values, values of upper halves).
-
-    With WORDS a unit is two bfloat16 channels in 32 bits. Taking them apart by hand costs one
-    instruction a channel; the compiler's conversion of 16-bit values costs one and a half.
-    """
+def _load_units(p, i_d, D: tl.constexpr, FULL: tl.constexpr):
+    """Read units i_d of every row, zero beyond D."""
     mask = None
     if not FULL:
         mask = (i_d < D)[None, :]
-    b = tl.load(p, mask=mask)
-    if WORDS:
-        return (b << 16).to(tl.float32, bitcast=True), (b & -65536).to(tl.float32, bitcast=True)
+    return tl.load(p, mask=mask)
+
+
+@triton.jit
+def _load_chunk(p, i_d, D: tl.constexpr, FULL: tl.constexpr, WORDS: tl.constexpr):
+    """Read units i_d of every row as float32, zero beyond D: (values, values of upper halves)."""
+    b = _load_units(p, i_d, D, FULL)
+    if WORDS != "":
+        return unpacked(b, WORDS)
     else:  # noqa: RET505  without it the compiler would see two kinds of result
         return b.to(tl.float32), 0.0
 
@@ -144,27 +148,33 @@ def _add_corner(b_y, b_z, p, i_d, w, D: tl.constexpr, FULL: tl.constexpr, WORDS:
     """Add one weighted corner to units i_d of every row."""
     v, u = _load_chunk(p, i_d, D, FULL, WORDS)
     b_y += w[:, None] * v
-    if WORDS:
+    if WORDS != "":
         b_z += w[:, None] * u
     return b_y, b_z
 
 
 @triton.jit
 def _add_corners(
-    b_y, b_z, p00, p01, p10, p11, i_d, w00, w01, w10, w11,
-    D: tl.constexpr, FULL: tl.constexpr, WORDS: tl.constexpr,
+    b_y, b_z, p00, p01, p10, p11, i_d, m, w00, w01, w10, w11,
+    D: tl.constexpr, FULL: tl.constexpr, WORDS: tl.constexpr, HALF: tl.constexpr,
+    PTX: tl.constexpr,
 ):  # fmt: skip
-    """Add the weighted corners of one point to units i_d of every row."""
-    b_y, b_z = _add_corner(b_y, b_z, p00, i_d, w00, D, FULL, WORDS)
-    b_y, b_z = _add_corner(b_y, b_z, p01, i_d, w01, D, FULL, WORDS)
-    b_y, b_z = _add_corner(b_y, b_z, p10, i_d, w10, D, FULL, WORDS)
-    return _add_corner(b_y, b_z, p11, i_d, w11, D, FULL, WORDS)
+    """Add the corners of one point, weighted by w and with HALF by m, to units i_d of every row.
 
-
-@triton.jit
-def _bits(b):
-    """Round to bfloat16; the bits in the lower half of an int32."""
-    return b.to(tl.bfloat16).to(tl.int16, bitcast=True).to(tl.int32) & 0xFFFF
+    With HALF the four weights are pairs, see `words.py`, and what is added is m times their blend.
+    """
+    if HALF:
+        v = first_corner(w00[:, None], _load_units(p00, i_d, D, FULL), WORDS, PTX)
+        v = next_corner(w01[:, None], _load_units(p01, i_d, D, FULL), v, WORDS, PTX)
+        v = next_corner(w10[:, None], _load_units(p10, i_d, D, FULL), v, WORDS, PTX)
+        v = next_corner(w11[:, None], _load_units(p11, i_d, D, FULL), v, WORDS, PTX)
+        low, high = unpacked(v, WORDS)
+        return b_y + m[:, None] * low, b_z + m[:, None] * high
+    else:  # noqa: RET505  as above
+        b_y, b_z = _add_corner(b_y, b_z, p00, i_d, w00, D, FULL, WORDS)
+        b_y, b_z = _add_corner(b_y, b_z, p01, i_d, w01, D, FULL, WORDS)
+        b_y, b_z = _add_corner(b_y, b_z, p10, i_d, w10, D, FULL, WORDS)
+        return _add_corner(b_y, b_z, p11, i_d, w11, D, FULL, WORDS)
 
 
 @triton.jit
@@ -180,8 +190,8 @@ def _finish_row(
     mask = valid[:, None]
     if not FULL:
         mask = mask & (i_d < D)[None, :]
-    if WORDS:
-        tl.store(p_out, _bits(b_y) | (_bits(b_z) << 16), mask=mask)
+    if WORDS != "":
+        tl.store(p_out, packed(b_y, b_z, WORDS), mask=mask)
     else:
         tl.store(p_out, b_y.to(p_out.dtype.element_ty), mask=mask)
 
@@ -213,20 +223,22 @@ def dcnv3_forward_kernel(
     SH: tl.constexpr, SW: tl.constexpr, PH: tl.constexpr, PW: tl.constexpr,
     DH: tl.constexpr, DW: tl.constexpr, REMOVE_CENTER: tl.constexpr,
     LOGITS: tl.constexpr, GATED: tl.constexpr, WIDE: tl.constexpr, PAIRED: tl.constexpr,
-    WORDS: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_D: tl.constexpr,
+    WORDS: tl.constexpr, HALF: tl.constexpr, PTX: tl.constexpr,
+    BLOCK_P: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_D: tl.constexpr,
     SPLIT: tl.constexpr, UNROLL: tl.constexpr,
 ):  # fmt: skip
     """Write y (N, Ho, Wo, C); see the module's formula.
 
-    With WORDS, x and y are bfloat16 read as int32, which needs channels per group, strides and
-    first address to be multiples of 8 elements; all strides still count elements.
+    With WORDS, "bf16" or "f16", x and y are of that type and read as int32, which needs channels
+    per group, strides and first address to be multiples of 8 elements; all strides still count
+    elements. With HALF, which needs WORDS, the four corners of a point are blended in that type.
     """
     K: tl.constexpr = KH * KW - REMOVE_CENTER
     BLOCK_R: tl.constexpr = BLOCK_P * BLOCK_G
     FULL: tl.constexpr = SPLIT * BLOCK_D == D
-    UNITS: tl.constexpr = D // 2 if WORDS else D
-    BLOCK_U: tl.constexpr = BLOCK_D // 2 if WORDS else BLOCK_D
-    if WORDS:
+    UNITS: tl.constexpr = D // 2 if WORDS != "" else D
+    BLOCK_U: tl.constexpr = BLOCK_D // 2 if WORDS != "" else BLOCK_D
+    if WORDS != "":
         s_xn = tl.multiple_of(s_xn // 2, 4)
         s_xh = tl.multiple_of(s_xh // 2, 4)
         s_xw = tl.multiple_of(s_xw // 2, 4)
@@ -252,8 +264,11 @@ def dcnv3_forward_kernel(
         b_sum += m
         y0, b = _neighbours(l_y)
         x0, t = _neighbours(l_x)
-        b *= m
-        a = tl.where(_is_inside(y0, H), m - b, 0.0)
+        whole = m  # what the four weights sum up to, inside of the image
+        if HALF:
+            whole = 1.0
+        b *= whole
+        a = tl.where(_is_inside(y0, H), whole - b, 0.0)
         b = tl.where(_is_inside(y0 + 1, H), b, 0.0)
         u = tl.where(_is_inside(x0, W), 1 - t, 0.0)
         t = tl.where(_is_inside(x0 + 1, W), t, 0.0)
@@ -266,13 +281,17 @@ def dcnv3_forward_kernel(
         p10 = p_row + (o_y1 + o_x0)[:, None]
         p11 = p_row + (o_y1 + o_x1)[:, None]
         w00, w01, w10, w11 = a * u, a * t, b * u, b * t
+        if HALF:
+            w00, w01 = pair_of(w00, WORDS, PTX), pair_of(w01, WORDS, PTX)
+            w10, w11 = pair_of(w10, WORDS, PTX), pair_of(w11, WORDS, PTX)
         b_y, b_z = _add_corners(
-            b_y, b_z, p00, p01, p10, p11, i_d, w00, w01, w10, w11, UNITS, FULL, WORDS
-        )
+            b_y, b_z, p00, p01, p10, p11, i_d, m, w00, w01, w10, w11,
+            UNITS, FULL, WORDS, HALF, PTX,
+        )  # fmt: skip
         if SPLIT == 2:
             b_y2, b_z2 = _add_corners(
                 b_y2, b_z2, p00 + BLOCK_U, p01 + BLOCK_U, p10 + BLOCK_U, p11 + BLOCK_U,
-                i_d + BLOCK_U, w00, w01, w10, w11, UNITS, FULL, WORDS,
+                i_d + BLOCK_U, m, w00, w01, w10, w11, UNITS, FULL, WORDS, HALF, PTX,
             )  # fmt: skip
 
     scale = tl.full((BLOCK_R,), 1.0, tl.float32)

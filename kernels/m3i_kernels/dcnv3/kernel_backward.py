@@ -37,7 +37,7 @@ def _dot(
     for c in tl.static_range(SPLIT):
         v, u = _load_chunk(p + c * BLOCK, i_d + c * BLOCK, D, SPLIT * BLOCK == D, WORDS)
         b += chunks[2 * c] * v
-        if WORDS:
+        if WORDS != "":
             b += chunks[2 * c + 1] * u
     return tl.sum(b, axis=1)
 
@@ -106,7 +106,7 @@ def dcnv3_backward_kernel(
     unit = 1.0
     if FIXED_POINT:
         unit = tl.load(p_unit)
-    b_g = _chunks(p_grad + o_row, i_d, SPLIT, BLOCK_D, D, False)
+    b_g = _chunks(p_grad + o_row, i_d, SPLIT, BLOCK_D, D, "")
 
     keep = tl.full((BLOCK_R,), 1.0, tl.float32)  # 1 - s
     g_x = tl.zeros((BLOCK_R,), tl.float32)  # <G, x> at the centre
@@ -115,7 +115,7 @@ def dcnv3_backward_kernel(
         gate = tl.load(p_gate).to(tl.float32)
         keep = 1 - gate
         p = p_row + (_clamped(i_y, H, s_xh, WIDE) + _clamped(i_x, W, s_xw, WIDE))[:, None]
-        g_x = _dot(b_g, p, i_d, SPLIT, BLOCK_D, D, False)
+        g_x = _dot(b_g, p, i_d, SPLIT, BLOCK_D, D, "")
         p = p_dx_row + (_clamped(i_y, H, s_dh, WIDE) + _clamped(i_x, W, C, WIDE))[:, None]
         _scatter(p, i_d, b_g, gate, valid, unit, SPLIT, BLOCK_D, D, FIXED_POINT)
     b_max = tl.zeros((BLOCK_R,), tl.float32)
@@ -127,7 +127,7 @@ def dcnv3_backward_kernel(
         for k in tl.static_range(K):
             b_sum += _weight(p_weight, k, b_max, LOGITS)
         normaliser = 1 / b_sum
-        h_y = _dot(b_g, p_y + o_row, i_d, SPLIT, BLOCK_D, D, False) - (1 - keep) * g_x
+        h_y = _dot(b_g, p_y + o_row, i_d, SPLIT, BLOCK_D, D, "") - (1 - keep) * g_x
 
     g_y = tl.zeros((BLOCK_R,), tl.float32)  # <G, y> before the blend
     for k in tl.range(0, K, loop_unroll_factor=UNROLL):
@@ -142,10 +142,10 @@ def dcnv3_backward_kernel(
         in_x0, in_x1 = _is_inside(x0, W), _is_inside(x0 + 1, W)
         o_y0, o_y1 = _clamped(y0, H, s_xh, WIDE), _clamped(y0 + 1, H, s_xh, WIDE)
         o_x0, o_x1 = _clamped(x0, W, s_xw, WIDE), _clamped(x0 + 1, W, s_xw, WIDE)
-        d00 = _dot(b_g, p_row + (o_y0 + o_x0)[:, None], i_d, SPLIT, BLOCK_D, D, False)
-        d01 = _dot(b_g, p_row + (o_y0 + o_x1)[:, None], i_d, SPLIT, BLOCK_D, D, False)
-        d10 = _dot(b_g, p_row + (o_y1 + o_x0)[:, None], i_d, SPLIT, BLOCK_D, D, False)
-        d11 = _dot(b_g, p_row + (o_y1 + o_x1)[:, None], i_d, SPLIT, BLOCK_D, D, False)
+        d00 = _dot(b_g, p_row + (o_y0 + o_x0)[:, None], i_d, SPLIT, BLOCK_D, D, "")
+        d01 = _dot(b_g, p_row + (o_y0 + o_x1)[:, None], i_d, SPLIT, BLOCK_D, D, "")
+        d10 = _dot(b_g, p_row + (o_y1 + o_x0)[:, None], i_d, SPLIT, BLOCK_D, D, "")
+        d11 = _dot(b_g, p_row + (o_y1 + o_x1)[:, None], i_d, SPLIT, BLOCK_D, D, "")
         d00 = tl.where(in_y0 & in_x0, d00, 0.0)
         d01 = tl.where(in_y0 & in_x1, d01, 0.0)
         d10 = tl.where(in_y1 & in_x0, d10, 0.0)

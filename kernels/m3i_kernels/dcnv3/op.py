@@ -7,6 +7,7 @@ import torch
 import triton
 from torch import Tensor
 
+from m3i_kernels._backend import is_interpreted
 from m3i_kernels.dcnv3 import choice
 from m3i_kernels.dcnv3.geometry import Geometry
 from m3i_kernels.dcnv3.kernel import dcnv3_forward_kernel
@@ -14,6 +15,7 @@ from m3i_kernels.dcnv3.kernel_backward import dcnv3_backward_kernel
 from m3i_kernels.dcnv3.matrix_op import launch_matrix_backward, launch_matrix_forward
 
 _THREADS = 128
+_WORDS = {torch.bfloat16: "bf16", torch.float16: "f16"}  # names as in `words.py`
 _INT32_MAX = 2**31 - 1
 
 
@@ -35,6 +37,7 @@ def choose_tiles(
     deterministic: bool = False,
     warp_size: int = 32,
     itemsize: int = 2,
+    half: bool = False,
 ) -> Tiles:
     """Choose the launch parameters for groups of `channels` channels and `points` points.
 
@@ -42,15 +45,18 @@ def choose_tiles(
     and each of them several channels, in chunks: two in the forward, up to four in the backward.
     There, 4 channels per thread and chunk (2 for the 64-bit sums of the deterministic one) is what
     16-byte vectors hold: with more, every tile would change layout through shared memory before it
-    is added. `itemsize` is that of x in bytes.
+    is added. `itemsize` is that of x in bytes; `half` blends corners in the type of x.
     """
     block_d = triton.next_power_of_2(channels)
     split = min(4 if backward else 2, max(1, block_d // (8 if backward else 16)))
     block_d //= split
     per_thread = 2 if deterministic else 4 if backward else 8
     rows = max(1, _THREADS * per_thread // block_d)
-    # More would spill in the backward, and for the wider vectors of float32.
-    unroll = 3 if points <= 9 and not backward and itemsize == 2 else 1
+    # More would spill in the backward, and for the wider vectors of float32. Blended in float32,
+    # nine would take 184 registers; in pairs they take 80.
+    unroll = 1
+    if points <= 9 and not backward and itemsize == 2:
+        unroll = points if half else 3
     return Tiles(rows, 1, block_d, split, unroll, _THREADS // warp_size)
 
 
@@ -70,6 +76,7 @@ def dcnv3_op(
     mask_is_logits: bool,
     deterministic: bool,
     algorithm: str = "auto",
+    half_blend: bool = False,
 ) -> Tensor:
     """Forward of `m3i_kernels.dcnv3`; arguments already checked."""
     geometry = _geometry(
@@ -83,11 +90,18 @@ def dcnv3_op(
             launch_matrix_forward(inputs, y, geometry)
         return y
     tensors = _unit_channel_stride(x, offset, mask, center_scale)
+    x = tensors[0]
+    half = half_blend and choice.blends_in_half(x, groups, is_words(x, groups))
     tiles = choose_tiles(
-        C // groups, geometry.points, False, warp_size=_warp_size(), itemsize=x.itemsize
+        C // groups,
+        geometry.points,
+        False,
+        warp_size=_warp_size(),
+        itemsize=x.itemsize,
+        half=half,
     )
     with torch.cuda.device_of(x):
-        launch_forward(tensors, y, geometry, mask_is_logits, tiles)
+        launch_forward(tensors, y, geometry, mask_is_logits, tiles, half)
     return y
 
 
@@ -174,7 +188,8 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     saved = ctx.saved_tensors  # once: activation checkpointing recomputes at every access
-    dx, doffset, dmask, dscale = dcnv3_backward_op(grad, *saved, *ctx.parameters)
+    *parameters, _ = ctx.parameters  # half_blend is of the forward
+    dx, doffset, dmask, dscale = dcnv3_backward_op(grad, *saved, *parameters)
     has_scale = saved[4] is not None
     return dx, doffset, dmask, dscale if has_scale else None, *([None] * len(ctx.parameters))
 
@@ -188,11 +203,15 @@ def launch_forward(
     geometry: Geometry,
     mask_is_logits: bool,
     tiles: Tiles,
+    half: bool = False,
 ) -> None:
-    """Run the forward kernel into `y` with the given launch parameters."""
+    """Run the forward kernel into `y` with the given launch parameters.
+
+    `half` blends corners in the type of x; it needs `is_words`.
+    """
     x, offset, mask, center_scale = tensors
     scale = x if center_scale is None else center_scale
-    words = _is_words(x, geometry.groups)
+    words = is_words(x, geometry.groups) and (half or x.dtype == torch.bfloat16)
     dcnv3_forward_kernel[_grid(y, geometry, tiles)](
         x.view(torch.int32) if words else x,
         offset,
@@ -203,7 +222,9 @@ def launch_forward(
         *_sizes(x, y),
         geometry.offset_scale,
         **_constants(x, offset, geometry, mask_is_logits, center_scale),
-        WORDS=words,
+        WORDS=_WORDS[x.dtype] if words else "",
+        HALF=half,
+        PTX=not is_interpreted(),
         **tiles._asdict(),
         enable_fp_fusion=True,
     )
@@ -328,9 +349,9 @@ def _constants(
     }
 
 
-def _is_words(x: Tensor, groups: int) -> bool:
-    """Whether channels are pairs of bfloat16 that 16-byte vectors of words may read."""
-    if x.dtype != torch.bfloat16 or x.data_ptr() % 16 != 0:
+def is_words(x: Tensor, groups: int) -> bool:
+    """Whether channels are pairs of 16-bit numbers that 16-byte vectors of words may read."""
+    if x.dtype not in _WORDS or x.data_ptr() % 16 != 0:
         return False
     return all(n % 8 == 0 for n in (*x.stride()[:3], x.shape[-1] // groups))
 
