@@ -29,7 +29,8 @@ import synthetic
 import timeline
 import torch
 import torch.distributed as dist
-from m3i_kernels import set_backend
+from m3i_kernels import set_backend, set_dcnv3_algorithm
+from m3i_kernels.dcnv3 import choice
 from torch.profiler import ProfilerActivity, profile, record_function
 
 from m3i_scale.cluster import launch
@@ -38,6 +39,7 @@ from m3i_scale.config import Config, load_config
 from m3i_scale.profiling.flops import step_flops
 from m3i_scale.profiling.peaks import dense_bf16_peak
 
+ROOT = pathlib.Path(__file__).resolve().parents[1]
 RESULTS = pathlib.Path(__file__).parent / "results"
 OUT_OF_MEMORY = 3
 
@@ -93,6 +95,11 @@ def run(options: argparse.Namespace) -> int:
     launch.setup_logging(world.rank)
     config = _for_measurement(config, options, world)
     set_backend(config.engine.kernels)
+    if options.cubins:
+        sys.path.insert(0, str(ROOT / "kernels" / "bench"))
+        import cubins
+
+        cubins.install(options.cubins)
     stem = options.out / f"step_{config.run}"
     diary = Diary(stem.with_suffix(".json"), world)
     step, ready = build(config, world)
@@ -103,7 +110,7 @@ def run(options: argparse.Namespace) -> int:
         torch.cuda.reset_peak_memory_stats()
     seconds = [timed(step, world.device) for _ in range(options.steps)]
     row = summarise(config, options, world, ready.split.accumulation, seconds)
-    diary.note(steps=seconds, row=row._asdict())
+    diary.note(steps=seconds, row=row._asdict(), dcnv3=choice.reported())
     _write(row, None, stem, world)
     if options.profile:
         events = profiled(step, ready, options.profile, stem)
@@ -111,6 +118,11 @@ def run(options: argparse.Namespace) -> int:
             ran = timeline.kernels(events)
             diary.note(kernels=[k._asdict() for k in ran[:30]], kernel_ms=_total(ran))
             _write(row, timeline.tabulate(events), stem, world)
+    if options.gather_steps:
+        set_dcnv3_algorithm("gather")
+        timed(step, world.device)  # compiles
+        again = [timed(step, world.device) for _ in range(options.gather_steps)]
+        diary.note(gather_steps=again)
     if world.is_main:
         print(stem.with_suffix(".md").read_text(), flush=True)
     launch.finish()
@@ -351,6 +363,15 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--warmup", type=int, default=5, help="steps before the timed ones")
     parser.add_argument("--steps", type=int, default=20, help="timed steps")
     parser.add_argument("--profile", type=int, default=2, help="profiled steps; 0: no table")
+    parser.add_argument(
+        "--gather-steps", type=int, default=0, help="timed steps with DCNv3's gather kernels alone"
+    )
+    parser.add_argument(
+        "--cubins",
+        type=pathlib.Path,
+        metavar="FOLDER",
+        help="DCNv3's matrix kernels, of kernels/bench/matrix_check.py --compile",
+    )
     parser.add_argument("--out", type=pathlib.Path, default=RESULTS)
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # deepspeed adds it
     parser.add_argument("overrides", nargs="*", metavar="a.b=value", help="changes to the file")

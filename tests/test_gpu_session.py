@@ -110,7 +110,8 @@ def test_report_of_what_was_measured(tmp_path: Path):
         {
             "part": "step", "name": "micro-batch 64", "ok": True, "note": "", "warmup": [9.0, 2.0],
             "steps": [1.5], "step_ms_p50": 1500.0, "kernel_ms": 400.0, "peak_memory_gib": 33.0,
-            "images_per_second": 42.0, "mfu": 0.1,
+            "images_per_second": 42.0, "mfu": 0.1, "gather_steps": [1.625],
+            "dcnv3": ["dcnv3 at 12 x 12, 1280 channels in 40 groups: matrix kernel (as asked)"],
         },
         {"part": "step", "name": "plan 64", "step_ms": 380.0, "computing_ms": 370.0,
          "tensors_gib": 31.0, "utilisation": 0.3, "images_per_second": 168.0},
@@ -133,6 +134,8 @@ def test_report_of_what_was_measured(tmp_path: Path):
     text = (tmp_path / "report.md").read_text()
     assert "- micro-batch 128: out of GPU memory" in text
     assert "| step | ms | 380 | 1500 |" in text
+    assert "- dcnv3 at 12 x 12, 1280 channels in 40 groups: matrix kernel" in text
+    assert "with DCNv3's gather kernels alone: 1.62" in text
     assert "| work on the device | ms | 370 | 400 |" in text
     assert "| throughput | images/s | 168 | 42 |" in text
     assert "| gemm tall float | 3 | 100.00 |" in text

@@ -174,6 +174,10 @@ def step(found: list[Row], folder: Path) -> str:
     if run.get("warmup"):
         text += f"Seconds of the warm-up steps: {_list(run['warmup'])}; "
         text += f"of the measured ones: {_list(run.get('steps') or [])}.\n\n"
+    if run.get("dcnv3"):
+        text += "\n".join(f"- {line}" for line in run["dcnv3"]) + "\n\n"
+        alone = _list(run.get("gather_steps") or [])
+        text += f"Seconds of steps with DCNv3's gather kernels alone: {alone}.\n\n"
     micro = run["name"].split()[-1]
     plan = next((r for r in mine if r["name"] == f"plan {micro}"), None)
     lines = list(comparison(run, plan)) if run.get("step_ms_p50") else []

@@ -128,12 +128,12 @@ part setup $((20 * slow)) bash -c setup
 part tests $((100 * slow)) bash -c 'exec "$python" "$here/kernel_tests.py" "$LIMIT"' &
 part audit $((110 * slow)) "$python" "$here/audit.py" &
 wait
-part step $((165 * slow)) bash -c 'exec "$python" "$here/training_step.py" "$LIMIT"'
+part step $((165 * slow)) bash -c 'exec "$python" "$here/training_step.py" "$LIMIT" ${cubins:+"$cubins"}'
 part host $((90 * slow)) bash -c 'exec "$python" "$here/host.py" "$LIMIT"'
 # Interpreted in a rehearsal, native on a GPU.
 export TRITON_INTERPRET=$rehearse
 part matrix $((30 * slow)) bash -c 'exec "$python" "$here/matrix.py" "$LIMIT" ${cubins:+"$cubins"}'
 part depthwise $((45 * slow)) "$python" "$here/depthwise.py"
-part dcnv3 $((50 * slow)) "$python" "$here/kernel_bench.py"
+part dcnv3 $((70 * slow)) "$python" "$here/kernel_bench.py"
 echo
 timeout $((40 * slow)) "$python" "$here/report.py" "$out"

@@ -1,7 +1,9 @@
 """Part 4: the training step of InternImage-H on one GPU, by `benchmarks/step.py`; and its plan.
 
-    python training_step.py SECONDS     ends by itself before that many have passed
+    python training_step.py SECONDS [FOLDER]     ends by itself before that many have passed
 
+FOLDER holds DCNv3's matrix kernels for a Triton that cannot compile them. After the profile come
+steps with the gather kernels alone: the difference is what the matrix kernels bring to a step.
 Starts at a micro-batch of 128 and goes to 64 and 32 where the memory is too small.
 """
 
@@ -12,6 +14,7 @@ import os
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -41,13 +44,14 @@ def configuration() -> str:
 
 def main(arguments: list[str]) -> int:
     """Measure and write; the exit code of the measurement."""
-    end = time.monotonic() + float(arguments[0]) - MARGIN
+    seconds, *cubins = arguments
+    end = time.monotonic() + float(seconds) - MARGIN
     config = configuration()
     planning = subprocess.Popen([sys.executable, __file__, "plan", config], env=_on_cpu())
     code = OUT_OF_MEMORY
     for micro in sizes():
         out = rows.FOLDER / f"step_{micro}"
-        code = measure(config, micro, out, end - time.monotonic())
+        code = measure(config, micro, out, end - time.monotonic(), cubins)
         account(out, micro, code)
         if code != OUT_OF_MEMORY:
             break
@@ -62,13 +66,16 @@ def main(arguments: list[str]) -> int:
     return code or failed
 
 
-def measure(config: str, micro: int, out: Path, seconds: float) -> int:
+def measure(config: str, micro: int, out: Path, seconds: float, cubins: Sequence[str] = ()) -> int:
     """Run the benchmark; 124 where it was stopped."""
-    counts = (1, 2, 1) if rows.REHEARSE else (3, 6, 1)
+    counts = (1, 2, 1, 1) if rows.REHEARSE else (3, 6, 1, 3)
     command = [sys.executable, "benchmarks/step.py", "--config", config, "--out", str(out)]
     command += ["--micro-batch", str(micro)]
-    for option, count in zip(("--warmup", "--steps", "--profile"), counts, strict=True):
+    names = ("--warmup", "--steps", "--profile", "--gather-steps")
+    for option, count in zip(names, counts, strict=True):
         command += [option, str(count)]
+    if cubins and not rows.REHEARSE:
+        command += ["--cubins", cubins[0]]
     device = "cpu" if rows.REHEARSE else "cuda"
     variables = {**os.environ, "PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True"}
     try:
@@ -89,7 +96,8 @@ def account(out: Path, micro: int, code: int) -> None:
     longest = found.pop("kernels", [])
     measured = found.get("row", {})
     values = {k: v for k, v in measured.items() if k not in rows.origin()}
-    known = {k: found.get(k) for k in ("warmup", "steps", "known_after", "kernel_ms")}
+    names = ("warmup", "steps", "known_after", "kernel_ms", "dcnv3", "gather_steps")
+    known = {k: found.get(k) for k in names}
     note = {OUT_OF_MEMORY: "out of GPU memory", 124: "stopped by its time limit"}.get(code, "")
     ok = code == 0 and bool(measured)
     own = {"ok": ok, "exit_code": code, "note": note}

@@ -73,6 +73,18 @@ def _key(name: str, constants: dict[str, Any]) -> str:
     return "-".join([name, *(f"{k}{int(v)}" for k, v in sorted(constants.items()))])
 
 
+def install(folder: pathlib.Path) -> None:
+    """Have DCNv3's matrix kernels start from a folder's cubins, whatever Triton is installed.
+
+    The shape rule then chooses as with a Triton that compiles them.
+    """
+    from m3i_kernels.dcnv3 import choice, matrix_op
+
+    kernels = {d: Kernel(f"dcnv3_matrix_{d}_kernel", folder) for d in ("forward", "backward")}
+    matrix_op.kernels = lambda: kernels  # type: ignore[assignment]
+    choice.triton_version = lambda: choice.OLDEST_TRITON
+
+
 class Kernel:
     """Starts the cubins of one kernel: `Kernel(name, folder)[(programs,)](*args, **constants)`."""
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from m3i_kernels.dcnv3.geometry import make_geometry
 
 BENCH = pathlib.Path(__file__).parents[2] / "kernels" / "bench"
 PARAMETERS = [["p_x", "*bf16", True], ["s_n", "i32", True], ["far", "i64", False],
@@ -98,3 +99,25 @@ def test_driver_errors_and_other_sources_are_reported(folder: pathlib.Path) -> N
     (folder / "manifest.json").write_text(json.dumps(manifest))
     with pytest.raises(SystemExit, match="compiled from other sources"):
         cubins.Kernel("k", folder, Driver())
+
+
+def test_installed_cubins_are_chosen_and_started(
+    folder: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By the shape rule, on a machine whose Triton cannot compile them."""
+    import cubins
+    from m3i_kernels.dcnv3 import choice, matrix_op
+
+    monkeypatch.setattr(matrix_op, "kernels", matrix_op.kernels)  # put back what is replaced
+    monkeypatch.setattr(choice, "triton_version", lambda: (3, 6))
+    monkeypatch.setattr(choice, "capability_of", lambda _: (9, 0))
+    monkeypatch.setattr(cubins.ctypes, "CDLL", lambda _: Driver())
+    tensors = [torch.zeros(1, 12, 12, width, dtype=torch.bfloat16) for width in (32, 18, 9)]
+    geometry = make_geometry(3, 1, 1, 1, 1, 1.0, False)
+    rule = ("auto", *tensors, None, geometry, True)
+    assert choice.resolve(*rule) == "gather"
+    cubins.install(folder)
+    assert choice.resolve(*rule) == "matrix"
+    kernels = matrix_op.kernels()
+    assert kernels["backward"].name == "dcnv3_matrix_backward_kernel"
+    assert any("matrix kernel" in line for line in choice.reported())

@@ -3,11 +3,9 @@
 On a GPU with Triton 3.8 or later they run there, without a GPU in an emulator of Gluon.
 """
 
-import importlib
 import json
 import logging
 import pathlib
-import sys
 from typing import Any
 
 import pytest
@@ -18,7 +16,7 @@ from m3i_kernels.dcnv3.geometry import Geometry, make_geometry
 from m3i_kernels.dcnv3.reference import dcnv3_reference
 from torch import Tensor
 
-from helpers.gluon_emulator import Emulated, emulated
+from helpers.interpreted import emulated_matrix_kernels
 from helpers.kernel_checks import DEVICE, assert_close, poisoned
 
 D, K = 32, 9
@@ -35,18 +33,7 @@ def kernels() -> dict[str, Any]:
         if choice.triton_version() < (3, 8):
             pytest.skip("the matrix kernels need Triton 3.8")
         return matrix_op.kernels()
-    names = [f"m3i_kernels.dcnv3.{name}" for name in ("matrix", "matrix_backward")]
-    real = {name: sys.modules.pop(name, None) for name in names}
-    with emulated():
-        forward, backward = (importlib.import_module(name) for name in names)
-    for name, module in real.items():
-        del sys.modules[name]
-        if module is not None:
-            sys.modules[name] = module
-    return {
-        "forward": Emulated(forward.dcnv3_matrix_forward_kernel),
-        "backward": Emulated(backward.dcnv3_matrix_backward_kernel),
-    }
+    return emulated_matrix_kernels()
 
 
 @pytest.fixture

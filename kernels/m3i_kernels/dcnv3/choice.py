@@ -30,7 +30,7 @@ ALGORITHMS = ("auto", "gather", "matrix")
 MAX_POSITIONS = 256
 MIN_POSITIONS = 16  # below, most rows of the smallest tile (32) would be empty
 CHANNELS = 32
-_TRITON = (3, 8)
+OLDEST_TRITON = (3, 8)
 _CAPABILITY = (8, 0)
 
 _log = logging.getLogger(__name__)
@@ -54,6 +54,11 @@ def asked(algorithm: str) -> str:
     """Return what a call asks for; `"auto"` defers to `set_algorithm`."""
     _check_name(algorithm)
     return _algorithm if algorithm == "auto" else algorithm
+
+
+def reported() -> list[str]:
+    """Return what has been chosen in this process, one line for each shape, as logged."""
+    return sorted(_reported)
 
 
 class Call(NamedTuple):
@@ -99,8 +104,8 @@ def obstacle(call: Call) -> str | None:
         return f"it needs {MIN_POSITIONS} to {MAX_POSITIONS} positions, not {height} x {width}"
     if call.dtypes != {torch.bfloat16}:
         return "it needs all tensors in bfloat16"
-    if call.triton_version < _TRITON:
-        return "it needs Triton {}.{}, not {}.{}".format(*_TRITON, *call.triton_version)
+    if call.triton_version < OLDEST_TRITON:
+        return "it needs Triton {}.{}, not {}.{}".format(*OLDEST_TRITON, *call.triton_version)
     if call.capability is None or call.capability < _CAPABILITY:
         return "it needs an NVIDIA GPU of compute capability {}.{} or later".format(*_CAPABILITY)
     return None
