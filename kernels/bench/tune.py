@@ -44,7 +44,7 @@ def candidates(channels: int, backward: bool) -> Iterator[Any]:
     """List launch parameters around the shipped ones."""
     width = triton.next_power_of_2(channels)
     per_thread, splits = ((4,), (1, 2, 4)) if backward else ((4, 8, 16), (1, 2))
-    grid = itertools.product(splits, (1, 4), (2, 4), (1, 3, 9), per_thread)
+    grid = itertools.product(splits, (1, 2, 4), (2, 4), (1, 3, 9), per_thread)
     for split, block_g, warps, unroll, elements in grid:
         if width // split < 8 or (backward and unroll == 9):
             continue

@@ -50,6 +50,8 @@ def finish(zero_optimizer: Any, model: nn.Module) -> None:
         for name in ("pre_bwd_fn", "post_bwd_fn"):
             if name in module.__dict__:
                 _remember_signature(module.__dict__[name])
+    shards.needed(zero_optimizer, "get_grad_norm_direct")
+    zero_optimizer.get_grad_norm_direct = group_norm
     stream = zero_optimizer.reduce_and_partition_stream
     # Offloaded gradients are read by the host, which has to wait for them.
     if stream is not None and not zero_optimizer.offload_optimizer:
@@ -84,6 +86,20 @@ def _ordered(function: Callable[[], None], accelerator: Any, stream: Any) -> Non
         function()
     finally:
         accelerator.synchronize = waits
+
+
+@torch.no_grad()
+def group_norm(gradients: list[torch.Tensor], parameters: object) -> torch.Tensor:
+    """`get_grad_norm_direct` of one group, bit for bit; -1 if it is not finite (a collective).
+
+    DeepSpeed converts, and reduces, one parameter after the other. All ranks hold different parts:
+    nothing here is model parallel.
+    """
+    norms = torch._foreach_norm(gradients, 2.0, dtype=torch.float64)
+    total = torch.stack(norms).pow(2.0).sum()
+    dist.all_reduce(total)
+    norm = total**0.5
+    return norm.masked_fill(~norm.isfinite(), -1.0)
 
 
 @torch.no_grad()
