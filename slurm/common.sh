@@ -76,7 +76,8 @@ new_attempt() {
     mkdir -p "$logs" && ln -sfn "$SLURM_JOB_ID-$restart" "$run_folder/logs/latest" || exit 1
     # A rank that ends with code 2 writes its reason here (m3i_scale/engine/ending.py): with NCCL the
     # others hang until srun kills them, and srun's exit code is then that of the kill.
-    export M3I_FAILURE=$logs/failure
+    # One that ends with code 89 was wrong, or found another one wrong: nodes to leave out.
+    export M3I_FAILURE=$logs/failure M3I_BAD_NODES=$logs/corrupt-nodes
     # For `m3i report`: since when this start has been queued (Slurm sets it anew when it requeues), and
     # when it began.
     local queued
@@ -155,6 +156,10 @@ conclude() {
     case $code in
         0)  say "finished at step $(newest_step)"; exit 0 ;;
         2)  say "cannot go on, and a restart would not help:" ;;
+        89) say "a device, its memory or the network gave a wrong result; the newest checkpoint is" \
+                "of step $(newest_step):"
+            ending "$logs/rank-0000.log"
+            requeue "$([[ -s $M3I_BAD_NODES ]] && sort -u "$M3I_BAD_NODES" | paste -sd,)" ;;
         85) say "was asked to stop and has saved step $(newest_step)"; requeue ;;
         *)  say "failed with exit code $1; the newest checkpoint is of step $(newest_step)"
             name_first_failure ;;

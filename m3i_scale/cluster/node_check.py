@@ -2,8 +2,9 @@
 
     srun python -m m3i_scale.cluster.node_check --folder runs/h --nodes n1,n2,n3 --bad-nodes FILE
 
-1. Each rank looks at itself: GPU present, free and able to multiply; file written, synced, read;
-   room in /dev/shm, through which data workers hand over their batches.
+1. Each rank looks at itself: GPU present and free; products with known answers; file written,
+   synced, read; room in /dev/shm, through which data workers hand over their batches. How fast the
+   device multiplies and copies within its memory is compared with the median of all ranks.
 2. Rank 0 releases all ranks at once, and each notes what its clock says.
 3. Neighbouring nodes all-reduce in pairs, (n1, n2), (n2, n3), (n3, n1), at most three rounds for
    any number of nodes; in the end all together. A node both of whose pairs fail, or are slow, is to
@@ -38,6 +39,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
+from m3i_scale.cluster import known_answers
 from m3i_scale.cluster.launch import rank_variables
 from m3i_scale.cluster.node_state import disk_problem, gpu_problem, shared_memory_problem
 
@@ -55,6 +57,7 @@ class Report:
     seconds: dict[str, float] = field(
         default_factory=dict
     )  # of an all-reduce, by round; inf: failed
+    speeds: dict[str, float] = field(default_factory=dict)  # seconds, by what was done
 
 
 @dataclass(frozen=True)
@@ -64,6 +67,7 @@ class Limits:
     clock_skew: float = 5.0  # seconds from the median of all ranks
     slow_factor: float = 5.0  # times the median all-reduce of all nodes
     free_memory: float = 0.9  # of the GPU's
+    slow_device: float = 10.0  # times the median product, and copy in memory, of all ranks
 
 
 def rounds(nodes: int) -> dict[str, list[tuple[int, ...]]]:
@@ -154,6 +158,9 @@ def judge(
         if abs(offset) > limits.clock_skew:
             reason = f"rank {rank}: the clock is off by {offset:+.1f} s"
             blame.setdefault(nodes[rank // ranks_per_node], []).append(reason)
+    speeds = {rank: report.speeds for rank, report in reports.items()}
+    for rank, reason in known_answers.slow(speeds, limits.slow_device):
+        blame.setdefault(nodes[rank // ranks_per_node], []).append(reason)
     for node, reason in _communication(reports, nodes, ranks_per_node, limits):
         blame.setdefault(node, []).append(reason)
     return blame
@@ -216,6 +223,7 @@ class Check:
     def run(self, store: dist.Store) -> dict[int, Report]:
         """Take part in all stages; on rank 0, the reports of all ranks that made one."""
         report = Report(self._own_problems())
+        self._try_device(report)
         reports = self._exchange(store, "local", report)
         if self.rank == 0:
             well = len(reports) == self.size and not any(r.problems for r in reports.values())
@@ -237,6 +245,17 @@ class Check:
         if self.device.type == "cuda":
             found.append(gpu_problem(self.local_rank, self.limits.free_memory))
         return [problem for problem in found if problem]
+
+    def _try_device(self, report: Report) -> None:
+        """Products with known answers, and speeds; a device that hangs is told by silence."""
+        if report.problems:
+            return
+        try:
+            problem, report.speeds["a matrix product"] = known_answers.compute(self.device)
+            report.speeds["a copy within the memory"] = known_answers.memory(self.device)
+        except RuntimeError as error:
+            problem = f"{self.device}: {error}"
+        report.problems += [problem] if problem else []
 
     def _communicate(self, store: dist.Store, report: Report) -> None:
         mine, local = divmod(self.rank, self.ranks_per_node)
@@ -319,7 +338,11 @@ def make_check(options: argparse.Namespace, variables: dict[str, str]) -> Check:
         device=torch.device("cuda", local_rank) if cuda else torch.device("cpu"),
         folder=options.folder,
         timeout=options.timeout,
-        limits=Limits(options.max_clock_skew, options.slow_factor),
+        limits=Limits(
+            options.max_clock_skew,
+            options.slow_factor,
+            slow_device=options.slow_device or (1.5 if cuda else Limits.slow_device),
+        ),
         shared_memory=options.shared_memory * 1e6,
     )
 
@@ -339,7 +362,11 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     parser.add_argument("--timeout", type=float, default=120, help="seconds for each stage")
     parser.add_argument("--max-clock-skew", type=float, default=Limits.clock_skew, help="seconds")
-    parser.add_argument("--slow-factor", type=float, default=Limits.slow_factor)
+    parser.add_argument("--slow-factor", type=float, default=Limits.slow_factor,
+                        help="times the median all-reduce (%(default)s)")  # fmt: skip
+    parser.add_argument("--slow-device", type=float, metavar="FACTOR",
+                        help="times the median product, and copy in memory, of all ranks (1.5 on "
+                        "GPUs, 10 on CPUs, which ranks share)")  # fmt: skip
     parser.add_argument(
         "--shared-memory", type=float, default=170, metavar="MB",
         help="of /dev/shm that the data workers of each rank need; 0: not checked (%(default)s, "

@@ -7,12 +7,14 @@
 | convolutions in float32 | full, no TF32 | the same |
 | `cudnn.benchmark` | on, unless deterministic | shapes never change within a run, so that the fastest algorithm is searched once |
 | memory format | (N, H, W, C), views of it where a convolution wants (N, C, H, W) | the blocks of InternImage work on (N, H, W, C): nothing is transposed |
-| `engine.deterministic` | off | steps and resumed runs are then equal bit for bit on CPUs only: on GPUs atomics add in another order each time |
+| `engine.deterministic` | off | steps and resumed runs are then equal bit for bit on CPUs only: on GPUs atomics add in another order each time; steps that are computed twice (`engine.verify`) switch it on for themselves |
 """  # noqa: E501  rows of a table
 
 from __future__ import annotations
 
+import contextlib
 import os
+from collections.abc import Iterator
 
 import torch
 
@@ -26,8 +28,10 @@ def prepare_allocator() -> None:
         os.environ["PYTORCH_CUDA_ALLOC_CONF"] = ALLOCATOR
 
 
-def set_numerics(*, deterministic: bool) -> None:
+def set_numerics(*, deterministic: bool, at_times: bool = False) -> None:
     """Before the networks are built: set everything else of this module's table.
+
+    `at_times` leaves everything ready for `deterministic_inside`.
 
     With `deterministic`, the same steps give the same bits on the same number and kind of GPUs:
     DCNv3 sums in integers, `gather` and indexing add in a fixed order, cuDNN and cuBLAS choose
@@ -41,5 +45,25 @@ def set_numerics(*, deterministic: bool) -> None:
     torch.use_deterministic_algorithms(deterministic)
     # It would also fill every empty tensor: a cost, and what is read is written before.
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
-    if deterministic:
+    if deterministic or at_times:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", CUBLAS)
+
+
+@contextlib.contextmanager
+def deterministic_inside(device: torch.device) -> Iterator[None]:
+    """Inside, GPUs compute deterministically; an operator that cannot warns and computes.
+
+    CPUs always do.
+    """
+    if device.type == "cpu" or torch.are_deterministic_algorithms_enabled():
+        yield
+        return
+    cudnn = torch.backends.cudnn
+    before = cudnn.benchmark, cudnn.deterministic
+    cudnn.benchmark, cudnn.deterministic = False, True
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(False)
+        cudnn.benchmark, cudnn.deterministic = before

@@ -20,6 +20,7 @@ from m3i_scale.config.schema import (
     Optimizer,
     PretrainingOptimizer,
     RunConfig,
+    Verify,
     Zero,
 )
 from m3i_scale.config.types import ConfigError, Count, Duration, Node, PathText
@@ -55,6 +56,7 @@ __all__ = [
     "Storage",
     "Target",
     "TextTower",
+    "Verify",
     "Zero",
     "dump_config",
     "load_config",

@@ -26,7 +26,7 @@ import os
 import re
 import shutil
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -37,9 +37,11 @@ from torch import Tensor
 
 from m3i_scale.config import ConfigError
 from m3i_scale.engine import lineage
+from m3i_scale.engine.checksums import additive
 from m3i_scale.engine.lineage import UNREADABLE, Lineage
 
 FORMAT = 2  # 1: before the names student and teacher
+SUMS = "checksums"  # in the metadata of a rank's file
 _STEP = re.compile(r"step-\d+")
 _MOST_ELEMENTS = 1 << 48  # of a tensor
 
@@ -130,6 +132,7 @@ class Write(NamedTuple):
     partial: Path
     thread: threading.Thread
     failure: list[str]
+    changed: list[str]  # names of tensors that were written differently than they were copied
 
     @property
     def done(self) -> bool:
@@ -144,21 +147,33 @@ def begin_write(
     ranks: int,
     tensors: dict[str, Tensor],
     state: dict[str, Any],
+    sums: Mapping[str, int] | None = None,
 ) -> Write:
     """Start writing this rank's tensors in the background.
+
+    `sums` are their checksums (`checksums.additive`) when they were copied: the file must read back
+    with the same, and keeps them for whoever loads it.
 
     `tensors` must be private copies in CPU memory: training goes on meanwhile. Rank 0 also writes
     `state`. When all ranks are `done` without failure, rank 0 calls `publish`.
     """
     partial = step_folder(folder, step).with_suffix(".partial")
     failure: list[str] = []
+    changed: list[str] = []
 
     def work() -> None:
         try:
             partial.mkdir(parents=True, exist_ok=True)
             path = partial / rank_file(rank, ranks)
-            save_file(tensors, path)
+            save_file(tensors, path, metadata={SUMS: json.dumps(sums)} if sums else None)
             _sync(path)
+            changed.extend(_changed(path, sums or {}))
+            if changed:
+                raise OSError(
+                    f"{path.name}: {', '.join(changed[:3])} ({len(changed)} tensors) read back "
+                    "differently than they were copied: the host's memory or the disk has changed "
+                    "bits"
+                )
             _write_json(path.with_suffix(".json"), _fingerprint(path))
             if rank == 0:
                 _write_json(partial / "state.json", {"format": FORMAT, **state})
@@ -167,7 +182,13 @@ def begin_write(
 
     thread = threading.Thread(target=work, name=f"checkpoint-{step}", daemon=True)
     thread.start()
-    return Write(step, partial, thread, failure)
+    return Write(step, partial, thread, failure, changed)
+
+
+def _changed(path: Path, sums: Mapping[str, int]) -> list[str]:
+    """Names of the tensors of a file whose checksums are others."""
+    with safe_open(path, framework="pt") as file:
+        return [n for n, known in sums.items() if int(additive(file.get_tensor(n))) != known]
 
 
 def publish(write: Write, ranks: int, line: Lineage | None = None) -> Path:
@@ -289,6 +310,17 @@ class CheckpointReader:
     def close(self) -> None:
         """Release the files."""
         self._files.clear()
+
+    def sums(self, share: int, shares: int) -> dict[str, int] | None:
+        """Checksums of tensors, added up over every `shares`-th file; None: not all have them."""
+        found: dict[str, int] = {}
+        for rank in range(share, self.ranks, shares):
+            stored = (self._open(rank).metadata() or {}).get(SUMS)
+            if stored is None:
+                return None
+            for name, value in json.loads(stored).items():
+                found[name] = found.get(name, 0) + value
+        return found
 
     def tensor(self, kind: str, name: str) -> Tensor:
         """One whole tensor in its own shape; raises as `slice`."""

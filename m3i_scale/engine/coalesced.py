@@ -19,6 +19,7 @@ from deepspeed.accelerator import get_accelerator
 from deepspeed.runtime.zero import partition_parameters, stage3
 from torch import Tensor
 
+from m3i_scale.engine.communication import RECORDER
 from m3i_scale.engine.partitioned import align
 
 log = logging.getLogger(__name__)
@@ -69,6 +70,8 @@ def reduce_scatter_coalesced(tensors: Sequence[Tensor], group: Any = None) -> li
         flat = rows[0]
     else:
         flat = rows[0].new_empty(size * sum(widths))
+        if RECORDER.recording:  # what is left over between rows would count as sent
+            flat.zero_()
         for row, table in zip(rows, flat.view(size, -1).split(widths, 1), strict=True):
             _fill(table, row)
     flat.div_(size)  # before the sum, as DeepSpeed does

@@ -1,7 +1,9 @@
 """How a training process ends: exit codes, the sentence for the user, and the note for the job.
 
 0 finished; 2 something that a restart would not mend; 85 saved and stopped because it was asked to;
-87 stalled; 88 taken for dead by another start; 130 interrupted while starting; 1 anything else.
+87 stalled; 88 taken for dead by another start; 89 a device, its memory or the network was found to
+be wrong (`corruption`): nodes to blame are then in the file that `M3I_BAD_NODES` names; 130
+interrupted while starting; 1 anything else.
 
 With NCCL a rank that ends leaves the others waiting in a collective until they are killed, and what
 the launcher then reports is that kill. The rank therefore leaves its sentence in the file that
@@ -14,12 +16,14 @@ import contextlib
 import errno
 import os
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 from m3i_scale.arguments import one_line
 
 MISTAKE, CRASH, INTERRUPTED = 2, 1, 130
 NOTE = "M3I_FAILURE"
+BAD_NODES = "M3I_BAD_NODES"  # a file: nodes to leave out, one a line
 
 # What the operating system will refuse again: full, forbidden, not what the path says.
 PERMANENT = {
@@ -52,9 +56,19 @@ def explain(error: BaseException, code: int) -> None:
         return
     sentence = one_line(os_error_sentence(error) if isinstance(error, OSError) else str(error))
     print(f"error: {sentence}", file=sys.stderr, flush=True)
+    with contextlib.suppress(OSError):
+        _note_nodes(error)
     if code == MISTAKE and os.environ.get(NOTE):
         with contextlib.suppress(OSError), Path(os.environ[NOTE]).open("a") as file:
             file.write(f"rank {rank}: {sentence}\n")
+
+
+def _note_nodes(error: BaseException) -> None:
+    """Append the nodes to blame to the file that the batch script reads."""
+    nodes: Sequence[str] = getattr(error, "nodes", ())
+    if nodes and os.environ.get(BAD_NODES):
+        with Path(os.environ[BAD_NODES]).open("a") as file:
+            file.writelines(f"{node}\n" for node in nodes)
 
 
 def interrupted(*_: object) -> None:

@@ -10,6 +10,7 @@ Every line has `event`, `attempt` (one start of the ranks) and `time` (seconds s
                `last_sign`: of the lock's owner before, if it had ended without releasing the lock
     part       `part`: the start-up part that begins
     begin      training begins: `step`; `run`: identity (`lineage`); `rollback`: within the attempt
+    fault      `words`, `nodes`, `step`: a wrong result of a device, memory or the network
     stalled    `words`: the watchdog ends the process
     end        `cause`: one of `CAUSES`; `words`; `checkpoint_wait_seconds` since the last step
 
@@ -38,7 +39,7 @@ RANK_FILES = "events-rank-*.jsonl"
 # Of a start-up, in the usual order. An attempt may come back to one of them.
 PARTS = ("launch", "imports", "nodes", "data", "checkpoint", "networks", "first steps")
 MOST_WORDS = 500  # characters
-CAUSES = ("finished", "stopped", "stalled", "error", "crashed")
+CAUSES = ("finished", "stopped", "stalled", "corrupted", "error", "crashed")
 # Set by slurm/common.sh: seconds since 1970 when the scheduler was asked for this start of the job,
 # and when the job's script began.
 SUBMITTED, JOB_STARTED = "M3I_SUBMITTED", "M3I_JOB_STARTED"
@@ -136,6 +137,11 @@ class EventLog:
         """Say that training begins, or after a rollback begins again, at a step."""
         self._write("begin", step=step, run=run, rollback=rollback)
 
+    def fault(self, step: int, words: str, nodes: Sequence[str] = ()) -> None:
+        """Say that the hardware has made an error, whether the run goes on or not."""
+        self._write("fault", step=step, words=" ".join(words.split())[:MOST_WORDS],
+                    nodes=list(nodes))  # fmt: skip
+
     def stalled(self, words: str) -> None:
         """Say from the watchdog's thread that the process ends; waits for no lock."""
         self._write("stalled", words=words)
@@ -172,5 +178,5 @@ class EventLog:
 def _how(error: BaseException) -> tuple[str, str]:
     """The cause of an end by an exception, and its words."""
     if getattr(error, "for_users", False):
-        return "error", str(error)
+        return getattr(error, "cause", "error"), str(error)
     return "crashed", f"{type(error).__name__}: {error}"

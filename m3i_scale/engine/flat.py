@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
+from deepspeed.runtime.zero import stage_1_and_2
 from torch import Tensor, nn
 
 from m3i_scale.engine.checkpoint import Extent, extent
@@ -36,7 +37,7 @@ class Flat(Shards):
         super().__init__(optimizer)
         needed(
             optimizer, "bit16_groups", "bit16_groups_flat", "single_partition_of_fp32_groups",
-            "update_lp_params", "ipg_buckets", "averaged_gradients",
+            "update_lp_params", "ipg_buckets", "averaged_gradients", "all_grad_tensors",
         )  # fmt: skip
         self._groups = {
             id(p): index for index, group in enumerate(optimizer.bit16_groups) for p in group
@@ -89,6 +90,27 @@ class Flat(Shards):
         """Every rank has the whole weight."""
         self.weight(parameter).clamp_(max=maximum)
         parameter.clamp_(max=maximum)
+
+    def flat_weights(self) -> tuple[list[Tensor], bool]:
+        """One of each parameter group, whole."""
+        return list(self.optimizer.bit16_groups_flat), True
+
+    def reduced_gradients(self) -> list[Tensor]:
+        """Of this rank's parts."""
+        found = []
+        for number in range(len(self.masters)):
+            group = self.optimizer.averaged_gradients[number]
+            flat = getattr(group, "flat_partition", None)
+            found.append(torch.cat([g.flatten() for g in group]) if flat is None else flat)
+        return found
+
+    def drop_gradients(self, model: nn.Module) -> None:
+        """As DeepSpeed does where it skips a step."""
+        zero = self.optimizer
+        zero.zero_grad(set_to_none=True)
+        for number in range(len(self.masters)):
+            zero.averaged_gradients[number] = zero.all_grad_tensors[number] = None
+        zero.micro_step_id = stage_1_and_2.INITIAL_MICRO_STEP_ID
 
     @torch.no_grad()
     def even(self, parts: list[tuple[nn.Parameter, Tensor]]) -> list[Tensor]:

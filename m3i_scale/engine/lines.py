@@ -22,12 +22,14 @@ log = logging.getLogger(__name__)
 def of_training(values: Mapping[str, Any]) -> dict[str, Any]:
     """Those of a line of metrics.jsonl that repeat when its step is made again.
 
-    Left out are times, figures of machines, and which attempt made the step.
+    Left out are times, figures of machines, counts of checks, and which attempt made the step.
     """
     return {
         key: value
         for key, value in values.items()
-        if key not in ("time", "attempt") and "second" not in key and not key.startswith("machine/")
+        if key not in ("time", "attempt")
+        and "second" not in key
+        and not key.startswith(("machine/", "verify/"))
     }
 
 

@@ -5,21 +5,24 @@ from __future__ import annotations
 import contextlib
 import logging
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from m3i_scale.cluster.launch import World
 from m3i_scale.config import RunConfig
 from m3i_scale.engine.averages import RunningMean
 from m3i_scale.engine.checkpoint import CheckpointError
+from m3i_scale.engine.checks import Checks
+from m3i_scale.engine.communication import RECORDER
+from m3i_scale.engine.corruption import CorruptionError
 from m3i_scale.engine.events import EventLog
-from m3i_scale.engine.metrics import Figures, MetricLog, Speed, machine_values, memory
+from m3i_scale.engine.metrics import MetricLog, Speed, machine_values, memory, working_values
 from m3i_scale.engine.momentum import WeightAverages
+from m3i_scale.engine.passes import Passes
 from m3i_scale.engine.saver import Saver
 from m3i_scale.engine.schedules import BatchSplit, Schedule
 from m3i_scale.engine.state import Progress, generator_states, set_generator_states, snapshot
@@ -51,6 +54,7 @@ class Run:
     stopping: bool = False  # whether any rank was asked to stop, when the last step ended
     saving: Stopwatch = field(default_factory=lambda: Stopwatch())  # training waits for checkpoints
     events: EventLog | None = None  # of this attempt
+    checks: Checks | None = None  # of this rank, once it trains
     progress: Progress = field(default_factory=Progress)
 
     @property
@@ -77,11 +81,12 @@ def train_to_end(run: Run, stop: StopFlag, metrics: MetricLog) -> bool:
         UnstableError: `engine.max_nonfinite_steps` steps in a row had non-finite gradients, or
             the loss rose above `engine.spike_factor` times its average.
         CheckpointError: the last checkpoint could not be written.
+        CorruptionError: a device, its memory or the network has given a wrong result.
     """
     run.saver.remove_leftovers()
     watchdog = Watchdog(
         run.folder, run.world.rank, 60 * run.config.engine.stall_minutes,
-        on_stall=run.events.stalled if run.events else None,
+        on_stall=run.events.stalled if run.events else None, where=RECORDER.where,
     )  # fmt: skip
     try:
         return _train(run, stop, metrics, watchdog)
@@ -91,7 +96,8 @@ def train_to_end(run: Run, stop: StopFlag, metrics: MetricLog) -> bool:
 
 def _train(run: Run, stop: StopFlag, metrics: MetricLog, watchdog: Watchdog) -> bool:
     config, progress = run.config, run.progress
-    run.stop = stop
+    run.stop, run.checks = stop, None
+    open_checks(run)
     batches = open_batches(run)
     skipped_in_a_row, average_loss = 0, RunningMean()
     if progress.step >= run.schedule.total and run.world.is_main:
@@ -108,10 +114,11 @@ def _train(run: Run, stop: StopFlag, metrics: MetricLog, watchdog: Watchdog) -> 
         for warning in run.task.warnings(values, progress.step):
             if run.world.is_main:
                 log.warning("step %d: %s", progress.step, warning)
-        if _evaluation_is_due(run):
+        if _evaluation_is_due(run) and _is_sound(run):
             values |= evaluate(run)
         metrics.write(progress.step, values, show=progress.step % config.logging.every == 0)
         watchdog.beat()
+        _require_sound(run)
         _require_stable(run, skipped_in_a_row, average_loss.ratio(values["loss/total"]))
         progress.step += 1
         progress.position += run.split.batch
@@ -151,37 +158,27 @@ def train_step(run: Run, batches: Timed) -> tuple[Values, bool]:
         finite). `run.progress` is the caller's to move.
     """
     engine, task, networks = run.sharded.engine, run.task, run.sharded.model
-    started, figures = time.perf_counter(), Figures()
+    started, world, checks = time.perf_counter(), run.world, run.checks or open_checks(run)
     rate = run.schedule.learning_rate(run.progress.step)
     set_learning_rate(engine, rate)
-    skipped_before, alone, held = engine.skipped_steps, 0.0, []
-    states: list[dict[str, Tensor]] = []
-    if task.looks_first(run.split.accumulation):
-        held = [next(batches) for _ in range(run.split.accumulation)]
-        alone = time.perf_counter() - started  # from here on ranks wait for each other
-        states = _look(run, held)
-    for number in range(run.split.accumulation):
-        begun = time.perf_counter()
-        inputs = task.prepare(held[number] if held else next(batches), run.world)
-        alone += time.perf_counter() - begun
-        if states:
-            set_generator_states(states[number], run.world)
-        with module_stack_kept():
-            outputs = task.forward(engine, inputs)
-            engine.backward(outputs["loss"])
-        engine.step()  # updates at the end of the accumulation only
-        figures.add(task.figures(networks, outputs))
+    skipped_before = engine.skipped_steps
+    RECORDER.begin_step(world.device)
+    figures, alone = checks.compute(run.progress.step, batches)
+    engine.step()
     updated = engine.skipped_steps == skipped_before
-    device = run.world.device
     asked = run.stop is not None and run.stop.raised_by is not None
     norm = engine.get_global_grad_norm()  # the same on all ranks; read with the other figures
-    machine = [alone, batches.take_wait(), *memory(device)]
-    values, own = figures.reduce(run.world, [*machine, float(asked), 0.0 if norm is None else norm])
-    run.stopping = bool(own[:, -2].any())
-    values["gradient/all_parameters"] = float(own[run.world.rank, -1])
-    values |= machine_values(own[:, :-2], device)
-    values |= task.step_values(values, run.world.size * run.split.accumulation)
+    machine = [alone, batches.take_wait(), *memory(world.device)]
+    others = [RECORDER.take(), float(asked), 0.0 if norm is None else norm, *checks.report()]
+    values, own = figures.reduce(world, [*machine, *others])
+    working, stopping, norms, *found = own[:, len(machine) :].unbind(1)
+    run.stopping = bool(stopping.any())
+    values["gradient/all_parameters"] = float(norms[world.rank])
+    values |= machine_values(own[:, : len(machine)], world.device) | working_values(working)
+    values |= task.step_values(values, world.size * run.split.accumulation)
     values["learning_rate"] = rate
+    checks.judge(torch.stack(found, 1))
+    values |= checks.values(run.saver.damaged)
 
     if updated:
         for parameter, maximum in task.upper_bounds(networks):
@@ -191,24 +188,8 @@ def train_step(run: Run, batches: Timed) -> tuple[Values, bool]:
             run.sharded.teacher.update(coefficient)
             values["teacher_momentum"] = coefficient
         task.after_update(values)
+    checks.accept()
     return values | _speed(run, started), updated
-
-
-def _look(run: Run, held: Sequence[Any]) -> list[dict[str, Tensor]]:
-    """The first pass over a step's micro-batches, without gradient.
-
-    Returns:
-        How the random generators stood before each, for the second pass. (Our networks draw by
-        stream position; others may have dropout.)
-    """
-    sharded, states = run.sharded, []
-    with torch.no_grad(), sharded.first_pass():
-        for batch in held:
-            states.append(generator_states(run.world))
-            with module_stack_kept():
-                run.task.look(sharded.engine, run.task.prepare(batch, run.world))
-    run.task.looked(sharded.model)
-    return states
 
 
 def _evaluation_is_due(run: Run) -> bool:
@@ -224,6 +205,9 @@ def evaluate(run: Run) -> Values:
     Random generators are left as they were, so that training continues as if nothing had happened.
     """
     sharded, states = run.sharded, generator_states(run.world)
+    if run.checks is not None:
+        run.checks.look_again()
+        _require_sound(run)
     in_use: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
     if isinstance(sharded.teacher, WeightAverages):
         in_use = sharded.teacher.in_use()
@@ -234,14 +218,33 @@ def evaluate(run: Run) -> Values:
         finally:
             sharded.engine.train()
             set_generator_states(states, run.world)
+    if run.checks is not None:
+        run.checks.accept()
     return {f"evaluation/{name}": value for name, value in found.items()}
 
 
 def save(run: Run) -> None:
-    """Start a checkpoint of where the run stands, after the one before has ended."""
-    copy = run.config.checkpoint.background
-    state = snapshot(run.sharded, run.world, run.progress, run.task, stated=run.stated, copy=copy)
-    run.saver.save(run.progress.step, *state)
+    """Start a checkpoint of where the run stands, after the one before has ended.
+
+    Raises:
+        CorruptionError: the state has changed since the last update.
+    """
+    copy, sums = run.config.checkpoint.background, dict[str, int]()
+    state = snapshot(
+        run.sharded, run.world, run.progress, run.task, stated=run.stated, copy=copy, sums=sums
+    )
+    if run.checks is not None:
+        run.checks.look_again()
+        _require_sound(run)
+    run.saver.save(run.progress.step, *state, sums)
+
+
+def open_checks(run: Run) -> Checks:
+    """Check from here on that nothing goes wrong unseen: the state is right now."""
+    passes = Passes(run.task, run.world, run.sharded, run.split.accumulation)
+    spec = run.config.engine
+    run.checks = Checks(spec.verify, passes, deterministic=spec.deterministic)
+    return run.checks
 
 
 def open_batches(run: Run) -> Timed:
@@ -269,6 +272,26 @@ def _speed(run: Run, started: float) -> dict[str, float]:
     rate = run.split.batch / seconds
     machine = run.speed.values(rate, run.world.size) if run.speed else {}
     return {"images_per_second": rate, "step_seconds": seconds, **machine}
+
+
+def _is_sound(run: Run) -> bool:
+    return run.checks is None or run.checks.problem is None
+
+
+def _require_sound(run: Run) -> None:
+    """End the run if a device, its memory or the network was found to be wrong (then collective).
+
+    Raises:
+        CorruptionError: it was.
+    """
+    problem = run.checks.problem if run.checks is not None else None
+    if problem is None:
+        return
+    if run.events is not None:
+        run.events.fault(run.progress.step, str(problem), problem.nodes)
+    run.saver.finish()  # what is under way is of before
+    last = f"the last good checkpoint is {run.saver.last_good or 'none'}"
+    raise CorruptionError(f"step {run.progress.step}: {problem}; {last}", problem.nodes)
 
 
 def _require_stable(run: Run, skipped_in_a_row: int, loss_ratio: float) -> None:

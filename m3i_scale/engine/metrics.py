@@ -216,6 +216,24 @@ def machine_values(own: Tensor, device: torch.device) -> dict[str, float]:
     }
 
 
+def working_values(working: Tensor) -> dict[str, float]:
+    """Which rank the others waited for inside the step, and what that cost.
+
+    Args:
+        working: float64 (ranks,): seconds that each rank's device worked between collectives
+            (`communication`); 0: not known yet.
+    """
+    if len(working) < 2 or not bool(working.all()):
+        return {}
+    slowest, usual = int(working.argmax()), float(working.median())
+    return {
+        "machine/slowest_device_rank": slowest,
+        "machine/slowest_device_seconds": float(working[slowest]),
+        "machine/slowest_device_ratio": float(working[slowest]) / usual,
+        "machine/slowest_device_cost_seconds": float(working[slowest]) - usual,
+    }
+
+
 def write_provenance(folder: Path, config: RunConfig, deepspeed_settings: dict[str, Any]) -> None:
     """Write beside a run: resolved configuration, DeepSpeed's, commit, versions, command line."""
     folder.mkdir(parents=True, exist_ok=True)

@@ -53,6 +53,16 @@ class Teacher(ABC):
         self._flat = torch.cat([view.detach().to(device, torch.float32) for view in students])
         self._parts = list(self._flat.split([view.numel() for view in students]))
 
+    @property
+    def flat(self) -> Tensor:
+        """All averages, one after the other, with padding."""
+        return self._flat
+
+    @property
+    def whole(self) -> list[Tensor]:
+        """Weights that follow the averages and are whole on every rank, in few tensors."""
+        return []
+
     @torch.no_grad()
     def update(self, coefficient: float) -> None:
         """Apply the rule with `m = coefficient`; call it after every real optimiser step."""
@@ -120,12 +130,17 @@ class WholeTeacher(_OfSlices):
         order = [*self.averages, *(n for n in names if n not in moving)]
         weights = dict(teacher.named_parameters())
         own = [partitioned.shard(weights[name]).to(device) for name in order]
-        self._tables = _whole_tables(own)
+        self._buffer, self._tables = _whole_tables(own)
         _fill_tables(self._tables, torch.cat(own))
         for name, table in zip(order, self._tables, strict=True):
             replace_parameter(teacher, name, partitioned.cut(table, weights[name]))
         del self._tables[len(moving) :]
         _move_buffers(teacher, device)
+
+    @property
+    def whole(self) -> list[Tensor]:
+        """The buffer of all of them."""
+        return [self._buffer]
 
     @torch.no_grad()
     def publish(self) -> None:
@@ -160,6 +175,11 @@ class FlatTeacher(Teacher):
             if name not in parameters:
                 replace_parameter(teacher, name, weight.data.to(device))
         _move_buffers(teacher, device)
+
+    @property
+    def whole(self) -> list[Tensor]:
+        """One tensor of each parameter group."""
+        return list(self._tables.values())
 
     @torch.no_grad()
     def publish(self) -> None:
@@ -208,14 +228,15 @@ class WeightAverages(Teacher):
         self._shards.publish()
 
 
-def _whole_tables(own: list[Tensor]) -> list[Tensor]:
-    """Of shards (k,), room for those of all ranks, (W, k) each, aligned in one buffer."""
+def _whole_tables(own: list[Tensor]) -> tuple[Tensor, list[Tensor]]:
+    """Of shards (k,), room for those of all ranks: one buffer, and aligned tables (W, k) in it."""
     size = dist.get_world_size()
     step = ALIGNMENT // own[0].element_size()
     counts = [size * part.numel() for part in own]
     rooms = [-(-count // step) * step for count in counts]
-    parts = own[0].new_empty(sum(rooms)).split(rooms)
-    return [part[:n].view(size, -1) for part, n in zip(parts, counts, strict=True)]
+    buffer = own[0].new_zeros(sum(rooms))  # between tables, too: all ranks' are compared
+    parts = buffer.split(rooms)
+    return buffer, [part[:n].view(size, -1) for part, n in zip(parts, counts, strict=True)]
 
 
 def _fill_tables(tables: list[Tensor], own: Tensor) -> None:

@@ -22,7 +22,10 @@ class Partitioned(Shards):
 
     def __init__(self, optimizer: Any) -> None:
         super().__init__(optimizer)
-        needed(optimizer, "grad_position", "fp32_partitioned_groups_flat", "fp16_groups")
+        needed(
+            optimizer, "grad_position", "fp32_partitioned_groups_flat", "fp16_groups",
+            "fp16_partitioned_groups_flat", "averaged_gradients", "offload_optimizer",
+        )  # fmt: skip
         self._share_weights()
 
     def _share_weights(self) -> None:
@@ -75,6 +78,24 @@ class Partitioned(Shards):
         self.weight(parameter).clamp_(max=maximum)
         forget_gathered(parameter)
         shard(parameter).clamp_(max=maximum)
+
+    def flat_weights(self) -> tuple[list[Tensor], bool]:
+        """Slices."""
+        return list(self.optimizer.fp16_partitioned_groups_flat), False
+
+    def reduced_gradients(self) -> list[Tensor]:
+        """In the optimiser's storage where it is offloaded."""
+        if self.optimizer.offload_optimizer:
+            return [master.grad for master in self.masters if master.grad is not None]
+        groups = self.optimizer.averaged_gradients
+        return [torch.cat([g.flatten() for g in groups[n]]) for n in range(len(self.masters))]
+
+    def drop_gradients(self, model: nn.Module) -> None:
+        """As DeepSpeed does where it skips a step."""
+        self.optimizer.zero_grad(set_to_none=True)
+        self.optimizer.averaged_gradients = {}
+        for parameter in model.parameters():
+            forget_gathered(parameter)
 
     def even(self, parts: list[tuple[nn.Parameter, Tensor]]) -> list[Tensor]:
         """What ranks own is what they write."""

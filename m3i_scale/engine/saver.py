@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +38,8 @@ class Saver:
     ) -> None:
         self.folder = folder
         self.last_good: Path | None = None
+        self.damaged = 0  # checkpoints that were not written because a copy had changed
+        self.on_damage: Callable[[int, str], None] | None = None  # told the step and what happened
         self.lineage: Lineage | None = None  # of this start of training, on rank 0
         self._world = world
         self._keep = (keep_last, keep_every)
@@ -51,12 +53,18 @@ class Saver:
             for path in checkpoint.remains(self.folder):
                 checkpoint.remove(path)
 
-    def save(self, step: int, tensors: dict[str, Tensor], state: dict[str, Any]) -> None:
+    def save(
+        self,
+        step: int,
+        tensors: dict[str, Tensor],
+        state: dict[str, Any],
+        sums: Mapping[str, int] | None = None,
+    ) -> None:
         """Start a checkpoint, after the one before has ended (on all ranks at the same step)."""
         self.finish()
         world = self._world
         self._write = checkpoint.begin_write(
-            self.folder, step, world.rank, world.size, tensors, state
+            self.folder, step, world.rank, world.size, tensors, state, sums
         )
         if not self._background:
             self.finish()
@@ -75,6 +83,8 @@ class Saver:
 
     def _complete(self, write: Write) -> None:
         self._write = None
+        if self._any_rank(bool(write.changed)):
+            self._tell_damage(write)
         problem = "; ".join(write.failure)
         if not self._any_rank(bool(problem)) and self._world.is_main:
             try:
@@ -90,6 +100,17 @@ class Saver:
         elif self._world.is_main:
             checkpoint.remove(write.partial)
             log.error("the last good checkpoint is %s", self.last_good or "none")
+
+    def _tell_damage(self, write: Write) -> None:
+        """Count a checkpoint whose copy has changed, and say on which ranks (a collective)."""
+        self.damaged += 1
+        said: list[Any] = ["; ".join(write.failure)]
+        if self._world.size > 1:
+            said *= self._world.size
+            dist.all_gather_object(said, said[self._world.rank])
+        if self.on_damage is not None:
+            words = [f"rank {rank}: {one}" for rank, one in enumerate(said) if one]
+            self.on_damage(write.step, "; ".join(words[:4]))
 
     def _any_rank(self, flag: bool) -> bool:
         return any_rank(flag, self._world)

@@ -161,6 +161,7 @@ def open_run(
     write = write and (reader is None or reader.state["step"] < schedule.total)
     if events is not None and write:
         events.start()
+        saver.on_damage = events.fault
     enter("networks")
     sharded = build(task, world, split)
     run = Run(

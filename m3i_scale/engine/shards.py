@@ -89,6 +89,18 @@ class Shards(ABC):
         """After the master weights were written: refresh the compute weights (a collective)."""
 
     @abstractmethod
+    def flat_weights(self) -> tuple[list[Tensor], bool]:
+        """Trained weights in compute precision, in few flat tensors; whether all ranks have all."""
+
+    @abstractmethod
+    def reduced_gradients(self) -> list[Tensor]:
+        """After the last backward pass of a step: of each of `masters` its gradient."""
+
+    @abstractmethod
+    def drop_gradients(self, model: nn.Module) -> None:
+        """Begin a step anew: forget its gradients so far, and weights that are gathered."""
+
+    @abstractmethod
     def even(self, parts: list[tuple[nn.Parameter, Tensor]]) -> list[Tensor]:
         """From what ranks own to what they write: the slices `checkpoint.extent` (a collective).
 

@@ -7,11 +7,14 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from m3i_scale.cluster.launch import World, seed_rank
 from m3i_scale.engine import shards
 from m3i_scale.engine.checkpoint import CheckpointError, CheckpointReader, extent
+from m3i_scale.engine.checksums import MODULUS, additive_sums
+from m3i_scale.engine.saver import any_rank
 from m3i_scale.engine.task import InitialWeights, Task
 from m3i_scale.engine.zero import Sharded
 
@@ -33,22 +36,27 @@ def snapshot(
     *,
     stated: Mapping[str, Any] | None = None,
     copy: bool = True,
+    sums: dict[str, int] | None = None,
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """This rank's tensors in CPU memory, and the state that all ranks share (a collective).
 
     The tensors are private copies, or with `copy` False, on a CPU, the living ones: for a write
     that ends before the next step, where memory does not hold a second copy of everything.
     `stated` are further entries of the state, what the run says about itself (`agreement`).
+    `sums` takes up the checksums of the tensors where they live.
     """
-    tensors: dict[str, Tensor] = {}
+    living: dict[str, Tensor] = {}
     for kind, parts in _kinds(sharded).items():
         slices = sharded.shards.even([(parameter, view) for _, parameter, view in parts])
         for (name, _, _), part in zip(parts, slices, strict=True):
-            tensors[f"{kind}/{name}"] = part.detach().to("cpu", copy=copy)
+            living[f"{kind}/{name}"] = part.detach()
     for name, buffer in buffers(sharded.model):  # all ranks have them, each writes its slice
         own = extent(buffer.numel(), world.rank, world.size)
         part = buffer.flatten()[own.start : own.stop]
-        tensors[f"buffer/{name}"] = part.detach().to("cpu", copy=copy)
+        living[f"buffer/{name}"] = part.detach()
+    if sums is not None:
+        sums |= additive_sums(living)
+    tensors = {name: part.to("cpu", copy=copy) for name, part in living.items()}
     tensors |= {f"rng/{kind}": value for kind, value in generator_states(world).items()}
     state = {
         "step": progress.step,
@@ -81,6 +89,7 @@ def restore(reader: CheckpointReader, sharded: Sharded, world: World, task: Task
             view.copy_(reader.slice(kind, name, *sharded.shards.extent(parameter)))
     for name, buffer in buffers(model):
         buffer.copy_(reader.tensor("buffer", name))
+    _require_as_written(reader, sharded, world)
     sharded.shards.adam_step = reader.state["adam_step"]
     sharded.shards.publish()
     if sharded.teacher is not None:
@@ -92,6 +101,44 @@ def restore(reader: CheckpointReader, sharded: Sharded, world: World, task: Task
     else:
         seed_rank(task.config.seed + 1 + progress.step, world.rank)
     return progress
+
+
+def _require_as_written(reader: CheckpointReader, sharded: Sharded, world: World) -> None:
+    """Compare the checksums of what was loaded with those of what was saved (a collective).
+
+    Parts of a tensor add up to the same, however many ranks wrote it and read it.
+
+    Raises:
+        CheckpointError: something differs.
+    """
+    stored = reader.sums(world.rank, world.size)
+    if any_rank(stored is None, world):
+        return  # an older version wrote it
+    assert stored is not None
+    views = {
+        f"{kind}/{name}": view for kind, parts in _kinds(sharded).items() for name, _, view in parts
+    }
+    own = additive_sums(views)
+    if world.is_main:  # buffers are whole on all ranks
+        own |= additive_sums({f"buffer/{n}": b for n, b in buffers(sharded.model)})
+    names = sorted(f"buffer/{name}" for name, _ in buffers(sharded.model)) + sorted(views)
+    away = torch.tensor([_signed(own.get(n, 0) - stored.get(n, 0)) for n in names])
+    away = away.to(world.device)
+    if world.size > 1:
+        dist.all_reduce(away)
+    differing = [name for name, value in zip(names, away.tolist(), strict=True) if value]
+    if differing:
+        raise CheckpointError(
+            f"{reader.path} arrived in memory with other bits than were saved: "
+            f"{', '.join(differing[:3])} ({len(differing)} tensors); its files match their "
+            "checksums, so that a node's memory is at fault: check the nodes "
+            "(python -m m3i_scale.cluster.node_check) and start again"
+        )
+
+
+def _signed(value: int) -> int:
+    """A sum modulo 2 ** 64 as an int64."""
+    return (value + (1 << 63)) % MODULUS - (1 << 63)
 
 
 @torch.no_grad()

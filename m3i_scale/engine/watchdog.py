@@ -2,7 +2,8 @@
 
 Ranks wait for each other in collectives, so when one stalls all stop beating; each rank's own
 watchdog then writes where each of its threads stands. The rank that is not waiting in a collective
-is the one to look at.
+is the one to look at; the first line of each file says which collective
+the rank is in, and since when.
 """
 
 from __future__ import annotations
@@ -29,15 +30,21 @@ class Watchdog:
         rank: this rank.
         limit: seconds; longer than the longest step, checkpoint or compilation.
         on_stall: told in a sentence that the process ends; must not wait for the stalled thread.
+        where: says in a few words which collective the rank is in; must not wait, either.
     """
 
     def __init__(
-        self, folder: Path, rank: int, limit: float, on_stall: Callable[[str], None] | None = None
+        self,
+        folder: Path,
+        rank: int,
+        limit: float,
+        on_stall: Callable[[str], None] | None = None,
+        where: Callable[[], str] | None = None,
     ) -> None:
         self._path = folder / f"stacks-rank-{rank:05d}.txt"
         self._rank = rank
         self._limit = limit
-        self._on_stall = on_stall
+        self._on_stall, self._where = on_stall, where
         self._last = time.monotonic()
         self._stopped = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
@@ -59,12 +66,20 @@ class Watchdog:
 
     def _end(self) -> None:
         # Nothing here may wait for another rank or for a lock of the stalled thread.
+        place = "where it stands"
+        try:
+            if self._where is not None:
+                place = f"it is {self._where()}; where it stands"
+        except Exception as error:  # the end must not depend on it
+            place = f"which collective it is in cannot be said ({error}); where it stands"
         try:
             with self._path.open("w") as file:
+                file.write(f"rank {self._rank}: {place.removesuffix('; where it stands')}\n\n")
+                file.flush()
                 faulthandler.dump_traceback(file=file, all_threads=True)
         finally:
             message = (
-                f"rank {self._rank} has made no step for {self._limit:g} s; where it stands is in "
+                f"rank {self._rank} has made no step for {self._limit:g} s; {place} is in "
                 f"{self._path}"
             )
             os.write(sys.stderr.fileno(), f"error: {message}\n".encode())

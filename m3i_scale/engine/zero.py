@@ -17,7 +17,7 @@ from m3i_scale.cluster.launch import World
 from m3i_scale.cluster.numerics import set_numerics
 from m3i_scale.config import ConfigError, Engine, Optimizer, RunConfig, Zero
 from m3i_scale.config.load import merge
-from m3i_scale.engine import quick, shards
+from m3i_scale.engine import communication, quick, shards
 from m3i_scale.engine.first_pass import FirstPass
 from m3i_scale.engine.flat import Flat
 from m3i_scale.engine.momentum import (
@@ -149,7 +149,11 @@ def build(task: Task, world: World, split: BatchSplit) -> Sharded:
     """Construct the networks, partitioned from the start at stage 3, and the engine around them."""
     config = task.config
     settings = deepspeed_config(config.engine, split, clip_norm=config.optimizer.clip_norm)
-    set_numerics(deterministic=config.engine.deterministic)
+    set_numerics(
+        deterministic=config.engine.deterministic,
+        at_times=config.engine.verify.every is not None,
+    )
+    communication.install()
     if config.engine.zero.stage == 3:
         return _build_partitioned(task, world, settings)
     return _build_flat(task, world, settings)

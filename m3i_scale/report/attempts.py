@@ -32,6 +32,7 @@ class Attempt:
     closing_wait: float = 0.0  # seconds for checkpoints after the last step
     run: str | None = None  # identity of the run that it trained
     last_sign_before: float | None = None  # of the attempt before, if that was killed
+    faults: list[dict[str, Any]] = field(default_factory=list)  # wrong results of the hardware
 
     @property
     def start(self) -> float:
@@ -131,7 +132,18 @@ def _take_error(attempt: Attempt, error: dict[str, Any]) -> None:
             attempt.end = error["time"]
 
 
+def _take_fault(attempt: Attempt, event: dict[str, Any]) -> None:
+    nodes = event.get("nodes")
+    attempt.faults.append({
+        "time": event["time"],
+        "step": event.get("step"),
+        "nodes": [str(node) for node in nodes] if isinstance(nodes, list) else [],
+        "words": str(event.get("words", "")),
+    })  # fmt: skip
+
+
 _HANDLERS = {
+    "fault": _take_fault,
     "start": _take_start,
     "part": _take_part,
     "begin": _take_begin,

@@ -29,6 +29,8 @@ def markdown(report: dict[str, Any], picture: str) -> str:
         _attempts(report),
         _interruptions(report),
         _slowest(report),
+        _slowest_devices(report),
+        _faults(report),
         _damage(report),
     )
     return "\n".join(line for section in sections for line in section)
@@ -158,14 +160,41 @@ def _slowest(report: dict[str, Any]) -> Iterator[str]:
         "the median rank, in the steps in which it was the slowest.\n"
     )
     worst = [*report["slowest_nodes"], *report["slowest_ranks"]]
+    yield from _delays(worst, report["slowest_over_time"])
+
+
+def _slowest_devices(report: dict[str, Any]) -> Iterator[str]:
+    if not report["slowest_devices"]:
+        return
+    yield "## Slowest inside the step\n"
+    yield (
+        "Between collectives, where a rank works and waits for no other: its delay is what it "
+        "worked longer than the median rank, in the steps in which it worked longest.\n"
+    )
+    worst = [*report["slowest_device_nodes"], *report["slowest_devices"]]
+    yield from _delays(worst, report["slowest_devices_over_time"])
+
+
+def _delays(worst: Sequence[Any], periods: Sequence[Any]) -> Iterator[str]:
     rows = [(one["name"], one["steps"], duration(one["delay"])) for one in worst]
     yield from _table(("node or rank", "slowest in steps", "delay"), rows)
     over_time = [
         (moment(p["begin"]), f"{p['worst']['name']} {p['host']}".strip(),
          p["worst"]["steps"], duration(p["worst"]["delay"]))
-        for p in report["slowest_over_time"]
+        for p in periods
     ]  # fmt: skip
     yield from _table(("from", "slowest", "in steps", "delay"), over_time)
+
+
+def _faults(report: dict[str, Any]) -> Iterator[str]:
+    rows = [
+        (moment(one["time"]), "" if one["step"] is None else one["step"],
+         ", ".join(one["nodes"]), one["words"])
+        for one in report["faults"]
+    ]  # fmt: skip
+    if rows:
+        yield "## Errors of the hardware\n"
+        yield from _table(("time", "step", "nodes", "what was found"), rows)
 
 
 def _damage(report: dict[str, Any]) -> Iterator[str]:

@@ -29,6 +29,9 @@ FIGURES: dict[str, tuple[str, ...]] = {
     "slowest_rank": ("machine/slowest_rank",),
     "slowest_seconds": ("machine/slowest_rank_seconds",),
     "slowest_ratio": ("machine/slowest_rank_ratio",),
+    "device_rank": ("machine/slowest_device_rank",),
+    "device_seconds": ("machine/slowest_device_seconds",),
+    "device_ratio": ("machine/slowest_device_ratio",),
 }
 COLUMN = {name: number for number, name in enumerate(FIGURES)}
 _END_OF_TIME = 1e11  # seconds since 1970: what is beyond is no date that can be written

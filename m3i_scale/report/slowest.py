@@ -1,8 +1,8 @@
 """Which ranks and nodes the others waited for: storage, decoding, a crowded CPU.
 
 A step's lines name the rank that took longest from asking for its batches to starting the networks,
-and by what factor of the median (`engine.metrics.machine_values`). Its *delay* is what it took more
-than the median.
+and by what factor of the median (`engine.metrics.machine_values`); and the rank whose device worked
+longest between collectives (`working_values`). Its *delay* is what it took more than the median.
 """
 
 from __future__ import annotations
@@ -43,9 +43,16 @@ class _Delays(NamedTuple):
     delay: list[float]
 
 
-def slowest(attempts: Sequence[Attempt]) -> tuple[list[Slow], list[Slow], list[Period]]:
-    """The worst ranks, the worst nodes, and the worst rank of each of some equal periods."""
-    found = _delays(attempts)
+def slowest(
+    attempts: Sequence[Attempt], kind: str = "slowest"
+) -> tuple[list[Slow], list[Slow], list[Period]]:
+    """The worst ranks, the worst nodes, and the worst rank of each of some equal periods.
+
+    Args:
+        attempts: of the run.
+        kind: "slowest", before the networks start; "device", between collectives.
+    """
+    found = _delays(attempts, kind)
     everything = range(len(found.time))
     ranks = _worst(found, everything, lambda n: f"rank {found.rank[n]}")
     nodes = _worst(found, everything, lambda n: found.host[n])
@@ -62,17 +69,17 @@ def slowest(attempts: Sequence[Attempt]) -> tuple[list[Slow], list[Slow], list[P
     return ranks[:MOST], [node for node in nodes if node.name][:MOST], periods
 
 
-def _delays(attempts: Sequence[Attempt]) -> _Delays:
+def _delays(attempts: Sequence[Attempt], kind: str) -> _Delays:
     found = _Delays([], [], [], [])
     for attempt in attempts:
-        ratio = attempt.rows[:, COLUMN["slowest_ratio"]]
-        known = np.isfinite(attempt.rows[:, COLUMN["slowest_rank"]])
+        ratio = attempt.rows[:, COLUMN[f"{kind}_ratio"]]
+        known = np.isfinite(attempt.rows[:, COLUMN[f"{kind}_rank"]])
         for row in attempt.rows[(ratio > 1) & known]:  # alone there is nobody to wait
-            rank = int(row[COLUMN["slowest_rank"]])
+            rank = int(row[COLUMN[f"{kind}_rank"]])
             found.time.append(float(row[COLUMN["time"]]))
             found.rank.append(rank)
             found.host.append(attempt.hosts[rank] if 0 <= rank < len(attempt.hosts) else "")
-            delay = row[COLUMN["slowest_seconds"]] * (1 - 1 / row[COLUMN["slowest_ratio"]])
+            delay = row[COLUMN[f"{kind}_seconds"]] * (1 - 1 / row[COLUMN[f"{kind}_ratio"]])
             found.delay.append(float(np.nan_to_num(delay)))
     return found
 

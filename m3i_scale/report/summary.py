@@ -29,6 +29,7 @@ def summarise(trace: Trace, now: float) -> tuple[dict[str, Any], list[Account]]:
     begin, end = accounts[0].begin, accounts[-1].end
     shares = {name: sum(a.shares[name] for a in accounts) for name in SHARES}
     ranks, nodes, periods = slowest(attempts)
+    device_ranks, device_nodes, device_periods = slowest(attempts, "device")
     return {
         "run": trace.folder.resolve().name,
         "state": attempts[-1].cause,
@@ -46,6 +47,12 @@ def summarise(trace: Trace, now: float) -> tuple[dict[str, Any], list[Account]]:
         "slowest_ranks": [slow._asdict() for slow in ranks],
         "slowest_nodes": [slow._asdict() for slow in nodes],
         "slowest_over_time": [p._asdict() | {"worst": p.worst._asdict()} for p in periods],
+        "slowest_devices": [slow._asdict() for slow in device_ranks],
+        "slowest_device_nodes": [slow._asdict() for slow in device_nodes],
+        "slowest_devices_over_time": [
+            p._asdict() | {"worst": p.worst._asdict()} for p in device_periods
+        ],
+        "faults": [fault for attempt in attempts for fault in attempt.faults],
         "damaged_lines": trace.damaged,
     }, accounts
 

@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 
 from helpers.ranks import free_port, start_program, wait_all
-from m3i_scale.cluster import node_check, node_state
+from m3i_scale.cluster import known_answers, node_check, node_state
 from m3i_scale.cluster.node_check import Check, Limits, Report, judge, nodes_to_exclude, rounds
 
 NODES = ["a", "b", "c", "d"]
@@ -101,6 +101,43 @@ def test_rounds_pair_every_node_with_two_others(count):
     pairs = {frozenset(group) for groups in found.values() for group in groups}
     times = Counter(node for pair in pairs for node in pair)
     assert times == (dict.fromkeys(range(count), 2) if count > 2 else {})
+
+
+def test_slow_device_is_told_by_what_it_takes_longer_for():
+    reports = healthy()
+    for rank, report in reports.items():
+        report.speeds = {"a matrix product": 0.001 * (1.02**rank), "a copy": 0.002}
+    assert judge(reports, NODES, 2, Limits(slow_device=1.5)) == {}
+    reports[3].speeds["a copy"] = 0.004
+    (reason,) = judge(reports, NODES, 2, Limits(slow_device=1.5))["b"]
+    assert reason == "rank 3: a copy takes 4 ms, usual here are 2 ms"
+
+
+def test_products_are_compared_with_known_answers(monkeypatch):
+    cpu = torch.device("cpu")
+    problem, seconds = known_answers.compute(cpu)
+    assert problem is None
+    assert 0 < seconds < math.inf
+    assert 0 < known_answers.memory(cpu) < math.inf
+    timed = known_answers._timed
+
+    def flipped(work, device):
+        seconds, product = timed(work, device)
+        product[17, 5] += 1
+        return seconds, product
+
+    monkeypatch.setattr(known_answers, "_timed", flipped)
+    assert "multiplies wrongly: 1 rows of a float32 product differ" in (
+        known_answers.compute(cpu)[0] or ""
+    )
+
+
+def test_no_sum_of_the_known_products_is_too_large_for_bf16():
+    """Of the size that GPUs multiply; the draw is always the same."""
+    size = known_answers.SIZE["cuda"]
+    a, b, _, vector = known_answers._problem(size, torch.float32)
+    assert float((a @ b[:, :256]).abs().max()) < 256
+    assert bool((vector > 0).all())
 
 
 def test_disk_that_cannot_be_written_is_told(tmp_path):

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 import time
@@ -62,3 +63,8 @@ def test_one_sleeping_rank_ends_all_and_every_rank_tells_where_it_stood(tmp_path
     assert "time.sleep" not in stacks[0]
     assert "line" in stacks[0]
     assert "in step" in stacks[1]
+    # Which collective each is in: rank 0 waits for the other in the update's first.
+    assert "rank 0: it is in all_reduce of " in stacks[0]
+    assert re.search(r"number \d+, begun \d+\.\d s ago", stacks[0])
+    assert "rank 1: it is in no collective; the last one was " in stacks[1]
+    assert "it is in all_reduce" in outputs[0]

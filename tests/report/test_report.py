@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from m3i_scale import cli
-from m3i_scale.report.page import duration
+from m3i_scale.report.page import duration, markdown
 from m3i_scale.report.read import read_trace
 from m3i_scale.report.summary import summarise
 
@@ -156,6 +156,29 @@ def test_what_each_interruption_cost(recorder: Recorder):
         {"lost": 2, "stalls": 298, "queueing": 0, "down": 7, "start_up": START_UP}, abs=1e-5
     )
     assert second["cost"] == pytest.approx(sum(second["seconds"].values()))
+
+
+def test_slow_devices_and_errors_of_the_hardware(recorder: Recorder):
+    recorder.start("a")
+    recorder.begin(0)
+    for number in range(5):
+        recorder.step(number, **{"machine/slowest_device_rank": 1,
+                                 "machine/slowest_device_seconds": 1.5,
+                                 "machine/slowest_device_ratio": 1.5})  # fmt: skip
+    words = "rank 1 (node0, cuda:1): exp_avg changed between two updates"
+    recorder.event("fault", step=4, words=words, nodes=["node0"])
+    recorder.event("fault", step=4, words="not a list", nodes=7)
+    recorder.event("end", cause="corrupted", words=words, checkpoint_wait_seconds=0.0)
+    report = recorder.report()
+    assert report["state"] == "corrupted"
+    (rank,), (node,) = report["slowest_devices"], report["slowest_device_nodes"]
+    assert (rank["name"], rank["steps"], node["name"]) == ("rank 1", 5, "node0")
+    assert rank["delay"] == pytest.approx(5 * 0.5)
+    assert [fault["nodes"] for fault in report["faults"]] == [["node0"], []]
+    page = markdown(report, "report.png")
+    assert "## Slowest inside the step" in page
+    assert "## Errors of the hardware" in page
+    assert words in page
 
 
 def test_the_slowest_ranks_and_their_nodes(recorder: Recorder):

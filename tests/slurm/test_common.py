@@ -100,6 +100,19 @@ def test_a_rank_that_cannot_go_on_fails_the_job_whatever_srun_says(job):
     assert "requeued" not in said
 
 
+def test_a_node_that_computes_wrongly_is_excluded_and_the_job_requeued(job):
+    code, said = job.run(srun='echo n2 >> "$M3I_BAD_NODES"; exit 89', M3I_RUN="x")
+    assert code == 85
+    assert "gave a wrong result" in said
+    assert "will not run on n2 again" in said
+
+
+def test_a_wrong_result_of_no_single_node_excludes_none(job):
+    code, said = job.run(srun="exit 89", M3I_RUN="x")
+    assert code == 85
+    assert "will not run on" not in said
+
+
 def test_the_note_of_an_attempt_before_does_not_count(job):
     job.run(srun='echo "rank 3: bad" >> "$M3I_FAILURE"; exit 137', M3I_RUN="x")
     code, said = job.run(srun="exit 85", M3I_RUN="x", SLURM_RESTART_COUNT="1")
