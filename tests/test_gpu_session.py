@@ -57,6 +57,15 @@ def test_a_part_that_fails_or_hangs_does_not_keep_the_next_from_running(tmp_path
         assert re.search(rf"^\| {name} \| .* \| {outcomes[name]} \|", done.stdout, re.MULTILINE)
 
 
+@pytest.mark.parametrize(("part", "code"), [("audit", 1), ("setup", 0)])
+def test_a_rehearsal_that_did_not_come_through_is_an_error(tmp_path: Path, part: str, code: int):
+    python = tmp_path / "python"
+    python.write_text(STAND_IN)
+    python.chmod(0o755)
+    done = run(tmp_path / "out", "--python", python, "--only", part, "--rehearse")
+    assert done.returncode == code, done.stdout + done.stderr
+
+
 def test_only_some_parts(tmp_path: Path):
     done = run(tmp_path, "--python", "true", "--only", "tests,dcnv3")
     assert done.returncode == 0, done.stdout + done.stderr

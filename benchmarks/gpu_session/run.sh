@@ -7,7 +7,8 @@
 # The parts and their time limits stand at the end. Each writes rows (OUT/rows.jsonl) and a log
 # (OUT/session.log) as it goes; one that fails or is stopped does not keep the next from running.
 # OUT/raw.tar.gz has everything else. At the end: a table, and OUT/report.md with plots.
-# --rehearse runs the same on a CPU in a small form: `make gpu-session-rehearsal`.
+# --rehearse runs the same on a CPU in a small form: `make gpu-session-rehearsal`. Its exit code is 1
+# where a part failed or did not end in time, as on a machine that does much else.
 # $M3I_COMMIT names the commit where the tree is a copy without .git.
 # --cubins: DCNv3's matrix kernels, which need Triton 3.8, compiled where there is one by
 # `python kernels/bench/matrix_check.py --compile FOLDER` from the same sources.
@@ -87,10 +88,11 @@ part() {
     shift 2
     wanted "$name" || return 0
     local left=$((total - $(date +%s) + started))
-    [ "$limit" -le "$left" ] || limit=$left
+    [ "$limit" -le "$left" ] || limit=$((left > 0 ? left : 0))
     begun=$(date +%s.%N)
     if [ "$limit" -lt 3 ]; then
         code=124
+        echo "no time was left" >"$work/raw/$name.log"
     else
         echo "== $name, at most $limit s"
         LIMIT=$limit timeout --kill-after=4 "$limit" "$@" >"$work/raw/$name.log" 2>&1
@@ -137,3 +139,7 @@ part depthwise $((45 * slow)) "$python" "$here/depthwise.py"
 part dcnv3 $((70 * slow)) "$python" "$here/kernel_bench.py"
 echo
 timeout $((40 * slow)) "$python" "$here/report.py" "$out"
+code=$?
+# A session has found what it has found; a rehearsal that did not come through is an error.
+[ "$rehearse" = 0 ] || ! grep -q '"part": "parts".*"outcome": "[ft]' "$out/rows.jsonl" || code=1
+exit "$code"

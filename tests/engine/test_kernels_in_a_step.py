@@ -21,6 +21,7 @@ from helpers.training import full_weights
 from m3i_scale.cluster.launch import World
 from m3i_scale.config import Config
 from m3i_scale.data.batch import Batch
+from m3i_scale.tasks.pretraining import Pretraining
 
 pytestmark = pytest.mark.distributed
 
@@ -98,7 +99,9 @@ def one_step(world: World, folder: Path, kernels: str, half_blend: bool) -> dict
     }
     config = Config.model_validate(small_tree(LABELLED, overrides))
     with mock.patch.object(session, "_speed", return_value=None):
-        run = session.open_run(config, world, Batches(), epoch_samples=64, resume="never")
+        run = session.open_run(
+            Pretraining(config), world, Batches(), epoch_samples=64, resume="never"
+        )
     values, updated = loop.train_step(run, loop.open_batches(run))
     assert updated
     figures = [float(values[name]) for name in ("loss/total", "gradient/all_parameters")]
@@ -108,7 +111,7 @@ def one_step(world: World, folder: Path, kernels: str, half_blend: bool) -> dict
 @pytest.fixture(scope="module")
 def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
     result: dict[str, dict[str, Any]] = run_ranks(
-        1, steps_in_all_ways, tmp_path_factory.mktemp("steps")
+        1, steps_in_all_ways, tmp_path_factory.mktemp("steps"), time_limit=480
     )[0]
     return result
 
