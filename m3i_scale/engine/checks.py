@@ -40,6 +40,7 @@ class Checks:
         sharded, self._world = passes.sharded, passes.world
         self._passes, self._every = passes, spec.every
         self.problem: CorruptionError | None = None
+        self._first = True
         self.errors = 0
         self._guard = None
         if spec.state:
@@ -51,8 +52,7 @@ class Checks:
         """A step's passes, twice if it is the turn of `step`; up to the update."""
         if self._guard is not None:
             self._guard.check_buffers()
-        due = self._every is not None and (step + 1) % self._every == 0
-        if due and self._twice.possible:
+        if self._is_due(step) and self._twice.possible:
             passed, problem = self._twice.run(batches)
             self._note(problem)
         else:
@@ -60,6 +60,13 @@ class Checks:
         if self._guard is not None:
             self._guard.check()
         return passed
+
+    def _is_due(self, step: int) -> bool:
+        """Also the first step on GPUs: kernels and memory that it needs are then known at once."""
+        first, self._first = self._first, False
+        if self._every is None:
+            return False
+        return (step + 1) % self._every == 0 or (first and self._world.device.type == "cuda")
 
     def report(self) -> list[float | Tensor]:
         """Two numbers of this rank, for `judge`."""

@@ -15,6 +15,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import time
+from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -88,7 +89,7 @@ class Recorder:
         self.calls = 0
         self._open: list[Call] = []  # innermost last
         self._last: Call | None = None
-        self._recent: list[Call] = []  # on a GPU: perhaps not yet passed
+        self._recent: deque[Call] = deque(maxlen=512)  # on a GPU: perhaps not yet passed
         self._tape: list[Entry] | None = None
         self._device: torch.device | None = None
         self._stream: Any = None
@@ -129,7 +130,6 @@ class Recorder:
         waits.end = self._mark()
         if self._stream is not None:
             waits, self._before = self._before, waits
-            self._recent = []
         return _worked(waits) if waits is not None else 0.0
 
     @contextlib.contextmanager
@@ -144,6 +144,10 @@ class Recorder:
         finally:
             if self._now is not None:
                 self._now.pairs.append((begin, self._mark()))
+
+    def measures(self, stream: Any) -> bool:
+        """Whether a wait of this stream is one of the computing stream, within a step."""
+        return self._now is not None and self._stream is not None and stream == self._stream
 
     def _on_main_stream(self) -> bool:
         return self._stream is None or torch.cuda.current_stream(self._device) == self._stream
@@ -215,8 +219,8 @@ class Recorder:
             self._remember(own)
 
     def _remember(self, own: Call) -> None:
-        if self._stream is not None and self._now is not None and self._on_main_stream():
-            own.passed = self._now.pairs[-1][1] if self._now.pairs else self._now.begin
+        if self._stream is not None and self._on_main_stream():
+            own.passed = self._now.pairs[-1][1] if self._now is not None else self._mark()
             self._recent.append(own)
 
     def _sum(self, place: tuple[int, str], args: Any, kwargs: Any) -> Tensor | None:
@@ -273,6 +277,23 @@ def install() -> None:
             layer = _layer(name, original)
             for module in (dist, distributed_c10d):
                 setattr(module, name, layer)
+    waits = getattr(torch.cuda.Stream, "wait_stream", None)
+    if torch.cuda.is_available() and waits is not None and not hasattr(waits, "recorded"):
+        torch.cuda.Stream.wait_stream = _waiting(waits)  # type: ignore[method-assign]
+
+
+def _waiting(original: Callable[..., Any]) -> Callable[..., Any]:
+    """DeepSpeed gathers and reduces on other streams, for which the computing one waits."""
+
+    @functools.wraps(original)
+    def recorded(self: Any, stream: Any) -> Any:
+        if not RECORDER.measures(self):
+            return original(self, stream)
+        with RECORDER.apart():
+            return original(self, stream)
+
+    recorded.recorded = True  # type: ignore[attr-defined]
+    return recorded
 
 
 def _layer(name: str, original: Callable[..., Any]) -> Callable[..., Any]:

@@ -101,7 +101,8 @@ class Flat(Shards):
         for number in range(len(self.masters)):
             group = self.optimizer.averaged_gradients[number]
             flat = getattr(group, "flat_partition", None)
-            found.append(torch.cat([g.flatten() for g in group]) if flat is None else flat)
+            parts = group if flat is None else [flat]
+            found.append(torch.cat([part.flatten().cpu() for part in parts]))
         return found
 
     def drop_gradients(self, model: nn.Module) -> None:

@@ -24,7 +24,7 @@ _MASK = (1 << 52) - 1  # what a float64 holds exactly
 
 
 def watched(
-    shards: Shards, teacher: Teacher | None, model: nn.Module
+    shards: Shards, teacher: Teacher | None, device: torch.device
 ) -> tuple[dict[str, list[Tensor]], set[str]]:
     """Flat tensors by kind, and those kinds that are the same on all ranks."""
     masters = shards.masters
@@ -40,7 +40,8 @@ def watched(
         kinds["averages"] = [teacher.flat]
         kinds["teacher's weights"] = teacher.whole
         replicas.add("teacher's weights")
-    found = {kind: tensors for kind, tensors in kinds.items() if tensors}
+    # What is offloaded would be read at the speed of the host.
+    found = {kind: tensors for kind, tensors in kinds.items() if tensors and _on(device, tensors)}
     return found, replicas & found.keys()
 
 
@@ -57,7 +58,7 @@ class Guard:
     def __init__(
         self, shards: Shards, teacher: Teacher | None, model: nn.Module, device: torch.device
     ) -> None:
-        self._kinds, self._replicas = watched(shards, teacher, model)
+        self._kinds, self._replicas = watched(shards, teacher, device)
         self._model, self._device = model, device
         self._flags = torch.zeros((), dtype=torch.int64, device=device)
         self.checks = 0
@@ -125,6 +126,10 @@ class Guard:
     def _buffer_sum(self) -> Tensor:
         buffers = [b for _, b in self._model.named_buffers() if b.numel()]
         return _sum(buffers, self._device)
+
+
+def _on(device: torch.device, tensors: Sequence[Tensor]) -> bool:
+    return all(tensor.device.type == device.type for tensor in tensors)
 
 
 def _sum(tensors: Sequence[Tensor], device: torch.device) -> Tensor:

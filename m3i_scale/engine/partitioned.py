@@ -86,9 +86,9 @@ class Partitioned(Shards):
     def reduced_gradients(self) -> list[Tensor]:
         """In the optimiser's storage where it is offloaded."""
         if self.optimizer.offload_optimizer:
-            return [master.grad for master in self.masters if master.grad is not None]
+            return [m.grad.clone() for m in self.masters if m.grad is not None]
         groups = self.optimizer.averaged_gradients
-        return [torch.cat([g.flatten() for g in groups[n]]) for n in range(len(self.masters))]
+        return [torch.cat([g.flatten().cpu() for g in groups[n]]) for n in range(len(self.masters))]
 
     def drop_gradients(self, model: nn.Module) -> None:
         """As DeepSpeed does where it skips a step."""

@@ -94,7 +94,7 @@ class Shards(ABC):
 
     @abstractmethod
     def reduced_gradients(self) -> list[Tensor]:
-        """After the last backward pass of a step: of each of `masters` its gradient."""
+        """After a step's last backward pass: each of `masters`' gradient, on the CPU."""
 
     @abstractmethod
     def drop_gradients(self, model: nn.Module) -> None:

@@ -104,7 +104,7 @@ class Recomputation:
             passed = self._passes.run(iter(held))
         if self._passes.world.device.type == "cuda":
             torch.cuda.synchronize()  # collectives run on streams of their own
-        gradients = [g.detach().to("cpu", copy=True) for g in sharded.shards.reduced_gradients()]
+        gradients = sharded.shards.reduced_gradients()
         return _Pass([entry.name for entry in tape], _read(tape), gradients, passed)
 
     def _changed_input(self, held: Sequence[Any], before: list[int]) -> Difference | None:
