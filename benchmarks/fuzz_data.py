@@ -15,7 +15,7 @@ of three ways:
 Everything else is a fault:
 
     crash      the process ended
-    hang       more than 10 s of processor time, or 120 s
+    hang       more than 10 s of processor time, or 300 s
     traceback  an error that no sentence explains, or another exit code than 2
     sentence   a refusal that is empty or longer than 2,000 characters
     shifted    a good sample came at another position, with other content or another's caption

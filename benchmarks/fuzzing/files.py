@@ -459,25 +459,39 @@ def _pickle(rng: Random, folder: Path) -> bytes:
             return damaged(rng, data)
 
 
+@cache
+def _packed_bomb() -> bytes:
+    """A file of torch.save whose tensor has 100 MB and is packed in 100 kB."""
+    return _repack(lambda name, content: bytes(100_000_000) if name.endswith("data/0") else content)
+
+
 def _repacked(rng: Random, folder: Path) -> bytes:
     """A file of torch.save whose pickle, storage or packing is not what torch writes."""
+    choice, nested = int(rng.integers(5)), b"]" * int(rng.integers(1, 10**6))
+
+    def change(name: str, content: bytes) -> bytes | None:
+        if choice == 4 and rng.random() < 0.5:
+            return None
+        if name.endswith("data.pkl") and choice == 1:
+            return content.replace(b"M\xe8\x03", b"J\xff\xff\xff\x7f")
+        if name.endswith("data.pkl") and choice == 2:
+            return pickle.dumps(_Runs(folder / "ran"), 2)
+        if name.endswith("data.pkl") and choice == 3:
+            return b"\x80\x02" + b"(" * 10 + nested + b"."
+        return content
+
+    return _packed_bomb() if choice == 0 else _repack(change)
+
+
+def _repack(change: Callable[[str, bytes], bytes | None]) -> bytes:
+    """A file of torch.save, packed, with other content, or without a part where that is None."""
     buffer, out = io.BytesIO(), io.BytesIO()
     torch.save({"a": torch.arange(1000.0)}, buffer)
-    choice = int(rng.integers(5))
     with zipfile.ZipFile(buffer) as old, zipfile.ZipFile(out, "w", zipfile.ZIP_DEFLATED) as new:
         for info in old.infolist():
-            content = old.read(info)
-            if info.filename.endswith("data/0") and choice == 0:
-                content = bytes(400_000_000)  # packed, 400 kB
-            if info.filename.endswith("data.pkl") and choice == 1:
-                content = content.replace(b"M\xe8\x03", b"J\xff\xff\xff\x7f")
-            if info.filename.endswith("data.pkl") and choice == 2:
-                content = pickle.dumps(_Runs(folder / "ran"), 2)
-            if info.filename.endswith("data.pkl") and choice == 3:
-                content = b"\x80\x02" + b"(" * 10 + b"]" * int(rng.integers(1, 10**6)) + b"."
-            if choice == 4 and rng.random() < 0.5:
-                continue
-            new.writestr(info.filename, content)
+            content = change(info.filename, old.read(info))
+            if content is not None:
+                new.writestr(info.filename, content)
     return out.getvalue()
 
 
