@@ -192,6 +192,14 @@ def test_everything_runs_in_a_container_of_pyxis(job, image):
     assert f"{here}:{here}/kernels:" in said  # the code is the checkout's
 
 
+def test_every_template_enters_the_image():
+    for template in (REPOSITORY / "slurm").glob("*.sbatch"):
+        lines = template.read_text().splitlines()
+        here = lines.index("source slurm/container.sh || exit 1")
+        assert lines[here - 1].startswith("cd "), template
+        assert any(line.startswith(': "${M3I_CONTAINER:=}"') for line in lines[:here]), template
+
+
 def test_an_image_that_is_not_there_ends_the_job_at_once(job):
     code, said = job.run(srun="echo started", M3I_RUN="x", M3I_CONTAINER="/images/no.sif")
     assert code == 2
