@@ -116,9 +116,16 @@ def _neighbours(location):
 
 
 @triton.jit
-def _clamped(i, size, stride, WIDE: tl.constexpr):
-    """Element offset of index i on one axis, moved into the image where it is outside."""
-    i = tl.maximum(tl.minimum(i, size - 1), 0)
+def _clamped(i, size, stride, WIDE: tl.constexpr, RELU: tl.constexpr):
+    """Element offset of index i on one axis, moved into the image where it is outside.
+
+    With RELU in one instruction from sm_90 on. It is for bfloat16 and words: in other kernels the
+    compiler then takes fewer registers, and spills.
+    """
+    if RELU:  # noqa: SIM108  two lines that each say one thing
+        i = tl.maximum(tl.minimum(i, size - 1), 0)
+    else:
+        i = tl.minimum(tl.maximum(i, 0), size - 1)
     if WIDE:  # no return in here: Triton 3.6 compiles what follows a return as well
         i = i.to(tl.int64)
     return i * stride
@@ -272,10 +279,10 @@ def dcnv3_forward_kernel(
         b = tl.where(_is_inside(y0 + 1, H), b, 0.0)
         u = tl.where(_is_inside(x0, W), 1 - t, 0.0)
         t = tl.where(_is_inside(x0 + 1, W), t, 0.0)
-        o_y0 = _clamped(y0, H, s_xh, WIDE)
-        o_y1 = _clamped(y0 + 1, H, s_xh, WIDE)
-        o_x0 = _clamped(x0, W, s_xw, WIDE)
-        o_x1 = _clamped(x0 + 1, W, s_xw, WIDE)
+        o_y0 = _clamped(y0, H, s_xh, WIDE, WORDS != "")
+        o_y1 = _clamped(y0 + 1, H, s_xh, WIDE, WORDS != "")
+        o_x0 = _clamped(x0, W, s_xw, WIDE, WORDS != "")
+        o_x1 = _clamped(x0 + 1, W, s_xw, WIDE, WORDS != "")
         p00 = p_row + (o_y0 + o_x0)[:, None]
         p01 = p_row + (o_y0 + o_x1)[:, None]
         p10 = p_row + (o_y1 + o_x0)[:, None]
@@ -303,7 +310,9 @@ def dcnv3_forward_kernel(
         p_gate += i_n * s_gn + wide_y * s_gh + wide_x * s_gw + i_g
         gate = tl.load(p_gate).to(tl.float32)
         scale *= 1 - gate
-        p_here += (_clamped(i_y, H, s_xh, WIDE) + _clamped(i_x, W, s_xw, WIDE))[:, None]
+        p_here += (
+            _clamped(i_y, H, s_xh, WIDE, WORDS != "") + _clamped(i_x, W, s_xw, WIDE, WORDS != "")
+        )[:, None]
     p_out = (p_y + i_position * (G * UNITS) + i_g * UNITS)[:, None] + i_d[None, :]
     _finish_row(b_y, b_z, p_here, p_out, i_d, valid, scale, gate, UNITS, FULL, GATED, WORDS)
     if SPLIT == 2:
