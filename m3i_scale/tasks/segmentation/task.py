@@ -120,7 +120,7 @@ class SegmentationTask(TransferTask):
         return None if self.config.data.test is None else self.config.evaluation
 
     def evaluate(self, networks: Any, world: World) -> Values:
-        """mIoU and accuracies; a table and pictures go to the run folder."""
+        """mIoU and accuracies in percent; a table and pictures go to the run folder."""
         spec = self.config
         dtype = DTYPES[spec.engine.precision]
         multiple = networks.module.multiple if hasattr(networks, "module") else networks.multiple
@@ -134,7 +134,8 @@ class SegmentationTask(TransferTask):
             write_whole(folder / "segmentation.json", text)
             if pictures:
                 save_pictures(folder, result, self.test_set.name)
-        return result.figures()
+        counts = ("images", "left_out")
+        return {n: v if n in counts else 100 * v for n, v in result.figures().items()}
 
 
 def _require_gpus_of_norm(spec: Segmentation) -> None:
