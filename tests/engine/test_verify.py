@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import time
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -20,6 +21,8 @@ from m3i_scale.engine import checkpoint, loop
 from m3i_scale.engine.checkpoint import CheckpointError, CheckpointReader
 from m3i_scale.engine.checksums import additive, quick
 from m3i_scale.engine.corruption import CORRUPTED, CorruptionError
+from m3i_scale.engine.guard import Guard
+from m3i_scale.engine.metrics import working_values
 from m3i_scale.engine.state import restore
 
 SMALL = {
@@ -55,6 +58,28 @@ def test_checksums_of_parts_add_up_to_that_of_the_whole():
         assert sum(int(additive(part)) for part in tensor.split(sizes)) == whole
 
 
+def test_among_many_ranks_the_one_that_differs_is_named():
+    guard = Guard.__new__(Guard)
+    guard._kinds, guard._replicas = {"master weights": [], "weights": []}, {"weights"}
+    reports = torch.zeros(4, 2, dtype=torch.float64)
+    reports[:, 1] = 7.0
+    assert guard.verdict(reports) == {}
+    reports[0, 1], reports[2, 0] = 8.0, 0b101
+    found = guard.verdict(reports)
+    assert found[2] == ["master weights and buffers changed between two updates"]
+    assert found[0][0].startswith("weights differ from those of rank 1: ")
+    assert len(found) == 2
+
+
+def test_slowest_device_and_what_it_costs():
+    found = working_values(torch.tensor([1.0, 1.1, 3.0], dtype=torch.float64))
+    assert found["machine/slowest_device_rank"] == 2
+    assert found["machine/slowest_device_cost_seconds"] == pytest.approx(1.9)
+    assert found["machine/slowest_device_ratio"] == pytest.approx(3 / 1.1)
+    assert working_values(torch.tensor([1.0], dtype=torch.float64)) == {}
+    assert working_values(torch.tensor([1.0, 0.0], dtype=torch.float64)) == {}  # not known yet
+
+
 # ------------------------------------------------------------------------------- two ranks, a run
 
 
@@ -69,7 +94,7 @@ class Bench:
 
     def step(self) -> str:
         """A step; what was found wrong in it, for this once."""
-        loop.train_step(self.run, self.batches)
+        self.values, _ = loop.train_step(self.run, self.batches)
         self.run.progress.step += 1
         self.run.progress.position += self.run.split.batch
         problem, self.checks.problem = self.checks.problem, None
@@ -94,8 +119,19 @@ def flips(world: World, folder: Path, settings: dict[str, dict[str, Any]]) -> di
         said["nothing at last"] = [bench.step()]
         said |= in_checkpoints(bench)
         found[name] = said
+    found["straggler"] = straggler(bench)
     found["run"] = in_a_run(bench)
     return found
+
+
+def straggler(bench: Bench) -> list[float]:
+    """One rank is late within the step: who is named, and what it cost."""
+    module = bench.run.sharded.model.student.backbone.patch_embed
+    handle = module.register_forward_hook(lambda *_: time.sleep(1.5) if bench.here else None)
+    bench.step()
+    handle.remove()
+    names = ("rank", "cost_seconds", "seconds")
+    return [bench.values[f"machine/slowest_device_{name}"] for name in names]
 
 
 def in_a_run(bench: Bench) -> dict[str, Any]:
@@ -141,6 +177,19 @@ def in_the_state(bench: Bench) -> dict[str, Any]:
         with bit_flips.in_pass(2, change):  # after the last pass
             said[name] = bench.step()
     bench.step()  # ranks are alike again after the next update
+    alike = next((kind for kind in ("teacher's weights", "weights") if kind in apart), "")
+    if alike in bench.checks._guard._replicas:
+        accept = loop.Checks.accept
+
+        def gather_wrongly(self: Any) -> None:
+            if bench.here:
+                bit_flips.flip(tensors[alike], 5)
+            accept(self)
+
+        with mock.patch.object(loop.Checks, "accept", gather_wrongly):
+            bench.step()
+        said["alike"] = bench.step()
+        bench.step()
     return said
 
 
@@ -269,6 +318,24 @@ def test_state_that_changes_between_two_updates_is_found_on_its_rank(words: dict
         assert "rank 0 (" not in words[name]
         for kind in expected:  # in fp32 there is one copy of both kinds of weights
             assert kind in words[name] or "master weights" in words[name], (kind, words[name])
+
+
+@pytest.mark.distributed
+def test_ranks_that_should_be_alike_and_are_not_are_found(words: dict[str, Any]):
+    if "teacher's weights" in words["kinds"]:
+        assert "rank 1 (" in words["alike"]
+        assert "differ from those of rank 0" in words["alike"]
+        assert "a collective gave another result" in words["alike"]
+    else:  # everything is sharded
+        assert "alike" not in words
+
+
+@pytest.mark.distributed
+def test_straggler_inside_a_step_is_named_with_its_cost(said: list[dict[str, Any]]):
+    rank, cost, seconds = said[0]["straggler"]
+    assert rank == 1
+    assert 0 < cost < seconds
+    assert seconds > 2 * 1.5  # two passes
 
 
 @pytest.mark.distributed
