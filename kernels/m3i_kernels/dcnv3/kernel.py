@@ -119,8 +119,8 @@ def _neighbours(location):
 def _clamped(i, size, stride, WIDE: tl.constexpr, RELU: tl.constexpr):
     """Element offset of index i on one axis, moved into the image where it is outside.
 
-    With RELU in one instruction from sm_90 on. It is for bfloat16 and words: in other kernels the
-    compiler then takes fewer registers, and spills.
+    With RELU in one instruction from sm_90 on. bfloat16 always has it; for other types each kernel
+    asks for the order of the two that does not spill there (kernels/bench/results).
     """
     if RELU:  # noqa: SIM108  two lines that each say one thing
         i = tl.maximum(tl.minimum(i, size - 1), 0)
@@ -243,6 +243,7 @@ def dcnv3_forward_kernel(
     K: tl.constexpr = KH * KW - REMOVE_CENTER
     BLOCK_R: tl.constexpr = BLOCK_P * BLOCK_G
     FULL: tl.constexpr = SPLIT * BLOCK_D == D
+    RELU: tl.constexpr = (WORDS != "") | (D <= 16)
     UNITS: tl.constexpr = D // 2 if WORDS != "" else D
     BLOCK_U: tl.constexpr = BLOCK_D // 2 if WORDS != "" else BLOCK_D
     if WORDS != "":
@@ -279,10 +280,10 @@ def dcnv3_forward_kernel(
         b = tl.where(_is_inside(y0 + 1, H), b, 0.0)
         u = tl.where(_is_inside(x0, W), 1 - t, 0.0)
         t = tl.where(_is_inside(x0 + 1, W), t, 0.0)
-        o_y0 = _clamped(y0, H, s_xh, WIDE, WORDS != "")
-        o_y1 = _clamped(y0 + 1, H, s_xh, WIDE, WORDS != "")
-        o_x0 = _clamped(x0, W, s_xw, WIDE, WORDS != "")
-        o_x1 = _clamped(x0 + 1, W, s_xw, WIDE, WORDS != "")
+        o_y0 = _clamped(y0, H, s_xh, WIDE, RELU)
+        o_y1 = _clamped(y0 + 1, H, s_xh, WIDE, RELU)
+        o_x0 = _clamped(x0, W, s_xw, WIDE, RELU)
+        o_x1 = _clamped(x0 + 1, W, s_xw, WIDE, RELU)
         p00 = p_row + (o_y0 + o_x0)[:, None]
         p01 = p_row + (o_y0 + o_x1)[:, None]
         p10 = p_row + (o_y1 + o_x0)[:, None]
@@ -310,9 +311,7 @@ def dcnv3_forward_kernel(
         p_gate += i_n * s_gn + wide_y * s_gh + wide_x * s_gw + i_g
         gate = tl.load(p_gate).to(tl.float32)
         scale *= 1 - gate
-        p_here += (
-            _clamped(i_y, H, s_xh, WIDE, WORDS != "") + _clamped(i_x, W, s_xw, WIDE, WORDS != "")
-        )[:, None]
+        p_here += (_clamped(i_y, H, s_xh, WIDE, RELU) + _clamped(i_x, W, s_xw, WIDE, RELU))[:, None]
     p_out = (p_y + i_position * (G * UNITS) + i_g * UNITS)[:, None] + i_d[None, :]
     _finish_row(b_y, b_z, p_here, p_out, i_d, valid, scale, gate, UNITS, FULL, GATED, WORDS)
     if SPLIT == 2:

@@ -91,7 +91,7 @@ def dcnv3_backward_kernel(
     """
     K: tl.constexpr = KH * KW - REMOVE_CENTER
     C: tl.constexpr = G * D
-    BF16: tl.constexpr = p_x.dtype.element_ty == tl.bfloat16
+    RELU: tl.constexpr = (p_x.dtype.element_ty == tl.bfloat16) | (D > 16)
     BLOCK_R: tl.constexpr = BLOCK_P * BLOCK_G
     i_n, i_y, i_x, i_g, i_position, valid = _rows(Ho, Wo, positions, G, BLOCK_P, BLOCK_G)
     i_d = tl.arange(0, BLOCK_D)
@@ -117,12 +117,12 @@ def dcnv3_backward_kernel(
         keep = 1 - gate
         p = (
             p_row
-            + (_clamped(i_y, H, s_xh, WIDE, BF16) + _clamped(i_x, W, s_xw, WIDE, BF16))[:, None]
+            + (_clamped(i_y, H, s_xh, WIDE, RELU) + _clamped(i_x, W, s_xw, WIDE, RELU))[:, None]
         )
         g_x = _dot(b_g, p, i_d, SPLIT, BLOCK_D, D, "")
         p = (
             p_dx_row
-            + (_clamped(i_y, H, s_dh, WIDE, BF16) + _clamped(i_x, W, C, WIDE, BF16))[:, None]
+            + (_clamped(i_y, H, s_dh, WIDE, RELU) + _clamped(i_x, W, C, WIDE, RELU))[:, None]
         )
         _scatter(p, i_d, b_g, gate, valid, unit, SPLIT, BLOCK_D, D, FIXED_POINT)
     b_max = tl.zeros((BLOCK_R,), tl.float32)
@@ -147,8 +147,8 @@ def dcnv3_backward_kernel(
         m = _weight(p_weight, k, b_max, LOGITS) * normaliser
         in_y0, in_y1 = valid & _is_inside(y0, H), valid & _is_inside(y0 + 1, H)
         in_x0, in_x1 = _is_inside(x0, W), _is_inside(x0 + 1, W)
-        o_y0, o_y1 = _clamped(y0, H, s_xh, WIDE, BF16), _clamped(y0 + 1, H, s_xh, WIDE, BF16)
-        o_x0, o_x1 = _clamped(x0, W, s_xw, WIDE, BF16), _clamped(x0 + 1, W, s_xw, WIDE, BF16)
+        o_y0, o_y1 = _clamped(y0, H, s_xh, WIDE, RELU), _clamped(y0 + 1, H, s_xh, WIDE, RELU)
+        o_x0, o_x1 = _clamped(x0, W, s_xw, WIDE, RELU), _clamped(x0 + 1, W, s_xw, WIDE, RELU)
         d00 = _dot(b_g, p_row + (o_y0 + o_x0)[:, None], i_d, SPLIT, BLOCK_D, D, "")
         d01 = _dot(b_g, p_row + (o_y0 + o_x1)[:, None], i_d, SPLIT, BLOCK_D, D, "")
         d10 = _dot(b_g, p_row + (o_y1 + o_x0)[:, None], i_d, SPLIT, BLOCK_D, D, "")
@@ -169,8 +169,8 @@ def dcnv3_backward_kernel(
         _store_pair(p_dpair + 2 * k, ddx, ddy, valid)
         tl.store(p_dweight + k, dm.to(p_dmask.dtype.element_ty), mask=valid)
 
-        o_y0, o_y1 = _clamped(y0, H, s_dh, WIDE, BF16), _clamped(y0 + 1, H, s_dh, WIDE, BF16)
-        o_x0, o_x1 = _clamped(x0, W, C, WIDE, BF16), _clamped(x0 + 1, W, C, WIDE, BF16)
+        o_y0, o_y1 = _clamped(y0, H, s_dh, WIDE, RELU), _clamped(y0 + 1, H, s_dh, WIDE, RELU)
+        o_x0, o_x1 = _clamped(x0, W, C, WIDE, RELU), _clamped(x0 + 1, W, C, WIDE, RELU)
         b = h * ty
         a = h - b
         w01, w11 = a * tx, b * tx
