@@ -60,7 +60,7 @@ def open_small(
     """
     config = small_config(folder, overrides)
     stream = RandomStream()
-    speed = session._speed if measured else lambda *_: None
+    speed = session._speed if measured else lambda *_, **__: None
     with mock.patch.object(session, "_speed", speed):
         return session.open_run(
             Pretraining(config),
