@@ -61,6 +61,10 @@ class Guard:
         self._kinds, self._replicas = watched(shards, teacher, device)
         self._model, self._device = model, device
         self._flags = torch.zeros((), dtype=torch.int64, device=device)
+        # On the device from here on, so that no step copies them there.
+        self._bits = 1 << torch.arange(len(self._kinds), device=device)
+        self._alike = torch.tensor([int(kind in self._replicas) for kind in self._kinds])
+        self._alike = self._alike.to(device)
         self.checks = 0
         self.store()
 
@@ -77,8 +81,7 @@ class Guard:
     def check(self) -> None:
         """Before an update: what differs from what was stored is remembered."""
         self.checks += 1
-        bits = 1 << torch.arange(len(self._kinds), device=self._device)
-        self._flags |= torch.where(self._sums() != self._stored, bits, 0).sum()
+        self._flags |= ((self._sums() != self._stored) * self._bits).sum()
 
     def check_buffers(self) -> None:
         """Before the networks run, which change them."""
@@ -87,8 +90,7 @@ class Guard:
 
     def report(self) -> list[Tensor]:
         """Which kinds have changed, as bits; and a checksum of what all ranks have alike."""
-        chosen = [n for n, kind in enumerate(self._kinds) if kind in self._replicas]
-        alike = self._stored[chosen].sum() & _MASK
+        alike = (self._stored * self._alike).sum() & _MASK
         return [self._flags.double(), alike.double()]
 
     def verdict(self, reports: Tensor) -> dict[int, list[str]]:
@@ -121,7 +123,9 @@ class Guard:
         self.store()
 
     def _sums(self) -> Tensor:
-        return torch.stack([_sum(tensors, self._device) for tensors in self._kinds.values()])
+        none = torch.zeros(0, dtype=torch.int64, device=self._device)  # all is offloaded
+        sums = [_sum(tensors, self._device).view(1) for tensors in self._kinds.values()]
+        return torch.cat([none, *sums])
 
     def _buffer_sum(self) -> Tensor:
         buffers = [b for _, b in self._model.named_buffers() if b.numel()]
