@@ -5,7 +5,7 @@
       step-00001000.partial/              a write in progress, or what a crash left of one, which
                                           the next start removes
         rank-00000-of-00002.safetensors   this rank's slices of the flattened tensors, no padding
-        rank-00000-of-00002.json          size and SHA-256 of that file
+        rank-00000-of-00002.json          size and SHA-256 of that file, checksums of tensors
         state.json                        step, shapes, ranks, counters
         complete.json                     lineage and the list of files, written last
       lineage.json                        which of these are the run; see lineage.py
@@ -41,7 +41,7 @@ from m3i_scale.engine.checksums import additive
 from m3i_scale.engine.lineage import UNREADABLE, Lineage
 
 FORMAT = 2  # 1: before the names student and teacher
-SUMS = "checksums"  # in the metadata of a rank's file
+SUMS = "checksums"  # of tensors, in the file beside a rank's
 _STEP = re.compile(r"step-\d+")
 _MOST_ELEMENTS = 1 << 48  # of a tensor
 
@@ -152,7 +152,7 @@ def begin_write(
     """Start writing this rank's tensors in the background.
 
     `sums` are their checksums (`checksums.additive`) when they were copied: the file must read back
-    with the same, and keeps them for whoever loads it.
+    with the same, and the file beside it keeps them for whoever loads it.
 
     `tensors` must be private copies in CPU memory: training goes on meanwhile. Rank 0 also writes
     `state`. When all ranks are `done` without failure, rank 0 calls `publish`.
@@ -165,7 +165,7 @@ def begin_write(
         try:
             partial.mkdir(parents=True, exist_ok=True)
             path = partial / rank_file(rank, ranks)
-            save_file(tensors, path, metadata={SUMS: json.dumps(sums)} if sums else None)
+            save_file(tensors, path)
             _sync(path)
             changed.extend(_changed(path, sums or {}))
             if changed:
@@ -174,7 +174,8 @@ def begin_write(
                     "differently than they were copied: the host's memory or the disk has changed "
                     "bits"
                 )
-            _write_json(path.with_suffix(".json"), _fingerprint(path))
+            stated = {SUMS: dict(sums)} if sums else {}
+            _write_json(path.with_suffix(".json"), _fingerprint(path) | stated)
             if rank == 0:
                 _write_json(partial / "state.json", {"format": FORMAT, **state})
         except (OSError, SafetensorError) as error:
@@ -208,6 +209,8 @@ def publish(write: Write, ranks: int, line: Lineage | None = None) -> Path:
             json.loads((write.partial / rank_file(r, ranks)).with_suffix(".json").read_text())
             for r in range(ranks)
         ]
+        for entry in files:  # each rank's stay in its file
+            entry.pop(SUMS, None)
         files.append(_fingerprint(write.partial / "state.json"))
         line = line or current_lineage(final.parent)
         marker = {"lineage": line.as_json(), "files": files}
@@ -315,11 +318,12 @@ class CheckpointReader:
         """Checksums of tensors, added up over every `shares`-th file; None: not all have them."""
         found: dict[str, int] = {}
         for rank in range(share, self.ranks, shares):
-            stored = (self._open(rank).metadata() or {}).get(SUMS)
-            if stored is None:
+            beside = (self.path / rank_file(rank, self.ranks)).with_suffix(".json")
+            try:
+                for name, value in json.loads(beside.read_text())[SUMS].items():
+                    found[name] = found.get(name, 0) + int(value)
+            except (OSError, ValueError, KeyError, TypeError, AttributeError):
                 return None
-            for name, value in json.loads(stored).items():
-                found[name] = found.get(name, 0) + value
         return found
 
     def tensor(self, kind: str, name: str) -> Tensor:

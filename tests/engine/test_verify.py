@@ -235,10 +235,10 @@ def in_checkpoints(bench: Bench) -> dict[str, Any]:
     good = run.saver.finish()
     first = run.saver.last_good
 
-    def spoil(tensors: dict[str, Tensor], path: Path, **options: Any) -> None:
+    def spoil(tensors: dict[str, Tensor], path: Path) -> None:
         if bench.here:
             bit_flips.flip(max(tensors.values(), key=torch.numel), 3)
-        save_file(tensors, path, **options)
+        save_file(tensors, path)
 
     run.progress.step += 1
     with mock.patch.object(checkpoint, "save_file", spoil):
