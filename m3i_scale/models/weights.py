@@ -1,11 +1,15 @@
 """Reading published weights by name. Reading never executes a file's content."""
 
+import contextlib
+import io
 import os
+import pickletools
 import re
 import zipfile
+import zlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 from safetensors import SafetensorError
@@ -15,6 +19,10 @@ from torch import Tensor, nn
 # Where `.pth` files keep the weights, and the prefix of each name in files from the Hub.
 WEIGHT_KEYS = ("model", "module")
 HUB_PREFIX = "model."
+_OPERATIONS = {operation.code: operation for operation in pickletools.opcodes}
+_LONGEST_NAME = 300  # letters of a class
+_PICKLES = 5  # before the tensors in a file of the older format
+_LONGEST_PICKLES = 1 << 26  # bytes at the beginning of a file of the older format
 _MOST_UNPACKED = 4  # bytes of an archive, for each of the file
 # What Hub files call the layer scale of a block, with which the names of `InternImage` come back.
 _HUB_SCALE = re.compile(r"\.layer_scale([12])$")
@@ -98,6 +106,36 @@ def _read_safetensors(path: Path) -> dict[str, Tensor]:
         raise ValueError(f"{path} is not a safetensors file: {error}") from error
 
 
+def _refuse_long_names(path: Path) -> None:
+    """Refuse pickles that name a class of thousands of letters, which only damaged ones do.
+
+    torch looks through the name again and again for its message: minutes for a few kilobytes.
+    """
+    try:
+        with zipfile.ZipFile(path) as archive:
+            names = [name for name in archive.namelist() if name.endswith("data.pkl")]
+            streams: list[BinaryIO] = [io.BytesIO(archive.read(name)) for name in names]
+    except (OSError, ValueError, NotImplementedError, zlib.error, zipfile.BadZipFile):
+        streams = [io.BytesIO(path.read_bytes()[:_LONGEST_PICKLES])]  # several, one by one
+    longest = max(map(_longest_name, streams), default=0)
+    if longest > _LONGEST_NAME:
+        raise ValueError(f"{path} is damaged: it names a class of {longest:,} letters")
+
+
+def _longest_name(stream: BinaryIO) -> int:
+    """Bytes of the longest line that names a class in the pickles at a stream's beginning."""
+    longest = pickles = 0
+    with contextlib.suppress(Exception):  # damaged: the reader says so
+        while pickles < _PICKLES:
+            operation = _OPERATIONS[stream.read(1).decode("latin-1")]
+            pickles += operation.name == "STOP"
+            if operation.name in ("GLOBAL", "INST"):  # pickletools would decode the lines
+                longest = max(longest, len(stream.readline()), len(stream.readline()))
+            elif operation.arg is not None:
+                operation.arg.reader(stream)
+    return longest
+
+
 def _refuse_bomb(path: Path) -> None:
     """Refuse an archive that unpacks to far more than it weighs: `torch.save` packs nothing."""
     try:
@@ -114,6 +152,7 @@ def _refuse_bomb(path: Path) -> None:
 
 def _read_torch(path: Path) -> dict[str, Tensor]:
     _refuse_bomb(path)
+    _refuse_long_names(path)
     try:
         content: Any = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # what the restricted reader raises depends on the bytes it meets

@@ -1,4 +1,6 @@
+import io
 import pickle
+import time
 import zipfile
 
 import pytest
@@ -144,3 +146,22 @@ def test_names_that_are_none(tmp_path, key):
     torch.save({key: torch.zeros(1)}, tmp_path / "weights.pth")
     with pytest.raises(ValueError, match="no state dict"):
         load_published(tmp_path / "weights.pth")
+
+
+@pytest.mark.parametrize("legacy", [False, True])
+def test_a_class_with_an_endless_name_takes_no_time(tmp_path, legacy):
+    path, buffer = tmp_path / "weights.pth", io.BytesIO()
+    torch.save({"a": torch.zeros(9)}, path, _use_new_zipfile_serialization=not legacy)
+    name = b"ctorch" + bytes(199_999) + b"\xff\nFloatStorage"
+    if legacy:
+        path.write_bytes(path.read_bytes().replace(b"ctorch\nFloatStorage", name))
+    else:
+        with zipfile.ZipFile(path) as old, zipfile.ZipFile(buffer, "w") as new:
+            for info in old.infolist():
+                content = old.read(info).replace(b"ctorch\nFloatStorage", name)
+                new.writestr(info.filename, content)
+        path.write_bytes(buffer.getvalue())
+    begun = time.process_time()
+    with pytest.raises(ValueError, match="names a class of 200,0"):
+        load_published(path)
+    assert time.process_time() - begun < 20
