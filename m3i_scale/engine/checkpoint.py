@@ -21,6 +21,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import logging
 import math
 import os
 import re
@@ -40,8 +41,11 @@ from m3i_scale.engine import lineage
 from m3i_scale.engine.checksums import additive
 from m3i_scale.engine.lineage import UNREADABLE, Lineage
 
+log = logging.getLogger(__name__)
+
 FORMAT = 2  # 1: before the names student and teacher
-SUMS = "checksums"  # of tensors, in the file beside a rank's
+# Of tensors, in the file beside a rank's.
+SUMS, SUMS_DIGEST = "checksums", "checksums_sha256"
 _STEP = re.compile(r"step-\d+")
 _MOST_ELEMENTS = 1 << 48  # of a tensor
 
@@ -174,8 +178,9 @@ def begin_write(
                     "differently than they were copied: the host's memory or the disk has changed "
                     "bits"
                 )
-            stated = {SUMS: dict(sums)} if sums else {}
-            _write_json(path.with_suffix(".json"), _fingerprint(path) | stated)
+            text = json.dumps(dict(sums or {}))
+            stated = {SUMS: text, SUMS_DIGEST: hashlib.sha256(text.encode()).hexdigest()}
+            _write_json(path.with_suffix(".json"), _fingerprint(path) | (stated if sums else {}))
             if rank == 0:
                 _write_json(partial / "state.json", {"format": FORMAT, **state})
         except (OSError, SafetensorError) as error:
@@ -211,6 +216,7 @@ def publish(write: Write, ranks: int, line: Lineage | None = None) -> Path:
         ]
         for entry in files:  # each rank's stay in its file
             entry.pop(SUMS, None)
+            entry.pop(SUMS_DIGEST, None)
         files.append(_fingerprint(write.partial / "state.json"))
         line = line or current_lineage(final.parent)
         marker = {"lineage": line.as_json(), "files": files}
@@ -320,9 +326,15 @@ class CheckpointReader:
         for rank in range(share, self.ranks, shares):
             beside = (self.path / rank_file(rank, self.ranks)).with_suffix(".json")
             try:
-                for name, value in json.loads(beside.read_text())[SUMS].items():
+                stated = json.loads(beside.read_text())
+                if SUMS not in stated:
+                    return None
+                if hashlib.sha256(stated[SUMS].encode()).hexdigest() != stated[SUMS_DIGEST]:
+                    raise ValueError("its list does not match its checksum")
+                for name, value in json.loads(stated[SUMS]).items():
                     found[name] = found.get(name, 0) + int(value)
-            except (OSError, ValueError, KeyError, TypeError, AttributeError):
+            except UNREADABLE as error:
+                log.warning("%s: %s; what is loaded is not compared with it", beside, error)
                 return None
         return found
 

@@ -58,6 +58,27 @@ def test_checksums_of_parts_add_up_to_that_of_the_whole():
         assert sum(int(additive(part)) for part in tensor.split(sizes)) == whole
 
 
+def test_damaged_list_of_checksums_is_named_and_not_compared_with(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+):
+    weights = {"weight/a": torch.randn(9)}
+    sums = {name: int(additive(tensor)) for name, tensor in weights.items()}
+    write = checkpoint.begin_write(tmp_path, 1, 0, 1, weights, {"ranks": 1, "shapes": {}}, sums)
+    write.thread.join()
+    path = checkpoint.publish(write, 1)
+    assert checkpoint.verify(path) is None
+    reader = CheckpointReader.__new__(CheckpointReader)
+    reader.path, reader.ranks = path, 1
+    assert reader.sums(0, 1) == sums
+    beside = path / "rank-00000-of-00001.json"
+    text, value = beside.read_text(), str(sums["weight/a"])
+    beside.write_text(text.replace(value, value[:-1] + str((int(value[-1]) + 1) % 10)))
+    assert reader.sums(0, 1) is None
+    assert "does not match its checksum" in caplog.text
+    beside.write_text("{")
+    assert reader.sums(0, 1) is None
+
+
 def test_among_many_ranks_the_one_that_differs_is_named():
     guard = Guard.__new__(Guard)
     guard._kinds, guard._replicas = {"master weights": [], "weights": []}, {"weights"}
