@@ -189,6 +189,8 @@ def open_index(source: Source, storage: StorageClient) -> Index:
         raise ValueError(
             f"source {source.name!r}: the index {source.index!r} cannot be read: {error}"
         ) from None
+    except ValueError as error:  # damaged
+        raise ValueError(f"source {source.name!r}: {error}") from None
     if not index.checked:
         log.warning(
             "source %r: the index %s is of an older format: of shards that changed after it was "

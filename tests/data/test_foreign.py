@@ -171,11 +171,11 @@ def train_on(world, folder: Path, overrides: dict[str, Any]) -> dict[str, Any]:
     """What `train.py` does with the small configuration."""
     from helpers.training import train
     from m3i_scale.engine import session
-    from m3i_scale.tasks.samples import build_stream
+    from m3i_scale.tasks.pretraining import Pretraining
 
-    config = captioned_config(folder, overrides)
-    stream = build_stream(config)
-    run = session.open_run(config, world, stream, epoch_samples=stream.samples, resume="never")
+    task = Pretraining(captioned_config(folder, overrides))
+    stream = task.open_stream()
+    run = session.open_run(task, world, stream, epoch_samples=stream.samples, resume="never")
     return {"finished": train(run), "step": run.progress.step}
 
 

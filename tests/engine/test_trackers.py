@@ -310,7 +310,7 @@ def test_the_picture_of_the_first_step_is_shown_once(tmp_path, monkeypatch):
 
     monkeypatch.setitem(tracker_backends.BACKENDS, "wandb", Watching)
     told = Trackers(["wandb"], opening(tmp_path))
-    record = MetricLog(tmp_path, is_main=True, total=4, first=0, trackers=told)
+    record = MetricLog(tmp_path, is_main=True, total=4, first=0, trackers=told, picture="mixes.png")
     Image.new("RGB", (4, 3)).save(tmp_path / "mixes.png")
     record.write(0, figures(0), show=False)
     record.write(2, figures(2), show=False)
