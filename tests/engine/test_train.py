@@ -98,7 +98,8 @@ def steps(folder: Path) -> list[int]:
 def test_the_record_of_a_run(home):
     names = {path.name for path in (home / "runs" / "small").iterdir()}
     assert names == {"config.yaml", "deepspeed.json", "origin.json", "metrics.jsonl",
-                     "metrics.csv", "events.jsonl", "flops.json", "tensorboard", "checkpoints"}  # fmt: skip
+                     "metrics.csv", "events.jsonl", "flops.json", "tensorboard",
+                     "checkpoints"}  # fmt: skip
 
 
 @pytest.mark.parametrize("overrides", [["optimizer.learning_rate=1e-5"], ["run=new"]])
