@@ -4,18 +4,16 @@ from __future__ import annotations
 
 import random
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import yaml
 from PIL import Image
 
-from helpers.training import full_weights
+from helpers.small import small_tree
+from helpers.transfer import train_and_resume_task, train_task
 from m3i_scale.cluster.launch import World
 from m3i_scale.config.classification import Classification
-from m3i_scale.engine import loop, metrics, session
-from m3i_scale.engine.stop import StopFlag
-from m3i_scale.tasks import task_of
 
 TREE = """
 task: classification
@@ -50,51 +48,24 @@ def small_classification(
     images: Path, folder: Path, overrides: Mapping[str, Any] | None = None
 ) -> Classification:
     """The configuration, with keys `a.b` changed."""
-    tree = yaml.safe_load(TREE)
-    tree["folder"] = str(folder)
-    for split in ("train", "test"):
-        tree["data"][split] = {"folder": str(images / split)}
-    for path, value in (overrides or {}).items():
-        node = tree
-        *above, last = path.split(".")
-        for key in above:
-            node = node.setdefault(key, {})
-        node[last] = value
-    return Classification.model_validate(tree)
+    own: dict[str, Any] = {
+        f"data.{split}": {"folder": str(images / split)} for split in ("train", "test")
+    }
+    own |= {"folder": str(folder), **(overrides or {})}
+    return Classification.model_validate(small_tree(TREE, own))
 
 
 def train_classifier(
     world: World, folder: Path, images: str, overrides: dict[str, Any], resume: str = "never"
 ) -> dict[str, Any]:
-    """Train to the end; the weights, their averages, and the figures of the last step."""
-    task = task_of(small_classification(Path(images), folder, overrides))
-    stream = task.open_stream()
-    run = session.open_run(
-        task, world, stream, epoch_samples=stream.samples, resume=resume,
-        sources=stream.identities(),
-    )  # fmt: skip
-    record = metrics.MetricLog(
-        run.folder, is_main=world.is_main, total=run.schedule.total, first=run.progress.step
-    )
-    finished = loop.train_to_end(run, StopFlag(), record)
-    record.close()
-    assert run.sharded.teacher is not None
-    averages = {name: part.clone() for name, part in run.sharded.teacher.averages.items()}
-    found = loop.evaluate(run)
-    return {
-        "finished": finished,
-        "weights": full_weights(run),
-        "averages": averages,
-        "evaluation": found,
-    }
+    """As `train_task`."""
+    return train_task(world, small_classification(Path(images), folder, overrides), resume)
 
 
 def train_and_resume_classifier(
     world: World, folder: Path, images: str, overrides: dict[str, Any]
 ) -> dict[str, Any]:
-    """To the end, and the second half once more from the checkpoint in the middle."""
-    middle = folder / "small" / "checkpoints" / "step-00000002"
-    return {
-        name: train_classifier(world, folder, images, overrides, resume)
-        for name, resume in (("whole", "never"), ("resumed", str(middle)))
-    }
+    """As `train_and_resume_task`."""
+    return train_and_resume_task(
+        folder, partial(train_classifier, world, folder, images, overrides)
+    )

@@ -4,20 +4,18 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-import yaml
 from PIL import Image
 
-from helpers.training import full_weights
+from helpers.small import small_tree
+from helpers.transfer import train_and_resume_task, train_task
 from m3i_scale.cluster.launch import World
 from m3i_scale.config.detection import CocoSet, Detection, DetectionData, Detector, Jitter
-from m3i_scale.engine import loop, metrics, session
-from m3i_scale.engine.stop import StopFlag
-from m3i_scale.tasks import task_of
 from m3i_scale.tasks.detection.batch import Batch, Objects, Sample, collate
 
 INTERN_IMAGE = {
@@ -177,43 +175,22 @@ def small_detection(
     images: Path, folder: Path, name: str, overrides: Mapping[str, Any] | None = None
 ) -> Detection:
     """The configuration of a run on the set in `images`, with keys `a.b` changed."""
-    tree = yaml.safe_load(TREE)
     backbone, head = DETECTORS[name]
-    tree["folder"] = str(folder)
-    tree["model"] |= {"backbone": backbone, "head": head, "windows": WINDOWS}
     where = {"annotations": f"{images}/instances.json", "images": f"{images}/images"}
-    tree["data"] |= {"train": where, "val": where}
-    for path, value in (overrides or {}).items():
-        node = tree
-        *above, last = path.split(".")
-        for key in above:
-            node = node.setdefault(key, {})
-        node[last] = value
-    return Detection.model_validate(tree)
+    own: dict[str, Any] = {
+        "folder": str(folder), "model.backbone": backbone, "model.head": head,
+        "model.windows": WINDOWS, "data.train": where, "data.val": where,
+    }  # fmt: skip
+    return Detection.model_validate(small_tree(TREE, own | dict(overrides or {})))
 
 
 def train_detector(
-    world: World, folder: Path, images: str, name: str, overrides: dict[str, Any], resume: str
+    world: World, folder: Path, images: str, name: str, resume: str
 ) -> dict[str, Any]:
-    """Train to the end and evaluate; the weights and the figures."""
-    task = task_of(small_detection(Path(images), folder, name, overrides))
-    stream = task.open_stream()
-    run = session.open_run(
-        task, world, stream, epoch_samples=stream.samples, resume=resume,
-        sources=stream.identities(),
-    )  # fmt: skip
-    record = metrics.MetricLog(
-        run.folder, is_main=world.is_main, total=run.schedule.total, first=run.progress.step
-    )
-    finished = loop.train_to_end(run, StopFlag(), record)
-    record.close()
-    return {"finished": finished, "weights": full_weights(run), "evaluation": loop.evaluate(run)}
+    """As `train_task`."""
+    return train_task(world, small_detection(Path(images), folder, name), resume)
 
 
 def train_and_resume_detector(world: World, folder: Path, images: str, name: str) -> dict[str, Any]:
-    """To the end, and the second half once more from the checkpoint in the middle."""
-    middle = folder / "small" / "checkpoints" / "step-00000002"
-    return {
-        kind: train_detector(world, folder, images, name, {}, resume)
-        for kind, resume in (("whole", "never"), ("resumed", str(middle)))
-    }
+    """As `train_and_resume_task`."""
+    return train_and_resume_task(folder, partial(train_detector, world, folder, images, name))

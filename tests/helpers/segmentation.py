@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import yaml
 from PIL import Image
 
-from helpers.training import full_weights
+from helpers.small import small_tree
+from helpers.transfer import train_and_resume_task, train_task
 from m3i_scale.cluster.launch import World
 from m3i_scale.config.segmentation import Segmentation
-from m3i_scale.engine import loop, metrics, session
-from m3i_scale.engine.stop import StopFlag
-from m3i_scale.tasks import task_of
 
 TREE = """
 task: segmentation
@@ -69,45 +67,25 @@ def small_segmentation(
     squares: Path, folder: Path, overrides: Mapping[str, Any] | None = None
 ) -> Segmentation:
     """The configuration, with keys `a.b` changed."""
-    tree = yaml.safe_load(TREE)
-    tree["folder"] = str(folder)
-    for split in ("train", "test"):
-        where = {part: str(squares / part / split) for part in ("images", "masks")}
-        tree["data"][split] = where
-    for path, value in (overrides or {}).items():
-        node = tree
-        *above, last = path.split(".")
-        for key in above:
-            node = node.setdefault(key, {})
-        node[last] = value
-    return Segmentation.model_validate(tree)
+    own: dict[str, Any] = {
+        f"data.{split}": {part: str(squares / part / split) for part in ("images", "masks")}
+        for split in ("train", "test")
+    }
+    own |= {"folder": str(folder), **(overrides or {})}
+    return Segmentation.model_validate(small_tree(TREE, own))
 
 
 def train_segmenter(
     world: World, folder: Path, squares: str, overrides: dict[str, Any], resume: str = "never"
 ) -> dict[str, Any]:
-    """Train to the end; the weights, and the figures of a test."""
-    task = task_of(small_segmentation(Path(squares), folder, overrides))
-    stream = task.open_stream()
-    run = session.open_run(
-        task, world, stream, epoch_samples=stream.samples, resume=resume,
-        sources=stream.identities(),
-    )  # fmt: skip
-    record = metrics.MetricLog(
-        run.folder, is_main=world.is_main, total=run.schedule.total, first=run.progress.step
-    )
-    finished = loop.train_to_end(run, StopFlag(), record)
-    record.close()
-    found = loop.evaluate(run)
-    return {"finished": finished, "weights": full_weights(run), "evaluation": found}
+    """As `train_task`."""
+    return train_task(world, small_segmentation(Path(squares), folder, overrides), resume)
 
 
 def train_and_resume_segmenter(
     world: World, folder: Path, squares: str, overrides: dict[str, Any]
 ) -> dict[str, Any]:
-    """To the end, and the second half once more from the checkpoint in the middle."""
-    middle = folder / "small" / "checkpoints" / "step-00000002"
-    return {
-        name: train_segmenter(world, folder, squares, overrides, resume)
-        for name, resume in (("whole", "never"), ("resumed", str(middle)))
-    }
+    """As `train_and_resume_task`."""
+    return train_and_resume_task(
+        folder, partial(train_segmenter, world, folder, squares, overrides)
+    )
