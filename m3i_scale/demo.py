@@ -11,6 +11,7 @@ import shlex
 import signal
 import subprocess
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -27,6 +28,8 @@ CONFIG = "m3i:demo"
 GLYPHS = Path("data_demo/glyphs")
 TOKENIZER = Path("data_demo/tokenizer.json")
 RANKS = 2
+# One thread per process where two processes share two cores; GPUs are left alone.
+CPU_RANKS = {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
 
 M3I = (sys.executable, "-m", "m3i_scale.cli")
 DEEPSPEED = (sys.executable, "-m", "deepspeed.launcher.runner")
@@ -51,11 +54,9 @@ def run(options: argparse.Namespace) -> int:
     from m3i_scale.config import load_config
 
     folder = load_config(CONFIG, options.overrides).run_folder  # refuses mistakes at once
-    for command, variables in commands(folder, options.overrides):
-        code = execute(command, variables)
-        if code:
-            print(f"m3i demo ends here: the command above ended with {code}", file=sys.stderr)
-            return code
+    code = execute_all("m3i demo", commands(folder, options.overrides))
+    if code:
+        return code
     print(f"Pictures, curves, checkpoint and logs: {folder}/")
     return 0
 
@@ -65,15 +66,13 @@ def commands(run_folder: Path, overrides: list[str]) -> list[tuple[list[str], di
     text, category, held_out = (
         str(GLYPHS / f"{name}.parquet") for name in ("text", "category", "heldout")
     )
-    # One thread per process where two processes share two cores; GPUs are left alone.
-    training = {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
     return [
         ([*M3I, "glyphs", "--out", str(GLYPHS)], {}),
         ([*M3I, "tokenizer", text, "--vocab-size", "1000", "--out", str(TOKENIZER)], {}),
         (
             [*DEEPSPEED, "--num_accelerators", str(RANKS), "--module", "m3i_scale.train",
              "--config", CONFIG, *overrides],
-            training,
+            CPU_RANKS,
         ),
         (
             [*M3I, "eval", "--run", str(run_folder), "--subject", "character",
@@ -81,6 +80,16 @@ def commands(run_folder: Path, overrides: list[str]) -> list[tuple[list[str], di
             {},
         ),
     ]  # fmt: skip
+
+
+def execute_all(name: str, commands: Iterable[tuple[list[str], dict[str, str]]]) -> int:
+    """Run commands until one fails; its exit code, or 0."""
+    for command, variables in commands:
+        code = execute(command, variables)
+        if code:
+            print(f"{name} ends here: the command above ended with {code}", file=sys.stderr)
+            return code
+    return 0
 
 
 def execute(command: list[str], variables: dict[str, str]) -> int:

@@ -8,12 +8,11 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from m3i_scale.demo import DEEPSPEED, M3I, RANKS, execute
+from m3i_scale.demo import CPU_RANKS, DEEPSPEED, M3I, RANKS, execute_all
 
 DESCRIPTION = """Train a classifier, a detector and a segmenter twice each: from the backbone of
 `m3i demo`, and from an untrained one; then compare them on typefaces and photographs that
@@ -76,11 +75,9 @@ def run(options: argparse.Namespace) -> int:
             f"{options.source} has no checkpoint to start from: run `m3i demo` first, or name a "
             "finished run of its configuration with --run"
         )
-    for command, variables in commands(options.source, options.overrides):
-        code = execute(command, variables)
-        if code:
-            print(f"transfer-demo ends here: the command above ended with {code}", file=sys.stderr)
-            return code
+    code = execute_all("m3i transfer-demo", commands(options.source, options.overrides))
+    if code:
+        return code
     found = {(task, start): evaluations(folder(task, start)) for task in TASKS for start in STARTS}
     text = table(found)
     (RUNS / "table.md").write_text(text)
@@ -98,7 +95,6 @@ def commands(source: Path, overrides: list[str]) -> Iterator[tuple[list[str], di
     """The commands, and the variables that each needs."""
     yield [*M3I, "pasted", "--out", str(DATA)], {}
     yield [*M3I, "export", "--run", str(source), "--out", str(BACKBONE)], {}
-    training = {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
     for task in TASKS:
         for start in STARTS:
             init = str(BACKBONE) if start == "pretrained" else "null"
@@ -106,7 +102,7 @@ def commands(source: Path, overrides: list[str]) -> Iterator[tuple[list[str], di
             own = [f"folder={name.parent}", f"run={name.name}", f"model.init={init}"]
             launcher = [*DEEPSPEED, "--num_accelerators", str(RANKS), "--module", "m3i_scale.train"]
             config = f"m3i:transfer/demo/{task}"
-            yield [*launcher, "--config", config, *overrides, *own], training
+            yield [*launcher, "--config", config, *overrides, *own], CPU_RANKS
 
 
 def evaluations(run_folder: Path) -> dict[int, dict[str, float]]:
