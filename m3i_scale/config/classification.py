@@ -6,19 +6,14 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from m3i_scale.config.data import MAX_PIXELS, Storage
-from m3i_scale.config.model import Backbone
-from m3i_scale.config.transfer import TransferOptimizer, TransferRun
+from m3i_scale.config.data import Storage
+from m3i_scale.config.transfer import TransferData, TransferModel, TransferOptimizer, TransferRun
 from m3i_scale.config.types import BelowOne, Count, Fraction, Node, PathText, Positive
 
 
-class Classifier(Node):
+class Classifier(TransferModel):
     """The backbone and a linear classifier of its pooled features."""
 
-    backbone: Backbone
-    """The image encoder; `drop_path_rate` and `checkpoint_blocks` are among its options."""
-    init: PathText | None = None
-    """Weights that the backbone starts with, as in pre-training's `model.init`."""
     classes: Annotated[int, Field(ge=2)]
     """Number of classes."""
     pooling: Literal["mean", "attention"] = "mean"
@@ -77,7 +72,7 @@ class ImageAugmentation(Node):
     """Share of the target that is spread over all classes."""
 
 
-class ClassificationData(Node):
+class ClassificationData(TransferData):
     """Images to train on and to test on."""
 
     train: LabelledImages
@@ -94,19 +89,6 @@ class ClassificationData(Node):
     """Share of the shorter side that the central crop of a test image has."""
     augmentation: ImageAugmentation = ImageAugmentation()
     """What training does to images."""
-    mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
-    """Mean of the pixels, RGB from 0 to 1; subtracted."""
-    std: tuple[Positive, Positive, Positive] = (0.229, 0.224, 0.225)
-    """Standard deviation of the pixels; divided by."""
-    max_pixels: Count = MAX_PIXELS
-    """Larger images are replaced before they are decoded."""
-    workers: Annotated[int, Field(ge=0)] = 8
-    """Processes of each rank that load images."""
-    max_bad_rate: Fraction = 0.01
-    """Share of unreadable images, among the last `bad_window` of a rank, above which a run stops.
-    """
-    bad_window: Count = 10_000
-    """Samples over which `max_bad_rate` is measured."""
     storage: Storage = Storage()
     """How shards are read."""
 

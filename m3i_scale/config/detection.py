@@ -6,9 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from m3i_scale.config.data import MAX_PIXELS
-from m3i_scale.config.model import Backbone
-from m3i_scale.config.transfer import TransferOptimizer, TransferRun
+from m3i_scale.config.transfer import TransferData, TransferModel, TransferOptimizer, TransferRun
 from m3i_scale.config.types import Count, Fraction, Node, PathText, Positive
 
 # ruff: noqa: RUF012  (pydantic copies defaults)
@@ -117,13 +115,9 @@ class Dino(Node):
         return self
 
 
-class Detector(Node):
+class Detector(TransferModel):
     """Backbone and head."""
 
-    backbone: Backbone
-    """The image encoder; `drop_path_rate`, `checkpoint_blocks` are among its options."""
-    init: PathText | None = None
-    """Weights that the backbone starts with, as in pre-training's `model.init`."""
     categories: Count
     """Number of categories of the annotation files."""
     windows: Windows = Windows()
@@ -178,7 +172,7 @@ class Sides(Node):
     """Images whose longer side would exceed it become smaller."""
 
 
-class DetectionData(Node):
+class DetectionData(TransferData):
     """Training and validation images, and how they are resized."""
 
     train: CocoSet
@@ -197,18 +191,6 @@ class DetectionData(Node):
     """Whether images without objects are trained on, too."""
     least_box: Positive = 1.0
     """Objects whose box has a shorter side in the training image are left out, in pixels."""
-    mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
-    """Mean of the pixels, RGB from 0 to 1; subtracted."""
-    std: tuple[Positive, Positive, Positive] = (0.229, 0.224, 0.225)
-    """Standard deviation of the pixels; divided by."""
-    workers: Annotated[int, Field(ge=0)] = 8
-    """Reading processes of each rank; 0: the training process reads."""
-    max_bad_rate: Fraction = 0.01
-    """Share of training images that may be absent or unreadable."""
-    bad_window: Count = 10_000
-    """Samples over which `max_bad_rate` is measured."""
-    max_pixels: Count = MAX_PIXELS
-    """Larger images are replaced before they are decoded."""
 
 
 class DetectionOptimizer(TransferOptimizer):

@@ -6,9 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from m3i_scale.config.data import MAX_PIXELS
-from m3i_scale.config.model import Backbone
-from m3i_scale.config.transfer import Evaluation, TransferRun
+from m3i_scale.config.transfer import Evaluation, TransferData, TransferModel, TransferRun
 from m3i_scale.config.types import BelowOne, Count, Fraction, Node, PathText, Positive
 
 # ruff: noqa: RUF012  (pydantic copies defaults)
@@ -64,7 +62,7 @@ class SegmentationAugmentation(Node):
         return self
 
 
-class SegmentationData(Node):
+class SegmentationData(TransferData):
     """Images and masks to train on and to test on."""
 
     train: MaskedImages
@@ -81,20 +79,6 @@ class SegmentationData(Node):
     """Side of training images, in pixels."""
     augmentation: SegmentationAugmentation = SegmentationAugmentation()
     """What training does to an image."""
-    mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
-    """Of the pixels' channels, subtracted; pixels are 0 to 1."""
-    std: tuple[Positive, Positive, Positive] = (0.229, 0.224, 0.225)
-    """Of the pixels' channels, divided by."""
-    max_pixels: Count = MAX_PIXELS
-    """Larger images are left out."""
-    workers: Annotated[int, Field(ge=0)] = 8
-    """Processes of each rank that load images."""
-    max_bad_rate: Fraction = 0.01
-    """Share of images that cannot be used, among the last `bad_window` of a rank, above which a run
-    stops.
-    """
-    bad_window: Count = 10_000
-    """Samples over which `max_bad_rate` is measured."""
 
 
 class UperNet(Node):
@@ -153,13 +137,12 @@ class Mask2Former(Node):
         return self
 
 
-class SegmentationModel(Node):
-    """The backbone and what reads its maps."""
+class SegmentationModel(TransferModel):
+    """The backbone and what reads its maps.
 
-    backbone: Backbone
-    """The image encoder. A ViT wants the option `position_grid`: its rows in pre-training."""
-    init: PathText | None = None
-    """Weights that the backbone starts with, as in pre-training's `model.init`."""
+    A ViT wants the option `position_grid`: its rows in pre-training.
+    """
+
     classes: Annotated[int, Field(ge=2, le=IGNORED)]
     """Number of classes."""
     blocks: list[Annotated[int, Field(ge=0)]] | None = None

@@ -5,9 +5,10 @@ of the configuration (`m3i_scale.config.Data` and what is below it).
 """
 
 from m3i_scale.data.batch import Batch
+from m3i_scale.data.make import TooManyBadSamples
 from m3i_scale.data.sequential import Labelled, load_labelled
 from m3i_scale.data.storage import StorageClient
-from m3i_scale.data.stream import Loader, Stream, TooManyBadSamples
+from m3i_scale.data.stream import Loader, Stream
 
 __all__ = [
     "Batch",

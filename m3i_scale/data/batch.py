@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -20,8 +21,41 @@ PHOTOMETRIC_FIELDS = (
 )
 
 
+B = TypeVar("B", bound="TensorFields")
+
+
+class TensorFields:
+    """A dataclass whose tensors change together, those in mappings and tuples among them."""
+
+    def map(self: B, function: Callable[[Tensor], Tensor]) -> B:
+        """Return the same with `function` applied to every tensor."""
+        own: Any = self
+        changed = {f.name: _mapped(getattr(self, f.name), function) for f in fields(own)}
+        return cast(B, replace(own, **changed))
+
+    def pin_memory(self: B) -> B:
+        """Copy into page-locked memory, from which a copy to the device is asynchronous."""
+        return self.map(lambda tensor: tensor.pin_memory())
+
+    def to(self: B, device: torch.device | str, *, non_blocking: bool = True) -> B:
+        """Move every tensor to `device`."""
+        return self.map(lambda tensor: tensor.to(device, non_blocking=non_blocking))
+
+
+def _mapped(value: Any, function: Callable[[Tensor], Tensor]) -> Any:
+    if isinstance(value, Tensor):
+        return function(value)
+    if isinstance(value, TensorFields):
+        return value.map(function)
+    if isinstance(value, dict):
+        return {name: _mapped(inside, function) for name, inside in value.items()}
+    if isinstance(value, tuple):
+        return tuple(_mapped(inside, function) for inside in value)
+    return value
+
+
 @dataclass
-class Batch:
+class Batch(TensorFields):
     """One micro-batch of B samples as CPU or device tensors; S is the view size, L the text length.
 
     The views are cropped and flipped but photometrically untouched: the photometric fields say
@@ -46,24 +80,3 @@ class Batch:
 
     def __len__(self) -> int:
         return self.position.shape[0]
-
-    def map(self, function: Callable[[Tensor], Tensor]) -> Batch:
-        """Return a batch with `function` applied to every tensor."""
-        changed: dict[str, object] = {}
-        for field in fields(self):
-            value = getattr(self, field.name)
-            if isinstance(value, Tensor):
-                changed[field.name] = function(value)
-            elif isinstance(value, dict):
-                changed[field.name] = {name: function(tensor) for name, tensor in value.items()}
-            else:
-                changed[field.name] = value
-        return Batch(**changed)  # type: ignore[arg-type]
-
-    def pin_memory(self) -> Batch:
-        """Copy into page-locked memory, from which a copy to the device is asynchronous."""
-        return self.map(lambda tensor: tensor.pin_memory())
-
-    def to(self, device: torch.device | str, *, non_blocking: bool = True) -> Batch:
-        """Move every tensor to `device`."""
-        return self.map(lambda tensor: tensor.to(device, non_blocking=non_blocking))

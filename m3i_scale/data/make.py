@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -13,7 +14,7 @@ from torch import Tensor
 
 from m3i_scale.config import Data, Source
 from m3i_scale.data import decode, views
-from m3i_scale.data.bad_sample import BadSample, OfOneRank, remedy
+from m3i_scale.data.bad_sample import BadSample, OfOneRank, explain, remedy
 from m3i_scale.data.batch import PHOTOMETRIC_FIELDS, Batch
 from m3i_scale.data.index import Index
 from m3i_scale.data.order import Order
@@ -24,6 +25,41 @@ _MOST_SUBSTITUTES = 32
 
 class TooManyBadSamples(OfOneRank, RuntimeError):  # noqa: N818  (the name is the message)
     """More samples had to be replaced than the configuration tolerates."""
+
+
+class BadSampleLimit:
+    """Counts the bad samples of a rank, and stops where they are too many.
+
+    Args:
+        rate: share of replaced samples above which it does, `max_bad_rate`.
+        window: samples over which it is measured, `bad_window`.
+
+    Attributes:
+        faults: Counter of causes, so far.
+    """
+
+    def __init__(self, rate: float, window: int) -> None:
+        self._rate, self._window = rate, window
+        self.faults: Counter[str] = Counter()
+        self._seen = self._replaced = 0
+
+    def note(self, cause: str, words: str, *, replaced: bool) -> None:
+        """Count a bad sample; raises TooManyBadSamples."""
+        self.faults[cause] += 1
+        self._replaced += replaced
+        if self._replaced > self._rate * self._window:
+            raise TooManyBadSamples(
+                f"{self._replaced} of the last {self._window} samples of this rank could not be "
+                f"used, more than max_bad_rate {self._rate} allows: "
+                f"{'; '.join(explain(self.faults))}. The last one: {words}. Raise "
+                "data.max_bad_rate where such a share may be lost."
+            )
+
+    def passed(self, samples: int) -> None:
+        """So many samples went by, good or not."""
+        self._seen += samples
+        if self._seen >= self._window:
+            self._seen = self._replaced = 0
 
 
 @dataclass(frozen=True)

@@ -8,11 +8,10 @@ that a run continues at any position, on any number of ranks and workers.
 from __future__ import annotations
 
 import logging
-from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any, NamedTuple, Protocol, cast
+from typing import Any, NamedTuple, Protocol, TypeVar, cast
 
 import numpy as np
 import torch
@@ -20,9 +19,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from m3i_scale.data.bad_sample import BadSample, explain
-from m3i_scale.data.make import TooManyBadSamples
+from m3i_scale.data.bad_sample import BadSample
+from m3i_scale.data.make import BadSampleLimit, TooManyBadSamples
 from m3i_scale.data.order import hash64, permutation
+from m3i_scale.data.stream import Slices, single_thread
 
 log = logging.getLogger(__name__)
 
@@ -108,25 +108,8 @@ class MapStream:
         Micro-step t holds the positions start + (t * world_size + rank) * micro_batch +
         [0, micro_batch).
         """
-        if not 0 <= rank < world_size:
-            raise ValueError(f"rank is {rank}: it must lie in [0, {world_size})")
-        first = start + rank * micro_batch
-        blocks = _Blocks(first, micro_batch, world_size * micro_batch, end)
-        return MapLoader(self, blocks, workers, pin_memory)
-
-
-class _Blocks:
-    """Positions of each micro-batch."""
-
-    def __init__(self, first: int, size: int, stride: int, end: int | None) -> None:
-        self._first, self._size, self._stride, self._end = first, size, stride, end
-
-    def __iter__(self) -> Iterator[list[int]]:
-        first = self._first
-        while self._end is None or first < self._end:
-            stop = first + self._size if self._end is None else min(first + self._size, self._end)
-            yield list(range(first, stop))
-            first += self._stride
+        slices = Slices(start, micro_batch, rank, world_size, end)
+        return MapLoader(self, slices, workers, pin_memory)
 
 
 @dataclass(frozen=True)
@@ -156,15 +139,15 @@ class _Loaded(NamedTuple):
 
 
 class _Samples(Dataset[_Loaded]):
-    """What runs in a worker: a list of positions gives a micro-batch."""
+    """What runs in a worker: the positions (B,) of a micro-batch give it."""
 
     def __init__(self, stream: MapStream) -> None:
         self.dataset, self.seed = stream.dataset, stream.seed
 
-    def __getitem__(self, positions: list[int]) -> _Loaded:
+    def __getitem__(self, positions: NDArray[np.int64]) -> _Loaded:
         faults: list[tuple[int, str, str]] = []
-        samples = [self._at(position, faults) for position in positions]
-        return _Loaded(Placed(self.dataset.collate(samples), torch.tensor(positions)), faults)
+        samples = [self._at(position, faults) for position in positions.tolist()]
+        return _Loaded(Placed(self.dataset.collate(samples), torch.from_numpy(positions)), faults)
 
     def _at(self, position: int, faults: list[tuple[int, str, str]]) -> Any:
         """The sample of a position; a bad one is replaced by one drawn for (position, attempt)."""
@@ -196,48 +179,37 @@ class MapLoader:
         faults: Counter of causes of bad samples, so far, on this rank.
     """
 
-    def __init__(
-        self, stream: MapStream, blocks: Iterable[list[int]], workers: int, pin_memory: bool
-    ) -> None:
-        self.stream, self._blocks = stream, blocks
+    def __init__(self, stream: MapStream, slices: Slices, workers: int, pin_memory: bool) -> None:
+        self.stream, self.slices = stream, slices
         self._workers, self._pin_memory = workers, pin_memory
-        self.faults: Counter[str] = Counter()
-        self._seen = self._replaced = 0
+        self._limit = BadSampleLimit(stream.max_bad_rate, stream.bad_window)
+        self.faults = self._limit.faults
 
     def __iter__(self) -> Iterator[Placed]:
-        loader: DataLoader[_Loaded] = DataLoader(
-            _Samples(self.stream),
-            sampler=cast(Any, self._blocks),
-            batch_size=None,
-            num_workers=self._workers,
-            worker_init_fn=_single_thread if self._workers else None,
-            collate_fn=_as_it_is,
-            generator=torch.Generator(),  # its seed of workers is not drawn from the default one
-        )
-        for loaded in loader:
-            self._note(loaded)
+        blocks = self.slices.blocks(0, 1)  # a worker makes whole micro-batches
+        for loaded in _load(_Samples(self.stream), blocks, self._workers):
+            for position, cause, text in loaded.faults:
+                log.warning("position %d: replaced a sample (%s)", position, text)
+                self._limit.note(cause, text, replaced=True)
+            self._limit.passed(len(loaded.placed))
             yield loaded.placed.pin_memory() if self._pin_memory else loaded.placed
 
-    def _note(self, loaded: _Loaded) -> None:
-        for position, cause, text in loaded.faults:
-            self.faults[cause] += 1
-            log.warning("position %d: replaced a sample (%s)", position, text)
-        self._replaced += len(loaded.faults)
-        self._seen += len(loaded.placed)
-        rate, window = self.stream.max_bad_rate, self.stream.bad_window
-        if self._replaced > rate * window:
-            raise TooManyBadSamples(
-                f"{self._replaced} of the last {window} samples of this rank could not be used, "
-                f"more than max_bad_rate {rate} allows: {'; '.join(explain(self.faults))}. "
-                f"The last one: {loaded.faults[-1][2]}. Raise data.max_bad_rate where such a share "
-                "may be lost."
-            )
-        if self._seen >= window:
-            self._seen = self._replaced = 0
+
+T = TypeVar("T")
 
 
-def _single_thread(_: int) -> None:
-    torch.set_num_threads(1)  # the workers are the parallelism
+def _load(made: Dataset[T], keys: Iterable[Any], workers: int) -> Iterator[T]:
+    """`made[key]` of each key, in order, made ahead by workers if there are any."""
+    loader: DataLoader[T] = DataLoader(
+        made,
+        sampler=cast(Any, keys),
+        batch_size=None,
+        num_workers=workers,
+        worker_init_fn=single_thread if workers else None,
+        collate_fn=_as_it_is,
+        generator=torch.Generator(),  # its seed of workers is not drawn from the default one
+    )
+    yield from loader
 
 
 def _as_it_is(loaded: Any) -> Any:
@@ -264,16 +236,7 @@ def shares(
     for number in range(rounds):
         first = (number * world_size + rank) * batch
         blocks.append([i if i < len(dataset) else -1 for i in range(first, first + batch)])
-    loader: DataLoader[Share] = DataLoader(
-        _Shares(dataset),
-        sampler=cast(Any, blocks),
-        batch_size=None,
-        num_workers=workers,
-        worker_init_fn=_single_thread if workers else None,
-        collate_fn=_as_it_is,
-        generator=torch.Generator(),
-    )
-    yield from loader
+    yield from _load(_Shares(dataset), blocks, workers)
 
 
 class _Shares(Dataset[Share]):

@@ -23,10 +23,9 @@ from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from m3i_scale.config import Data, Source
-from m3i_scale.data.bad_sample import explain
 from m3i_scale.data.batch import Batch
 from m3i_scale.data.index import Index
-from m3i_scale.data.make import Fault, Part, SampleBuilder, TooManyBadSamples, collate
+from m3i_scale.data.make import BadSampleLimit, Part, SampleBuilder, collate
 from m3i_scale.data.order import Mixture, Order, SourceOrder, chunk_samples, integer_weights
 from m3i_scale.data.reader import ShardReader
 from m3i_scale.data.storage import StorageClient, StorageError
@@ -150,16 +149,8 @@ class Stream:
         [0, micro_batch).  Without `end` the stream does not end; with it, the last batch holds
         only what lies before `end`, and a rank for which nothing is left gets none.
         """
-        for name, value, least in (
-            ("start", start, 0),
-            ("micro_batch", micro_batch, 1),
-            ("world_size", world_size, 1),
-            ("workers", workers, 0),
-        ):
-            if value < least:
-                raise ValueError(f"{name} is {value}: it must be at least {least}")
-        if not 0 <= rank < world_size:
-            raise ValueError(f"rank is {rank}: it must lie in [0, {world_size})")
+        if workers < 0:
+            raise ValueError(f"workers is {workers}: it must be at least 0")
         slices = Slices(start, micro_batch, rank, world_size, end)
         return Loader(self, slices, workers, pin_memory)
 
@@ -239,13 +230,24 @@ def _build_order(data: Data, indexes: Sequence[Index], seed: int, lanes: int) ->
 
 @dataclass(frozen=True)
 class Slices:
-    """Which positions belong to one rank, and within them to one worker."""
+    """Which positions belong to one rank, and within them to one worker.
+
+    Raises:
+        ValueError: a number is out of bounds.
+    """
 
     start: int
     micro_batch: int
     rank: int
     world_size: int
     end: int | None
+
+    def __post_init__(self) -> None:
+        for name, least in (("start", 0), ("micro_batch", 1), ("world_size", 1)):
+            if getattr(self, name) < least:
+                raise ValueError(f"{name} is {getattr(self, name)}: it must be at least {least}")
+        if not 0 <= self.rank < self.world_size:
+            raise ValueError(f"rank is {self.rank}: it must lie in [0, {self.world_size})")
 
     def blocks(self, worker: int, workers: int) -> Iterator[NDArray[np.int64]]:
         """The worker's share of every micro-batch: each worker has the same part of each of them,
@@ -271,8 +273,9 @@ class _Feed(IterableDataset):
         return self.stream.maker().parts(self.slices.blocks(worker, workers), buffers)
 
 
-def _single_thread(_: int) -> None:
-    torch.set_num_threads(1)  # the workers are the parallelism
+def single_thread(_: int) -> None:
+    """In a worker: the workers are the parallelism."""
+    torch.set_num_threads(1)
 
 
 class Loader:
@@ -287,9 +290,9 @@ class Loader:
     def __init__(self, stream: Stream, slices: Slices, workers: int, pin_memory: bool) -> None:
         self.stream, self.slices = stream, slices
         self.workers, self.pin_memory = min(workers, slices.micro_batch), pin_memory
-        self.faults: Counter[str] = Counter()
+        self._limit = BadSampleLimit(stream.data.max_bad_rate, stream.data.bad_window)
+        self.faults = self._limit.faults
         self.read: Counter[str] = Counter()
-        self._seen = self._replaced = 0
 
     def __iter__(self) -> Iterator[Batch]:
         parts = self._from_workers() if self.workers else self._in_process()
@@ -316,7 +319,7 @@ class Loader:
             num_workers=self.workers,
             prefetch_factor=_PREFETCH,
             generator=torch.Generator(),  # the default one is the networks'
-            worker_init_fn=_single_thread,
+            worker_init_fn=single_thread,
         )
         for number, part in enumerate(loader):
             part.views = buffers[number % self.workers, part.slot, :, : len(part)]
@@ -325,19 +328,6 @@ class Loader:
     def _note(self, part: Part) -> None:
         self.read.update(part.read)
         for fault in part.faults:
-            self._note_fault(fault)
-        self._seen += len(part)
-        if self._seen >= self.stream.data.bad_window:
-            self._seen = self._replaced = 0
-
-    def _note_fault(self, fault: Fault) -> None:
-        self.faults[fault.cause] += 1
-        log.warning("position %d: %s", fault.position, fault)
-        self._replaced += fault.outcome == "replaced"
-        window, rate = self.stream.data.bad_window, self.stream.data.max_bad_rate
-        if self._replaced > rate * window:
-            raise TooManyBadSamples(
-                f"{self._replaced} of the last {window} samples of this rank could not be used, "
-                f"more than max_bad_rate {rate} allows: {'; '.join(explain(self.faults))}. "
-                f"The last one: {fault}. Raise data.max_bad_rate where such a share may be lost."
-            )
+            log.warning("position %d: %s", fault.position, fault)
+            self._limit.note(fault.cause, str(fault), replaced=fault.outcome == "replaced")
+        self._limit.passed(len(part))

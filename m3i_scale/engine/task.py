@@ -10,13 +10,13 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, Protocol, runtime_checkable
 
-import torch
 from torch import Tensor, nn
 
 from m3i_scale.cluster.launch import World
 from m3i_scale.config import RunConfig
 from m3i_scale.config.transfer import Evaluation
 from m3i_scale.engine.schedules import BatchSplit, Schedule
+from m3i_scale.objective.figures import figure
 
 Values = dict[str, float]
 Pairs = dict[str, Tensor]  # (sum, count) of each figure of a micro-step
@@ -181,8 +181,7 @@ class Task(ABC):
     def figures(self, networks: Any, outputs: dict[str, Tensor]) -> Pairs:
         """This micro-step's figures, after the backward pass."""
         pairs = {name: value for name, value in outputs.items() if name != "loss"}
-        loss = outputs["loss"].detach().float()
-        return pairs | {"loss/total": torch.stack([loss, torch.ones_like(loss)])}
+        return pairs | {"loss/total": figure(outputs["loss"])}
 
     def step_values(self, means: Values, parts: int) -> Values:
         """Derived figures of a step; may take out of `means` what is of no use by itself.

@@ -13,7 +13,7 @@ from deepspeed.runtime.zero import parameter_offload
 from deepspeed.runtime.zero.config import ZERO_OPTIMIZATION
 from torch import nn
 
-from m3i_scale.cluster.launch import World
+from m3i_scale.cluster.launch import World, drawing
 from m3i_scale.cluster.numerics import set_numerics
 from m3i_scale.config import ConfigError, Engine, Optimizer, RunConfig, Zero
 from m3i_scale.config.load import merge
@@ -166,7 +166,7 @@ def _build_partitioned(task: Task, world: World, settings: dict[str, Any]) -> Sh
     partitioning = contextlib.nullcontext()
     if not task.built_whole:
         partitioning = deepspeed.zero.Init(config_dict_or_path=settings)
-    with _same_draws(config, world), partitioning:
+    with drawing(config.seed, world.device), partitioning:  # all ranks draw the same
         model = _networks(task)
     kind: type[ShardedTeacher | WholeTeacher]
     kind = ShardedTeacher if config.engine.teacher == "sharded" else WholeTeacher
@@ -196,7 +196,7 @@ def _build_flat(task: Task, world: World, settings: dict[str, Any]) -> Sharded:
     config = task.config
     # Drawn in the dtype and on the device that stage 3 draws in: the same weights.
     dtype = deepspeed.OnDevice(dtype=DTYPES[config.engine.precision], device=world.device)
-    with _same_draws(config, world), world.device, dtype:
+    with drawing(config.seed, world.device), world.device, dtype:
         model = _networks(task)
     teacher, copy, student = None, None, None
     if isinstance(model, StudentTeacher):
@@ -221,14 +221,6 @@ def _groups(task: Task, model: nn.Module, apart: nn.Module | None = None) -> lis
 
 def _averages(task: Task, own: Shards, model: nn.Module, world: World) -> WeightAverages | None:
     return WeightAverages(own, model, world.device) if task.averages else None
-
-
-@contextlib.contextmanager
-def _same_draws(config: RunConfig, world: World) -> Iterator[None]:
-    """The same weights whatever the number of ranks: all draw the same, and keep their part."""
-    with torch.random.fork_rng(devices=[world.device] if world.device.type == "cuda" else []):
-        torch.manual_seed(config.seed)
-        yield
 
 
 def _initialize(

@@ -22,7 +22,7 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from m3i_scale.config import Input, Model, Objective
+from m3i_scale.config import Backbone, Input, Model, Objective
 from m3i_scale.models.layers import residual_blocks
 from m3i_scale.models.precision import DTYPES
 from m3i_scale.objective.collectives import alone
@@ -323,14 +323,16 @@ def reference_operators() -> contextlib.AbstractContextManager[None]:
     return _operators(kernels=False)
 
 
-def _strip(options: dict[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in options.items() if key != "checkpoint_blocks"}
+def without_checkpointing(backbone: Backbone) -> Backbone:
+    """The same backbone, which recomputes nothing."""
+    options = {key: value for key, value in backbone.options.items() if key != "checkpoint_blocks"}
+    return backbone.model_copy(update={"options": options})
 
 
 def _unchecked(model: Model) -> Model:
     """The same networks without activation checkpointing."""
     text = model.text and model.text.model_copy(update={"checkpoint_blocks": False})
-    backbone = model.backbone.model_copy(update={"options": _strip(model.backbone.options)})
+    backbone = without_checkpointing(model.backbone)
     decoder = model.decoder.model_copy(update={"checkpoint_blocks": False})
     return model.model_copy(update={"backbone": backbone, "decoder": decoder, "text": text})
 

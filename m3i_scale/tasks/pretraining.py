@@ -6,18 +6,19 @@ import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from m3i_scale.cluster.launch import World
 from m3i_scale.config import Config, Objective, PretrainingOptimizer
 from m3i_scale.data import Stream
+from m3i_scale.data.bad_sample import OfOneRank
 from m3i_scale.engine.agreement import flat
 from m3i_scale.engine.schedules import BatchSplit, Schedule
 from m3i_scale.engine.task import Pairs, Values
 from m3i_scale.integrations.initial import Initial, open_initial
 from m3i_scale.models.precision import DTYPES
 from m3i_scale.objective.balance import LossBalance
+from m3i_scale.objective.figures import figure
 from m3i_scale.objective.inputs import MixedBatch, build_input
 from m3i_scale.objective.m3i import M3I
 from m3i_scale.objective.momentum import ema_coefficient, momentum_by_length, turnovers
@@ -29,11 +30,8 @@ from m3i_scale.tasks.samples import build_stream
 from m3i_scale.tasks.task import SampledTask
 
 
-class CategoryError(ValueError):
+class CategoryError(OfOneRank, ValueError):
     """A sample's category is beyond the classifier."""
-
-    for_users = True
-    on_one_rank = True
 
 
 class Pretraining(SampledTask):
@@ -44,7 +42,7 @@ class Pretraining(SampledTask):
     """
 
     even = True  # neighbours are mixed
-    picture = "mixes.png"
+    picture: str = "mixes.png"
     config: Config
 
     def __init__(self, config: Config) -> None:
@@ -168,7 +166,7 @@ class Pretraining(SampledTask):
             dtype=DTYPES[config.engine.precision],
             seed=config.seed,
         )
-        path = config.run_folder / "mixes.png"
+        path = config.run_folder / self.picture
         if config.logging.pictures and world.is_main and not path.exists():
             save_mixes(path, prepared, mean, std, config.objective.input.patch)
         return prepared
@@ -181,10 +179,9 @@ class Pretraining(SampledTask):
     def figures(self, networks: M3I, outputs: dict[str, Tensor]) -> Pairs:
         """And the squares of the gradients at the features, which the balance reads."""
         squares = networks.probe.squares(self.balance.supervised_weight)
-        one = torch.ones_like(squares[0])
         return super().figures(networks, outputs) | {
-            "gradient_square/ssp": torch.stack([squares[0], one]),
-            "gradient_square/sp": torch.stack([squares[1], one]),
+            "gradient_square/ssp": figure(squares[0]),
+            "gradient_square/sp": figure(squares[1]),
         }
 
     def step_values(self, means: Values, parts: int) -> Values:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,8 @@ from m3i_scale.config import Source
 from m3i_scale.config.classification import ClassificationData, LabelledImages
 from m3i_scale.data import StorageClient
 from m3i_scale.data.bad_sample import BadSample
-from m3i_scale.data.decode import decode_image
+from m3i_scale.data.batch import TensorFields
+from m3i_scale.data.decode import decode_file
 from m3i_scale.data.make import decode_sample
 from m3i_scale.data.reader import ShardReader
 from m3i_scale.data.sequential import source_of
@@ -29,7 +30,7 @@ Transform = Callable[[Tensor], Tensor]  # uint8 (3, H, W) -> float32 (3, S, S), 
 
 
 @dataclass(frozen=True)
-class LabelledBatch:
+class LabelledBatch(TensorFields):
     """B images, float32 (B, 3, S, S), normalised; labels, int64 (B,); names, for messages."""
 
     images: Tensor
@@ -38,15 +39,6 @@ class LabelledBatch:
 
     def __len__(self) -> int:
         return len(self.labels)
-
-    def pin_memory(self) -> LabelledBatch:
-        """Copy into page-locked memory."""
-        return replace(self, images=self.images.pin_memory(), labels=self.labels.pin_memory())
-
-    def to(self, device: torch.device | str) -> LabelledBatch:
-        """Move every tensor to `device`."""
-        images, labels = (x.to(device, non_blocking=True) for x in (self.images, self.labels))
-        return replace(self, images=images, labels=labels)
 
 
 @dataclass(frozen=True)
@@ -147,13 +139,7 @@ class FolderImages(LabelledSet):
 
     def read(self, index: int) -> tuple[Tensor, int, str]:
         """Decode a file."""
-        path = self.folder / self.files[index]
-        try:
-            image = decode_image(path.read_bytes(), max_pixels=self.data.max_pixels)
-        except OSError as error:
-            raise BadSample("unreadable file", f"{path}: {error.strerror}") from None
-        except BadSample as bad:
-            raise BadSample(bad.cause, f"{path}: {bad}") from None
+        image = decode_file(self.folder / self.files[index], max_pixels=self.data.max_pixels)
         return image, int(self.labels[index]), self.files[index]
 
     def identity(self) -> dict[str, Any]:

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import functools
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from m3i_scale.cluster.launch import World
+from m3i_scale.cluster.launch import World, drawing
 from m3i_scale.config import ConfigError
 from m3i_scale.config.classification import Classification, ClassificationData, ImageAugmentation
 from m3i_scale.data.map_stream import MapStream, Placed
@@ -19,10 +19,9 @@ from m3i_scale.engine.agreement import flat
 from m3i_scale.engine.files import write_whole
 from m3i_scale.engine.task import Values
 from m3i_scale.models.layer_decay import layer_scales
-from m3i_scale.models.layers import residual_blocks
 from m3i_scale.models.precision import DTYPES
 from m3i_scale.models.stochastic_depth import hash_keys
-from m3i_scale.profiling.backbone import backbone_flops
+from m3i_scale.profiling.forward import backbone_flops
 from m3i_scale.tasks.classification.evaluation import confusion
 from m3i_scale.tasks.classification.images import LabelledSet, Transform, open_images
 from m3i_scale.tasks.classification.networks import ClassificationNetworks, Inputs
@@ -41,10 +40,6 @@ class ClassificationTask(TransferTask):
     def networks(self) -> ClassificationNetworks:
         """A backbone with a linear classifier."""
         return ClassificationNetworks(self.config.model)
-
-    def leaves(self, networks: ClassificationNetworks) -> Iterable[nn.Module]:
-        """The backbone's residual blocks, which run once."""
-        return [block for _, block in residual_blocks(networks.backbone)]
 
     def rate_factors(self, networks: ClassificationNetworks) -> Mapping[str, float]:
         """Layer decay."""
@@ -77,10 +72,7 @@ class ClassificationTask(TransferTask):
         data = self.config.data
         train = self._open("train", training_transform(data))
         assert len(self.test_set)
-        return MapStream(
-            train, name="train", seed=self.config.seed,
-            max_bad_rate=data.max_bad_rate, bad_window=data.bad_window,
-        )  # fmt: skip
+        return self.stream_of(train)
 
     def _open(self, which: str, transform: Transform) -> LabelledSet:
         data = self.config.data
@@ -92,9 +84,7 @@ class ClassificationTask(TransferTask):
     def prepare(self, batch: Placed, world: World) -> Inputs:
         """Mix the images of a micro-batch, as its first position decides."""
         spec, data = self.config, batch.to(world.device)
-        seed = int(hash_keys(batch.position[:1].cpu(), spec.seed)[0])
-        with torch.random.fork_rng(devices=_devices(world)):
-            torch.manual_seed(seed)
+        with drawing(self.seed_of(batch), world.device):
             images, targets = self._mix(data.batch.images, data.batch.labels)
         smoothing = spec.data.augmentation.label_smoothing
         targets = targets * (1 - smoothing) + smoothing / spec.model.classes
@@ -113,10 +103,6 @@ class ClassificationTask(TransferTask):
         if world.is_main:
             write_whole(config.run_folder / "confusion.json", json.dumps(matrix.tolist()))
         return {"top1": 100 * top1, "top5": 100 * top5}
-
-
-def _devices(world: World) -> list[torch.device]:
-    return [world.device] if world.device.type == "cuda" else []
 
 
 def mixing(spec: ImageAugmentation, classes: int) -> Any:

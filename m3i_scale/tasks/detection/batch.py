@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from m3i_scale.data.batch import TensorFields
+from m3i_scale.tasks.pixels import normalised_pixels
+
 DIVISOR = 32  # the stride of the coarsest map of a backbone
 
 
 @dataclass(frozen=True)
-class Objects:
+class Objects(TensorFields):
     """N objects of an image, in its pixels as it is fed to the networks.
 
     boxes   float32 (N, 4): left, top, right, bottom
@@ -27,11 +30,6 @@ class Objects:
 
     def __len__(self) -> int:
         return len(self.labels)
-
-    def map(self, function: Callable[[Tensor], Tensor]) -> Objects:
-        """The same with `function` applied to every tensor."""
-        masks = None if self.masks is None else function(self.masks)
-        return Objects(function(self.boxes), function(self.labels), masks)
 
 
 @dataclass(frozen=True)
@@ -51,12 +49,13 @@ class Sample:
 
 
 @dataclass(frozen=True)
-class Batch:
+class Batch(TensorFields):
     """B images as one micro-batch.
 
     images  uint8 (B, 3, H, W), each in the upper left corner, height and width multiples of 32
     sizes   int64 (B, 2), height and width of each image in there
     keys    int64 (B,): what stochastic depth draws from; None: the default generator
+    seed    of everything else that is drawn in training, known without waiting for the device
     """
 
     images: Tensor
@@ -66,27 +65,10 @@ class Batch:
     originals: tuple[tuple[int, int], ...]
     key: tuple[str, ...]
     keys: Tensor | None = None
+    seed: int | None = None
 
     def __len__(self) -> int:
         return len(self.images)
-
-    def map(self, function: Callable[[Tensor], Tensor]) -> Batch:
-        """The same with `function` applied to every tensor."""
-        return replace(
-            self,
-            images=function(self.images),
-            sizes=function(self.sizes),
-            objects=tuple(objects.map(function) for objects in self.objects),
-            keys=None if self.keys is None else function(self.keys),
-        )
-
-    def pin_memory(self) -> Batch:
-        """Copy into page-locked memory, from which a copy to the device is asynchronous."""
-        return self.map(lambda tensor: tensor.pin_memory())
-
-    def to(self, device: torch.device | str, *, non_blocking: bool = True) -> Batch:
-        """Move every tensor to `device`."""
-        return self.map(lambda tensor: tensor.to(device, non_blocking=non_blocking))
 
 
 def collate(samples: Sequence[Sample]) -> Batch:
@@ -112,9 +94,7 @@ def normalised(
     batch: Batch, mean: Sequence[float], std: Sequence[float], dtype: torch.dtype
 ) -> Tensor:
     """The images (B, 3, H, W) with mean 0 and deviation 1, and zeros where they are padded."""
-    images = batch.images.to(torch.float32) / 255
-    shape = (1, 3, 1, 1)
-    images = (images - images.new_tensor(mean).view(shape)) / images.new_tensor(std).view(shape)
+    images = normalised_pixels(batch.images, mean, std)
     return (images * valid(batch.sizes, *images.shape[-2:])[:, None]).to(dtype)
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from m3i_scale.config.detection import CocoSet, DetectionData
 from m3i_scale.data.bad_sample import BadSample
-from m3i_scale.data.decode import decode_image
+from m3i_scale.data.decode import decode_file
 from m3i_scale.tasks.detection import resizing
 from m3i_scale.tasks.detection.batch import Batch, Objects, Sample, collate
 from m3i_scale.tasks.detection.coco import (
@@ -50,17 +50,12 @@ class CocoImages:
             BadSample: the file is not there, damaged, or not of the listed size.
         """
         entry = self.file.images[index]
-        try:
-            data = (self.folder / entry.file).read_bytes()
-            image = decode_image(data, max_pixels=self.data.max_pixels).permute(2, 0, 1)
-        except OSError as error:
-            raise BadSample("unreadable file", f"{self.folder / entry.file}: {error}") from None
-        except BadSample as bad:
-            raise BadSample(bad.cause, f"{self.folder / entry.file}: {bad}") from None
+        path = self.folder / entry.file
+        image = decode_file(path, max_pixels=self.data.max_pixels).permute(2, 0, 1)
         if image.shape[-2:] != (entry.height, entry.width):
             listed = f"listed are {entry.width}x{entry.height}"
             found = f"{image.shape[-1]}x{image.shape[-2]}, {listed}"
-            raise BadSample("image of another size", f"{self.folder / entry.file}: {found}")
+            raise BadSample("image of another size", f"{path}: {found}")
         return image, self._objects(index, entry, masks)
 
     def identity(self) -> dict[str, Any]:

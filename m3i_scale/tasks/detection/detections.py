@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
+
+from m3i_scale.objective.figures import figure
 
 
 @dataclass(frozen=True)
@@ -30,5 +31,4 @@ class Detections:
 
 def figures(losses: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Losses as "loss/NAME": [sum, count] in float32, without gradient."""
-    one = next(iter(losses.values())).detach().new_ones((), dtype=torch.float32)
-    return {f"loss/{name}": torch.stack([v.detach().float(), one]) for name, v in losses.items()}
+    return {f"loss/{name}": figure(value) for name, value in losses.items()}

@@ -11,18 +11,17 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
 
-from m3i_scale.cluster.launch import World
+from m3i_scale.cluster.launch import World, drawing
 from m3i_scale.config import ConfigError
-from m3i_scale.config.detection import Detection, Detector, Dino, Jitter
+from m3i_scale.config.detection import Detection, Dino, Jitter
 from m3i_scale.data.map_stream import MapStream, Placed
 from m3i_scale.engine.agreement import flat
 from m3i_scale.engine.files import write_whole
 from m3i_scale.engine.task import Values
-from m3i_scale.models.layers import residual_blocks
 from m3i_scale.models.stochastic_depth import hash_keys
-from m3i_scale.profiling.trace import count_flops, reference_operators
+from m3i_scale.profiling.forward import forward_flops
+from m3i_scale.profiling.trace import without_checkpointing
 from m3i_scale.tasks.detection import pictures
 from m3i_scale.tasks.detection.backbones import build_backbone, layer_scales, pretrained_names
 from m3i_scale.tasks.detection.batch import DIVISOR, Batch
@@ -77,12 +76,8 @@ class DetectionTask(TransferTask):
 
     def open_stream(self) -> MapStream:
         """Training images; those of validation are opened, too, so that a fault is found now."""
-        data = self.config.data
         assert len(self.test_set)
-        return MapStream(
-            self.training_set, name="train", seed=self.config.seed,
-            max_bad_rate=data.max_bad_rate, bad_window=data.bad_window,
-        )  # fmt: skip
+        return self.stream_of(self.training_set)
 
     def networks(self) -> MaskRcnnDetector | DinoDetector:
         """The detector; a federated loss reads how many images show each category."""
@@ -94,10 +89,6 @@ class DetectionTask(TransferTask):
     def title(self, networks: Any) -> str:
         """Backbone and head."""
         return f"{self.config.model.backbone.name} with {self.config.model.head.kind}"
-
-    def leaves(self, networks: MaskRcnnDetector | DinoDetector) -> Iterable[nn.Module]:
-        """The backbone's residual blocks, which run once."""
-        return [block for _, block in residual_blocks(networks.backbone)]
 
     def rate_factors(self, networks: MaskRcnnDetector | DinoDetector) -> Mapping[str, float]:
         """Layer decay, and factors of offsets."""
@@ -131,31 +122,27 @@ class DetectionTask(TransferTask):
         Heads are not counted: what they do depends on the objects.
         """
         model, data = self.config.model, self.config.data
+        model = model.model_copy(update={"backbone": without_checkpointing(model.backbone)})
         height, width = (-(-side // DIVISOR) * DIVISOR for side in largest_size(self.config))
-        with torch.random.fork_rng(devices=[]), reference_operators():
-            with torch.device("meta"):
-                backbone = build_backbone(_not_recomputed(model), training_side(data))
-            with FakeTensorMode(allow_non_fake_inputs=True):
-                backbone.to_empty(device="cpu").eval()
-                images = torch.zeros(1, 3, height, width)
-                run = (
-                    backbone.feature_map
-                    if isinstance(backbone, WindowedViT)
-                    else backbone.forward_stages
-                )
-                return 3 * float(count_flops(lambda: run(images)))
+
+        def run(backbone: Any) -> Any:
+            images = torch.zeros(1, 3, height, width)
+            if isinstance(backbone, WindowedViT):
+                return backbone.feature_map(images)
+            return backbone.forward_stages(images)
+
+        return 3 * forward_flops(lambda: build_backbone(model, training_side(data)), run)
 
     def prepare(self, batch: Placed, world: World) -> Batch:
         """The batch on the device, with what stochastic depth draws from."""
         data = batch.to(world.device)
-        return replace(data.batch, keys=hash_keys(data.position, self.config.seed))
+        keys = hash_keys(data.position, self.config.seed)
+        return replace(data.batch, keys=keys, seed=self.seed_of(batch))
 
     def forward(self, engine: nn.Module, inputs: Batch) -> dict[str, Tensor]:
         """Run the networks; what they draw is a function of the seed and the first sample."""
-        assert inputs.keys is not None
-        device = inputs.images.device
-        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-            torch.manual_seed(int(inputs.keys[0]))
+        assert inputs.seed is not None
+        with drawing(inputs.seed, inputs.images.device):
             outputs: dict[str, Tensor] = engine(inputs)
         return outputs
 
@@ -181,12 +168,6 @@ class DetectionTask(TransferTask):
         pictures.save_detections(folder / "detections.png", images, results)
         pictures.save_mistakes(folder / "mistakes.png", images, results)
         pictures.save_curves(folder / "precision_recall.png", images.file, results, kinds)
-
-
-def _not_recomputed(model: Detector) -> Detector:
-    options = {k: v for k, v in model.backbone.options.items() if k != "checkpoint_blocks"}
-    backbone = model.backbone.model_copy(update={"options": options})
-    return model.model_copy(update={"backbone": backbone})
 
 
 def largest_size(config: Detection) -> tuple[int, int]:

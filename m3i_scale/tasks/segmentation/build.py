@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import torch
-from torch._subclasses.fake_tensor import FakeTensorMode
 
 from m3i_scale.config import ConfigError
 from m3i_scale.config.segmentation import Mask2Former, SegmentationModel
-from m3i_scale.profiling.trace import count_flops, reference_operators
+from m3i_scale.profiling.forward import forward_flops
+from m3i_scale.profiling.trace import without_checkpointing
 from m3i_scale.tasks.segmentation.mask2former import Mask2FormerSegmenter
 from m3i_scale.tasks.segmentation.networks import Inputs, Segmenter
 from m3i_scale.tasks.segmentation.upernet import UperNetSegmenter
@@ -35,18 +35,14 @@ def build_networks(model: SegmentationModel, crop: int) -> Segmenter:
     return networks
 
 
-def forward_flops(model: SegmentationModel, crop: int) -> float:
+def segmenter_flops(model: SegmentationModel, crop: int) -> float:
     """FLOPs of one forward pass over an image of crop x crop pixels.
 
     Raises:
         ValueError: as `build_networks`.
     """
-    options = {k: v for k, v in model.backbone.options.items() if k != "checkpoint_blocks"}
-    backbone = model.backbone.model_copy(update={"options": options})
-    with torch.random.fork_rng(devices=[]), reference_operators():
-        with torch.device("meta"):
-            networks = build_networks(model.model_copy(update={"backbone": backbone}), crop)
-        with FakeTensorMode(allow_non_fake_inputs=True):
-            networks.to_empty(device="cpu").eval()
-            images = torch.zeros(1, 3, crop, crop)
-            return float(count_flops(lambda: networks(Inputs(images))))
+    model = model.model_copy(update={"backbone": without_checkpointing(model.backbone)})
+    return forward_flops(
+        lambda: build_networks(model, crop),
+        lambda networks: networks(Inputs(torch.zeros(1, 3, crop, crop))),
+    )

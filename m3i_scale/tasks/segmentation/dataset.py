@@ -13,7 +13,7 @@ import json
 import logging
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,7 @@ from torch import Tensor
 from m3i_scale.config import ConfigError
 from m3i_scale.config.segmentation import IGNORED, MaskedImages, SegmentationData
 from m3i_scale.data.bad_sample import BadSample, explain
+from m3i_scale.data.batch import TensorFields
 from m3i_scale.data.decode import decode_image
 
 log = logging.getLogger(__name__)
@@ -50,7 +51,7 @@ class Sample:
 
 
 @dataclass(frozen=True)
-class Batch:
+class Batch(TensorFields):
     """B samples of one size S, on the CPU or a device.
 
     images  uint8 (B, 3, S, S)
@@ -64,18 +65,6 @@ class Batch:
 
     def __len__(self) -> int:
         return len(self.key)
-
-    def map(self, function: Callable[[Tensor], Tensor]) -> Batch:
-        """Return a batch with `function` applied to every tensor."""
-        return replace(self, images=function(self.images), masks=function(self.masks))
-
-    def pin_memory(self) -> Batch:
-        """Copy into page-locked memory, from which a copy to the device is asynchronous."""
-        return self.map(lambda tensor: tensor.pin_memory())
-
-    def to(self, device: torch.device | str, *, non_blocking: bool = True) -> Batch:
-        """Move every tensor to `device`."""
-        return self.map(lambda tensor: tensor.to(device, non_blocking=non_blocking))
 
 
 def collate(samples: Sequence[Sample]) -> Batch:

@@ -17,6 +17,7 @@ from torchvision.transforms.v2 import functional as transforms
 
 from m3i_scale.config import ConfigError
 from m3i_scale.config.segmentation import SegmentationData, SegmentationEvaluation
+from m3i_scale.tasks.pixels import normalised_pixels
 from m3i_scale.tasks.segmentation.augmentation import fitted
 from m3i_scale.tasks.segmentation.networks import resize
 
@@ -98,7 +99,7 @@ class Planner:
             )
         self.test, self.crop, self.multiple = test, data.crop, multiple
         self._device, self._dtype = device, dtype
-        self._mean, self._std = (torch.tensor(x)[:, None, None] for x in (data.mean, data.std))
+        self._data = data
 
     def plan(self, image: Tensor) -> Plan:
         """Cut an image, uint8 (3, H, W)."""
@@ -112,7 +113,7 @@ class Planner:
                 self.test.round_to,
             )
             resized = transforms.resize(image, list(size), antialias=True)
-            ready = (resized.float() / 255 - self._mean) / self._std
+            ready = normalised_pixels(resized, self._data.mean, self._data.std)
             ready = ready.to(self._device, self._dtype)
             boxes = (
                 windows(size, self.crop, self.test.stride) if self._windowed else [(0, 0, *size)]

@@ -28,6 +28,7 @@ from transformers.models.mask2former.modeling_mask2former import (
 from m3i_scale.config import ConfigError
 from m3i_scale.config.segmentation import IGNORED, Mask2Former, SegmentationModel
 from m3i_scale.objective.collectives import average
+from m3i_scale.objective.figures import figure
 from m3i_scale.tasks.segmentation.networks import Segmenter, group_norm, resize
 
 _KINDS = {"cross_entropy": "class", "mask": "mask", "dice": "dice"}  # transformers' names -> ours
@@ -229,10 +230,7 @@ class Mask2FormerSegmenter(Segmenter):
             for kind, name in _KINDS.items()
         }
         loss = torch.stack([self.weights[name] * part for name, part in parts.items()]).sum()
-        figures = {
-            f"loss/{name}": torch.stack([part.detach(), torch.ones_like(part)])
-            for name, part in parts.items()
-        }
+        figures = {f"loss/{name}": figure(part) for name, part in parts.items()}
         return {"loss": loss, **figures}
 
 

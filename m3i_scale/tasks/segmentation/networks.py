@@ -20,6 +20,7 @@ from m3i_scale.config.segmentation import IGNORED, SegmentationData, Segmentatio
 from m3i_scale.models.backbone import build_backbone
 from m3i_scale.models.intern_image import InternImage
 from m3i_scale.models.vit import ViT
+from m3i_scale.tasks.pixels import normalised_pixels
 from m3i_scale.tasks.segmentation.dataset import Batch
 
 Norm = Callable[[int], nn.Module]
@@ -44,9 +45,8 @@ def inputs_of(
     batch: Batch, data: SegmentationData, dtype: torch.dtype, keys: Tensor | None = None
 ) -> Inputs:
     """Normalise a batch that is on the networks' device."""
-    images = batch.images.float() / 255
-    mean, std = (images.new_tensor(x)[:, None, None] for x in (data.mean, data.std))
-    return Inputs(((images - mean) / std).to(dtype), batch.masks, keys)
+    images = normalised_pixels(batch.images, data.mean, data.std)
+    return Inputs(images.to(dtype), batch.masks, keys)
 
 
 class Segmenter(nn.Module):

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import functools
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import nn
 
 from m3i_scale.cluster.launch import World
 from m3i_scale.config import ConfigError
@@ -23,11 +22,10 @@ from m3i_scale.engine.agreement import flat
 from m3i_scale.engine.files import write_whole
 from m3i_scale.engine.task import Values
 from m3i_scale.models.layer_decay import layer_scales
-from m3i_scale.models.layers import residual_blocks
 from m3i_scale.models.precision import DTYPES
 from m3i_scale.models.stochastic_depth import hash_keys
 from m3i_scale.tasks.segmentation.augmentation import TrainingCrop
-from m3i_scale.tasks.segmentation.build import build_networks, forward_flops
+from m3i_scale.tasks.segmentation.build import build_networks, segmenter_flops
 from m3i_scale.tasks.segmentation.dataset import SegmentationSet, read_class_names
 from m3i_scale.tasks.segmentation.evaluation import evaluate
 from m3i_scale.tasks.segmentation.inference import Planner
@@ -55,10 +53,6 @@ class SegmentationTask(TransferTask):
         """The head and the backbone."""
         return f"{self.config.model.head.kind} on {self.config.model.backbone.name}"
 
-    def leaves(self, networks: Segmenter) -> Iterable[nn.Module]:
-        """The backbone's residual blocks, which run once."""
-        return [block for _, block in residual_blocks(networks.backbone)]
-
     def rate_factors(self, networks: Segmenter) -> Mapping[str, float]:
         """Layer decay."""
         return layer_scales(networks, self.config.optimizer.layer_decay)
@@ -73,7 +67,7 @@ class SegmentationTask(TransferTask):
 
     def flops(self) -> float:
         """The forward pass three times."""
-        return 3 * forward_flops(self.config.model, self.config.data.crop)
+        return 3 * segmenter_flops(self.config.model, self.config.data.crop)
 
     # ---------------------------------------------------------------------------------- samples
 
@@ -84,10 +78,7 @@ class SegmentationTask(TransferTask):
         train = self._open("train", data.train, TrainingCrop(data))
         assert self.names
         assert data.test is None or len(self.test_set)
-        return MapStream(
-            train, name="train", seed=self.config.seed,
-            max_bad_rate=data.max_bad_rate, bad_window=data.bad_window,
-        )  # fmt: skip
+        return self.stream_of(train)
 
     @functools.cached_property
     def names(self) -> list[str]:

@@ -21,6 +21,7 @@ from transformers.models.upernet.modeling_upernet import (
 
 from m3i_scale.config.segmentation import IGNORED, SegmentationModel, UperNet
 from m3i_scale.models.stochastic_depth import draw_uniform, hash_keys
+from m3i_scale.objective.figures import figure
 from m3i_scale.tasks.segmentation.networks import NORMS, Norm, Segmenter, pixel_loss, resize
 
 _LEVEL = 2  # of the second head: stride 16
@@ -83,14 +84,10 @@ class UperNetSegmenter(Segmenter):
                 module.keys = keys
         logits = self.decode_head(maps)
         loss = pixel_loss(logits, masks)
-        count = torch.ones_like(loss)
-        figures = {
-            "loss/decode": torch.stack([loss.detach(), count]),
-            "accuracy/pixels": _accuracy(logits, masks),
-        }
+        figures = {"loss/decode": figure(loss), "accuracy/pixels": _accuracy(logits, masks)}
         if self.auxiliary_weight:
             second = pixel_loss(self.auxiliary_head(maps), masks)
-            figures["loss/auxiliary"] = torch.stack([second.detach(), count])
+            figures["loss/auxiliary"] = figure(second)
             loss = loss + self.auxiliary_weight * second
         return {"loss": loss, **figures}
 

@@ -16,9 +16,9 @@ from m3i_scale.config import ConfigError
 from m3i_scale.config.segmentation import IGNORED, SegmentationModel
 from m3i_scale.models.backbone import build_backbone
 from m3i_scale.models.layer_decay import layer_scales
-from m3i_scale.profiling.backbone import backbone_flops
+from m3i_scale.profiling.forward import backbone_flops
 from m3i_scale.tasks.segmentation import mask2former
-from m3i_scale.tasks.segmentation.build import build_networks, forward_flops
+from m3i_scale.tasks.segmentation.build import build_networks, segmenter_flops
 from m3i_scale.tasks.segmentation.mask2former import (
     DeformableAttention,
     Mask2FormerSegmenter,
@@ -345,6 +345,6 @@ def test_the_blocks_of_vit_b():
 @pytest.mark.parametrize("backbone", BACKBONES)
 def test_flops_are_those_of_backbone_and_head(backbone: str, head: str):
     spec = model(backbone, head)
-    whole = forward_flops(spec, SIDE)
+    whole = segmenter_flops(spec, SIDE)
     assert whole > 1.1 * backbone_flops(spec.backbone, SIDE) * (0.5 if backbone != "vit" else 1)
-    assert forward_flops(spec, 2 * SIDE) > 3 * whole
+    assert segmenter_flops(spec, 2 * SIDE) > 3 * whole
