@@ -13,7 +13,7 @@ import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -23,6 +23,8 @@ from m3i_scale.cluster.numerics import prepare_allocator
 from m3i_scale.config import ConfigError
 
 log = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 PACKAGES = ("m3i_scale", "m3i_kernels")  # whose loggers `speak` configures
 # Variables that number the tasks of a node: Slurm's, Open MPI's, MPICH's and Intel's, MVAPICH's.
@@ -231,6 +233,15 @@ def seed_rank(seed: int, rank: int) -> None:
     random.seed(mixed)
     np.random.seed(mixed)
     torch.manual_seed(mixed)
+
+
+def gather_objects(own: T, world: World) -> list[T]:
+    """What each rank has, in the order of ranks, on all of them (a collective)."""
+    if world.size == 1:
+        return [own]
+    every: list[Any] = [None] * world.size
+    dist.all_gather_object(every, own)
+    return every
 
 
 @contextlib.contextmanager

@@ -17,7 +17,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from m3i_scale.config import Verify
-from m3i_scale.engine.corruption import CorruptionError, places
+from m3i_scale.engine.corruption import CorruptionError, listed, places
 from m3i_scale.engine.guard import Guard
 from m3i_scale.engine.passes import Passed, Passes
 from m3i_scale.engine.verify import Recomputation
@@ -108,11 +108,7 @@ class Checks:
 
     def _error(self, found: Mapping[int, Sequence[str]]) -> CorruptionError:
         where = places(self._world)
-        said = "; ".join(
-            f"rank {rank} ({where[rank]}): {', '.join(words)}"
-            for rank, words in list(found.items())[:4]
-        )
-        more = f"; and {len(found) - 4} ranks more" if len(found) > 4 else ""
+        said = listed({rank: ", ".join(words) for rank, words in found.items()}, where)
         nodes = {where[rank].node for rank in found}
         everywhere = len(nodes) > 1 and nodes == {place.node for place in where}
-        return CorruptionError(f"{said}{more}", () if everywhere else nodes)
+        return CorruptionError(said, () if everywhere else nodes)

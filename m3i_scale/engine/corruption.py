@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import os
 import socket
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
-import torch.distributed as dist
 
-from m3i_scale.cluster.launch import World
+from m3i_scale.cluster.launch import World, gather_objects
 
 CORRUPTED = 89  # exit code
 
@@ -45,11 +44,13 @@ class CorruptionError(RuntimeError):
 def places(world: World) -> list[Place]:
     """Of all ranks (a collective)."""
     own = Place(os.environ.get("SLURMD_NODENAME") or socket.gethostname(), _device(world.device))
-    if world.size == 1:
-        return [own]
-    every: list[Place | None] = [None] * world.size
-    dist.all_gather_object(every, own)
-    return [Place(*place) for place in every if place is not None]
+    return gather_objects(own, world)
+
+
+def listed(found: Mapping[int, str], where: Sequence[Place]) -> str:
+    """What is wrong on which ranks, the first four of them in full."""
+    said = "; ".join(f"rank {r} ({where[r]}): {words}" for r, words in list(found.items())[:4])
+    return said + (f"; and {len(found) - 4} ranks more" if len(found) > 4 else "")
 
 
 def _device(device: torch.device) -> str:

@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from m3i_scale.cluster.launch import World
+from m3i_scale.cluster.launch import World, gather_objects
 from m3i_scale.config import ConfigError
 from m3i_scale.engine import checkpoint, lineage
 from m3i_scale.engine.checkpoint import CheckpointError, CheckpointReader, Write
@@ -104,10 +104,7 @@ class Saver:
     def _tell_damage(self, write: Write) -> None:
         """Count a checkpoint whose copy has changed, and say on which ranks (a collective)."""
         self.damaged += 1
-        said: list[Any] = ["; ".join(write.failure)]
-        if self._world.size > 1:
-            said *= self._world.size
-            dist.all_gather_object(said, said[self._world.rank])
+        said = gather_objects("; ".join(write.failure), self._world)
         if self.on_damage is not None:
             words = [f"rank {rank}: {one}" for rank, one in enumerate(said) if one]
             self.on_damage(write.step, "; ".join(words[:4]))

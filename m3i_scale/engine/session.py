@@ -9,9 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch.distributed as dist
-
-from m3i_scale.cluster.launch import RankError, World, from_rank_0
+from m3i_scale.cluster.launch import RankError, World, from_rank_0, gather_objects
 from m3i_scale.config import ConfigError, Duration, RunConfig
 from m3i_scale.engine import agreement, run_folder
 from m3i_scale.engine.checkpoint import CheckpointReader
@@ -262,11 +260,7 @@ def _enter(stack: contextlib.ExitStack, lock: RunLock) -> None:
 
 def _introduce(world: World) -> tuple[str, list[str]]:
     """A name for the attempt, the same on all ranks, and the host of each rank (a collective)."""
-    own = (new_name(), socket.gethostname())
-    if world.size == 1:
-        return own[0], [own[1]]
-    every: list[Any] = [None] * world.size
-    dist.all_gather_object(every, own)
+    every = gather_objects((new_name(), socket.gethostname()), world)
     return every[0][0], [host for _, host in every]
 
 

@@ -21,13 +21,13 @@ from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
+from m3i_scale.cluster.launch import gather_objects
 from m3i_scale.cluster.numerics import deterministic_inside
 from m3i_scale.engine.checksums import quick, tensors_in
 from m3i_scale.engine.communication import RECORDER, Entry
-from m3i_scale.engine.corruption import CorruptionError, places
+from m3i_scale.engine.corruption import CorruptionError, listed, places
 from m3i_scale.engine.passes import Passed, Passes
 from m3i_scale.engine.shards import trained
 from m3i_scale.engine.state import generator_states, set_generator_states
@@ -155,12 +155,7 @@ class Recomputation:
 
     def _all(self, found: Difference | None) -> list[Difference | None]:
         """What each rank has found (a collective)."""
-        world = self._passes.world
-        if world.size == 1:
-            return [found]
-        every: list[Any] = [None] * world.size
-        dist.all_gather_object(every, found)
-        return [None if one is None else Difference(*one) for one in every]
+        return gather_objects(found, self._passes.world)
 
     def _third(
         self, every: Sequence[Difference | None], kept: _Kept, held: Sequence[Any], second: _Pass
@@ -194,12 +189,8 @@ class Recomputation:
             nodes: set[str] = set()  # the network between them
         else:
             nodes = {where[rank].node for rank in blamed}
-        said = "; ".join(
-            f"rank {rank} ({where[rank]}): {one.words}" for rank, one in list(blamed.items())[:4]
-        )
-        more = f"; and {len(blamed) - 4} ranks more" if len(blamed) > 4 else ""
-        return CorruptionError(f"a step that was computed twice gave two results: {said}{more}",
-                               nodes)  # fmt: skip
+        said = listed({rank: one.words for rank, one in blamed.items()}, where)
+        return CorruptionError(f"a step that was computed twice gave two results: {said}", nodes)
 
 
 class _Kept:

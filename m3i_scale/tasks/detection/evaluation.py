@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -10,9 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from m3i_scale.cluster.launch import World
+from m3i_scale.cluster.launch import World, gather_objects
 from m3i_scale.data.map_stream import shares
-from m3i_scale.objective.collectives import gather_rows
 from m3i_scale.tasks.detection.batch import Batch
 from m3i_scale.tasks.detection.coco import CocoFile
 from m3i_scale.tasks.detection.dataset import TestImages
@@ -67,7 +65,7 @@ def detect(
         found: list[Detections] = networks(data)["detections"]
         for index, image_id, one in zip(share.indices, data.image_ids, found, strict=True):
             own += coco_results(one, image_id, images.file) if index >= 0 else []
-    results: list[Result] = [r for part in gather_json(own, world) for r in part]
+    results: list[Result] = [r for part in gather_objects(own, world) for r in part]
     return sorted(results, key=lambda result: result["image_id"])
 
 
@@ -152,16 +150,3 @@ def _run_lengths(masks: Tensor) -> list[Any]:
             runs["counts"] = runs["counts"].decode("ascii")
         runs["size"] = [int(side) for side in runs["size"]]
     return list(encoded)
-
-
-def gather_json(value: Any, world: World) -> list[Any]:
-    """What each rank has, in the order of ranks, on all of them; values are what JSON holds."""
-    if world.size == 1:
-        return [value]
-    data = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8)
-    data = data.to(world.device)
-    length = torch.tensor([len(data)], device=world.device)
-    lengths = gather_rows(length).flatten().tolist()
-    padded = torch.nn.functional.pad(data, (0, max(lengths) - len(data)))
-    rows = gather_rows(padded).cpu()
-    return [json.loads(row[:n].numpy().tobytes()) for row, n in zip(rows, lengths, strict=True)]

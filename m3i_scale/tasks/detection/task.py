@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from m3i_scale.cluster.launch import World, drawing
+from m3i_scale.cluster.launch import World, drawing, gather_objects
 from m3i_scale.config import ConfigError
 from m3i_scale.config.detection import Detection, Dino, Jitter
 from m3i_scale.data.map_stream import MapStream, Placed
@@ -27,7 +27,7 @@ from m3i_scale.tasks.detection.backbones import build_backbone, layer_scales, pr
 from m3i_scale.tasks.detection.batch import DIVISOR, Batch
 from m3i_scale.tasks.detection.dataset import TestImages, TrainingImages, open_test, open_training
 from m3i_scale.tasks.detection.dino import DinoDetector
-from m3i_scale.tasks.detection.evaluation import detect, gather_json, measure
+from m3i_scale.tasks.detection.evaluation import detect, measure
 from m3i_scale.tasks.detection.mask_rcnn import MaskRcnnDetector, training_side
 from m3i_scale.tasks.detection.networks import build_detector, needs_masks
 from m3i_scale.tasks.detection.vitdet import WindowedViT
@@ -161,7 +161,7 @@ class DetectionTask(TransferTask):
                 values |= {name.replace("/", "_"): 100 * v for name, v in found.items() if v >= 0}
             write_whole(config.run_folder / "detections.json", json.dumps(results))
             self._draw(results, kinds)
-        return dict(gather_json(values, world)[0])
+        return gather_objects(values, world)[0]
 
     def _draw(self, results: list[dict[str, Any]], kinds: Sequence[str]) -> None:
         folder, images = self.config.run_folder, self.test_set

@@ -122,7 +122,7 @@ def test_the_truth_has_an_ap_of_one(images):
 @pytest.mark.parametrize("size", [2, 3])
 def test_ranks_share_the_images_and_run_equally_many_batches(images, monkeypatch, size):
     wanted = detect(Oracle(images), images, alone())
-    monkeypatch.setattr(evaluation, "gather_json", lambda value, world: [value])
+    monkeypatch.setattr(evaluation, "gather_objects", lambda value, world: [value])
     parts, calls = [], []
     for rank in range(size):
         oracle = Oracle(images)
