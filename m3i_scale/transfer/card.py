@@ -66,7 +66,10 @@ _HUB = {
     "transformers": '`"OWNER/NAME"` in place of `"."`',
     "onnx": 'the folder `huggingface_hub.snapshot_download("OWNER/NAME")`',
 }
-_INTEGRATIONS = {"timm": "m3i_scale.integrations.timm", "transformers": "m3i_scale.integrations.hf"}
+_INTEGRATIONS = {
+    "timm": "m3i_scale.integrations.timm_models",
+    "transformers": "m3i_scale.integrations.hf",
+}
 
 
 def card(config: Config, facts: Facts) -> str:

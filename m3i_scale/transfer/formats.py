@@ -3,7 +3,7 @@
 | backbone | timm | transformers |
 | --- | --- | --- |
 | ViT | `VisionTransformer` without a class token | `IJepaModel`, a ViT without a class token |
-| InternImage | `intern_image_*` of `m3i_scale.integrations.timm` | `InternImageModel` of `.hf` |
+| InternImage | `intern_image_*` of `integrations.timm_models` | `InternImageModel` of `.hf` |
 
 A ViT's fixed positions become a tensor of the run's grid, and its attention pooling stays behind:
 neither library has it. What they compute, the tokens after the last norm, is what ours computes.

@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import save_file
 from transformers import AutoModelForImageClassification, ViTConfig, ViTForImageClassification
 
-import m3i_scale.integrations.timm  # noqa: F401  (registers)
+import m3i_scale.integrations.timm_models  # noqa: F401  (registers)
 from helpers.published import IMAGES, STYLES, random_model, write_published, write_timm_config
 from m3i_scale.config import ConfigError, Model
 from m3i_scale.integrations import hf, initial

@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 from timm.models import create_feature_extractor, get_pretrained_cfg
 from timm.optim import param_groups_layer_decay
 
-import m3i_scale.integrations.timm  # noqa: F401  (registers)
+import m3i_scale.integrations.timm_models  # noqa: F401  (registers)
 from helpers.published import (
     CLASSES,
     IMAGES,

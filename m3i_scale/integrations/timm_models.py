@@ -1,6 +1,6 @@
 """InternImage for timm. Importing this module registers intern_image_t to intern_image_g.
 
-    import timm, m3i_scale.integrations.timm
+    import timm, m3i_scale.integrations.timm_models
     model = timm.create_model("intern_image_t", pretrained=True)
     levels = timm.create_model("intern_image_b", features_only=True)
 
