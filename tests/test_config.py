@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,11 @@ from m3i_scale.config import (
     dump_config,
     load_config,
 )
+from m3i_scale.config.detection import Detection, Jitter, Sides
+from m3i_scale.config.errors import nodes_in
+from m3i_scale.config.load import CHOOSING, load_run
+from m3i_scale.config.tasks import TASKS
+from m3i_scale.config.types import Node
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 
@@ -377,3 +383,65 @@ def test_what_is_no_momentum_is_refused_with_what_is(small_tree: dict[str, Any],
     small_tree["optimizer"]["teacher_momentum"] = value
     with pytest.raises(ValueError, match="a number from 0 to 1, or by_length"):
         Config.model_validate(small_tree)
+
+
+def detection(folder: Path, text: str) -> Path:
+    """A file over a detector whose training images have random sides."""
+    (folder / "sides.yaml").write_text(
+        "base: m3i:transfer/demo/detection\n"
+        "data: {resize: {kind: sides, shorter: [480, 800], longest: 1333}}\n"
+    )
+    (folder / "own.yaml").write_text(f"base: sides.yaml\n{text}\n")
+    return folder / "own.yaml"
+
+
+def test_a_mapping_of_another_kind_replaces_the_one_below_it(tmp_path: Path):
+    config = load_run(detection(tmp_path, "data: {resize: {kind: jitter, size: 128}}"))
+    assert isinstance(config, Detection)
+    assert config.data.resize == Jitter(kind="jitter", size=128)
+    assert config.data.test_side == 128
+
+
+def test_a_mapping_of_the_same_kind_is_merged(tmp_path: Path):
+    config = load_run(detection(tmp_path, "data: {resize: {kind: sides, longest: 2000}}"))
+    assert isinstance(config, Detection)
+    assert config.data.resize == Sides(kind="sides", shorter=(480, 800), longest=2000)
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        (
+            "data: {resize: {kind: jitter, shorter: [480]}}",
+            "own.yaml:2: unknown key 'data.resize.shorter' of kind: jitter; valid keys are kind",
+        ),
+        ("data: {resize: {kind: jitter, sise: 5}}", "of kind: jitter; did you mean 'size'?"),
+        (
+            "data: {resize: {kind: sides, longest: many}}",
+            "own.yaml:2: data.resize.longest: Input should be a valid integer",
+        ),
+        (
+            "data: {resize: {kind: crop}}",
+            "data.resize: write kind: jitter or kind: sides (got {'kind': 'crop'})",
+        ),
+        ("model: {head: {kind: yolo}}", "model.head: write kind: mask_rcnn or kind: dino"),
+    ],
+)
+def test_what_is_wrong_in_one_of_several_kinds_is_one_sentence(
+    tmp_path: Path, text: str, words: str
+):
+    with pytest.raises(ConfigError) as caught:
+        load_run(detection(tmp_path, text))
+    assert words in str(caught.value)
+
+
+def test_every_key_that_chooses_a_kind_is_known_to_the_layers():
+    def discriminators(node: type[Node]) -> Iterator[object]:
+        for field in node.model_fields.values():
+            if field.discriminator is not None:
+                yield field.discriminator
+            for below in nodes_in(field.annotation):
+                yield from discriminators(below)
+
+    found = {key for tree in TASKS.values() for key in discriminators(tree)}
+    assert found == set(CHOOSING)

@@ -6,7 +6,7 @@ import difflib
 import types
 import typing
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from pydantic import ValidationError
 from pydantic.fields import FieldInfo
@@ -26,7 +26,6 @@ RENAMED = {
     "data.chunk_megabytes": ("data.chunk_mebibytes", "the number stays the same"),
     "data.storage.cache_gigabytes": ("data.storage.cache_gibibytes", "100 become 93"),
 }
-_TAGS = ("gaussian", "boltzmann")  # pydantic names the member of a union in a location
 
 
 def first_problem(error: ValidationError) -> ErrorDetails:
@@ -34,29 +33,25 @@ def first_problem(error: ValidationError) -> ErrorDetails:
     return min(error.errors(), key=lambda problem: problem["type"] != "extra_forbidden")
 
 
-def place_of(problem: ErrorDetails) -> Place:
-    """Where in the tree a problem is."""
-    parts = problem["loc"]
-    return tuple(
-        part for before, part in zip(("", *parts), parts, strict=False)
-        if not (before == "likelihood" and part in _TAGS)
-    )  # fmt: skip
+def place_of(problem: ErrorDetails, root: type[Node]) -> Place:
+    """Where in a tree of type `root` a problem is."""
+    return _resolved(problem["loc"], root).place
 
 
 def sentence(problem: ErrorDetails, root: type[Node]) -> str:
     """A problem of a tree of type `root` as one sentence."""
-    place = place_of(problem)
+    place = place_of(problem, root)
     where = dotted(place)
     kind, message = problem["type"], problem["msg"].removeprefix("Value error, ")
     if kind == "extra_forbidden":
-        return f"unknown key {where!r}{_remedy(place, root)}"
+        return f"unknown key {where!r}{_remedy(problem['loc'], root)}"
     if kind == "missing" and isinstance(place[-1], int):
         few = f"{dotted(place[:-1])}: too few values (got {problem['input']!r})"
         return few + _default(place, root)
     if kind == "missing":
         return f"missing key {where!r}; give it a value"
     if kind.startswith("union_tag"):
-        return f"{where}: write form: gaussian or form: boltzmann (got {problem['input']!r})"
+        return f"{where}: write {_forms(problem['loc'], root)} (got {problem['input']!r})"
     if kind == "value_error":
         return f"{where}: {message}" if where else message
     quoted = kind == "string_type" and isinstance(problem["input"], int | float)
@@ -77,35 +72,76 @@ def example(place: Sequence[str | int], root: type[Node]) -> str:
 def _default(place: Place, root: type[Node]) -> str:
     while place and isinstance(place[-1], int):
         place = place[:-1]
-    field = _fields_at(place[:-1], root).get(str(place[-1])) if place else None
+    field = _fields(_resolved(place[:-1], root).kind).get(str(place[-1])) if place else None
     value = field.get_default(call_default_factory=True) if field else None
     if value is None or not isinstance(value, int | float | str | tuple | list):
         return ""
     return f"; the default is {flow(list(value) if isinstance(value, tuple) else value)}"
 
 
-def _remedy(place: Place, root: type[Node]) -> str:
-    old = dotted(tuple(part for part in place if isinstance(part, str)))
+def _remedy(loc: Place, root: type[Node]) -> str:
+    old = dotted(tuple(part for part in loc if isinstance(part, str)))
     if old in RENAMED:
         return "; it is called {!r} now ({})".format(*RENAMED[old])
-    names = list(_fields_at(place[:-1], root))
-    near = difflib.get_close_matches(str(place[-1]), names, n=1, cutoff=0.5)
-    return f"; did you mean {near[0]!r}?" if near else f"; valid keys are {', '.join(names)}"
+    above = _resolved(loc[:-1], root)
+    names = list(_fields(above.kind))
+    near = difflib.get_close_matches(str(loc[-1]), names, n=1, cutoff=0.5)
+    if near:
+        return f"{above.member}; did you mean {near[0]!r}?"
+    return f"{above.member}; valid keys are {', '.join(names)}"
 
 
-def _fields_at(place: Sequence[str | int], root: type[Node]) -> dict[str, FieldInfo]:
-    """The fields of all classes that can stand at a place; none where the user names the keys."""
+def _forms(loc: Place, root: type[Node]) -> str:
+    """What may be written for the key that chooses a member of a union: `kind: a or kind: b`."""
+    above, key = _resolved(loc[:-1], root), str(loc[-1])
+    field = _fields(above.kind)[key]
+    return " or ".join(f"{field.discriminator}: {tag}" for tag in _tagged(field))
+
+
+class _Resolved(NamedTuple):
+    """A location of pydantic's, which names the member of a union that is chosen by a key."""
+
+    place: Place  # in the tree
+    kind: Any  # the type of what stands there
+    member: str  # " of kind: jitter" where the location ends with a member of a union
+
+
+def _resolved(loc: Sequence[str | int], root: type[Node]) -> _Resolved:
+    place: list[str | int] = []
     kind: Any = root
-    for key in place:
-        if isinstance(key, int):
+    tagged: dict[str, type[Node]] = {}
+    field: FieldInfo | None = None
+    member = ""
+    for part in loc:
+        if part in tagged:
+            assert field is not None
+            kind, tagged, member = tagged[str(part)], {}, f" of {field.discriminator}: {part}"
+            continue
+        place.append(part)
+        tagged, member = {}, ""
+        if isinstance(part, int):
             continue
         if typing.get_origin(kind) is dict:  # a name of the user's own
             kind = typing.get_args(kind)[1]
             continue
-        fields = [m.model_fields[key] for m in nodes_in(kind) if key in m.model_fields]
-        if not fields:
-            return {}
-        kind = fields[0].annotation
+        field = _fields(kind).get(part)
+        kind, tagged = (field.annotation, _tagged(field)) if field else (None, {})
+    return _Resolved(tuple(place), kind, member)
+
+
+def _tagged(field: FieldInfo) -> dict[str, type[Node]]:
+    """The members of a union that a key chooses from, by its values; of another field none."""
+    if not isinstance(field.discriminator, str):
+        return {}
+    return {
+        tag: node
+        for node in nodes_in(field.annotation)
+        for tag in typing.get_args(node.model_fields[field.discriminator].annotation)
+    }
+
+
+def _fields(kind: Any) -> dict[str, FieldInfo]:
+    """The fields of all classes in a type."""
     return {name: f for model in nodes_in(kind) for name, f in model.model_fields.items()}
 
 

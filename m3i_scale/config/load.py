@@ -1,11 +1,12 @@
 """Reading the configuration: YAML files and `a.b=c` overrides to a `Config`, errors to a sentence.
 
 A file may start from others with `base: other.yaml` or a list of them: paths relative to itself, or
-`m3i:NAME` (`shipped`). Later ones win, mappings are merged, lists and values replaced. One
-exception: a file that states `objective.targets` states a method, and its `objective.input` and
-`balance` are its own too or the defaults, never those of the files below it. (`without_source` is
-of the data and `negatives` of the step, and both stay.) An override changes its key and nothing
-else.
+`m3i:NAME` (`shipped`). Later ones win, mappings are merged, lists and values replaced. Two
+exceptions. A mapping that states another `kind` (or `form`) than the one below it replaces it: its
+keys are those of that kind. A file that states `objective.targets` states a method, and its
+`objective.input` and `balance` are its own too or the defaults, never those of the files below it.
+(`without_source` is of the data and `negatives` of the step, and both stay.) An override changes
+its key and nothing else.
 
 What is wrong is blamed on who said it: the line of a file, or the override.
 """
@@ -32,6 +33,7 @@ from m3i_scale.config.yaml_text import Place, dump, parse, parse_value
 N = TypeVar("N", bound=Node)
 
 LARGEST_FILE = 1 << 22  # bytes
+CHOOSING = ("kind", "form")  # keys that choose a member of a union
 # What makes a method, of which a file states all as soon as it states the targets.
 METHOD = ("targets", "input", "balance")
 
@@ -72,7 +74,7 @@ def load(
         return root.model_validate(files.changed(overrides, root).values)
     except ValidationError as error:
         problem = first_problem(error)
-    raise ConfigError(f"{_culprit(root, files, overrides, place_of(problem)) or path}: "
+    raise ConfigError(f"{_culprit(root, files, overrides, place_of(problem, root)) or path}: "
                       f"{sentence(problem, root)}")  # fmt: skip
 
 
@@ -102,13 +104,20 @@ def override(key: str, value: str | int | float) -> str:
 
 
 def merge(low: dict[str, Any], high: dict[str, Any]) -> dict[str, Any]:
-    """Mappings key by key, `high` over `low`; anything else is replaced."""
+    """Mappings of one kind key by key, `high` over `low`; anything else is replaced."""
     both = {
         key: merge(low[key], value)
         for key, value in high.items()
-        if isinstance(value, dict) and isinstance(low.get(key), dict)
+        if _mergeable(low.get(key), value)
     }
     return {**low, **high, **both}
+
+
+def _mergeable(low: Any, high: Any) -> bool:
+    """Whether both are mappings, and `high` does not choose another member of a union."""
+    if not (isinstance(low, dict) and isinstance(high, dict)):
+        return False
+    return not any(key in high and high[key] != low.get(key, high[key]) for key in CHOOSING)
 
 
 class Layers:
@@ -129,9 +138,8 @@ class Layers:
         replaced = {
             place
             for place in high._origins
-            if not (isinstance(_at(self.values, place), dict)
-                    and isinstance(_at(high.values, place), dict))
-        }  # fmt: skip
+            if not _mergeable(_at(self.values, place), _at(high.values, place))
+        }
         kept = {
             place: origin
             for place, origin in self._origins.items()
