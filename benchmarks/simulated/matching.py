@@ -75,8 +75,8 @@ def _of_attempt(done: Injected, cause: str, words: str) -> bool:
         "node dies": cause == "killed" and "no rank said a word" in words,
         "checkpoint damaged": cause == "killed" and "no rank said a word" in words,
         # It may have had the time to save, to say that it was asked, or none at all.
-        "preempted at once": "SIGTERM" in words if cause != "killed" or "asked" in words
-        else "Killed" in words,
+        "preempted at once": cause in ("killed", "stopped")
+        and ("SIGTERM" in words or "no rank said a word" in words),
         "preempted with grace": cause == "stopped" and "SIGUSR1" in words,
     }[done.kind]  # fmt: skip
 
