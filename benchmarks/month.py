@@ -13,9 +13,10 @@ The goals, exit code 1 if one is missed:
 
     effective   at least 97 % of the month trained. `m3i report` divides the hour; of its shares,
                 start-up, steps made again, stalls, queueing and down are taken as they are, a
-                second for a minute, and so are delays by slow ranks; the rest of the 30 days, most
-                of which was left out between failures, trains as well as the steps that count have
-                here. The ratio of the hour itself, nothing scaled, is printed beside it.
+                second for half a minute, and so are delays by slow ranks. The rest of the 30 days,
+                most of which was left out between failures, trains as well as the steps that count
+                have here, waits for checkpoints taken off. The ratio of the hour itself, nothing
+                scaled, and that without waits for data are printed beside it.
     exact       final weights, moments, averages, generators and counters, and all figures of all
                 steps are those of the undisturbed run, bit for bit
     explained   `m3i report` names the cause of each injected failure (killed: which rank; stalled:
@@ -23,8 +24,8 @@ The goals, exit code 1 if one is missed:
                 no attempt ended without one
 
 A rehearsal has no month, and no goal for the effective time. Needs a file system of its own that
-can be full: root, or user namespaces (`unshare`). Takes `--hours` on two free cores, both runs
-together.
+can be full: root, or user namespaces (`unshare`). Takes about `--hours` on two free cores, both
+runs together.
 """
 
 from __future__ import annotations
@@ -48,14 +49,22 @@ from simulated import page
 from simulated.inject import Injected, inject
 from simulated.matching import effective_ratio, match, unexpected
 from simulated.slurm import REQUEUED, Job
-from simulated.trace import KINDS, Failure, Month, checkpoint_steps, draw, one_of_each
+from simulated.trace import (
+    KINDS,
+    SCALE,
+    STALL_MINUTES,
+    Failure,
+    Month,
+    checkpoint_steps,
+    draw,
+    one_of_each,
+)
 from tqdm import tqdm
 
 GOAL = 0.97
 RANKS = 2
 STEP_SECONDS = 0.4  # of a usual step on two cores; sets how many steps stand for a minute
 REHEARSED_SECONDS = 3.0  # the same in a rehearsal, which is made short by it
-STALL_SECONDS = 30.0  # of the watchdog: `engine.stall_minutes` is 30
 DISK = "768m"
 IN_NAMESPACE = "M3I_MONTH_NAMESPACE"
 PATIENCE = 600.0
@@ -79,7 +88,7 @@ def configure(folder: Path, runs: Path, month: Month, step_seconds: float) -> Pa
     tree["model"]["text"]["tokenizer"] = str(folder / "data" / "tokenizer.json")
     tree["optimizer"]["duration"] = f"{month.steps} steps"
     tree["data"]["workers"] = 1
-    tree["engine"] = {"timeout_minutes": 2, "stall_minutes": STALL_SECONDS / 60}
+    tree["engine"] = {"timeout_minutes": 2, "stall_minutes": STALL_MINUTES / SCALE / 60}
     tree["checkpoint"] = {"every": f"{checkpoint_steps(step_seconds)} steps", "keep_last": 2}
     path = folder / "month.yaml"
     path.write_text(yaml.safe_dump(tree))

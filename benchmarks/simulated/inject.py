@@ -15,10 +15,9 @@ from typing import Any
 from forks import wait_for
 
 from simulated.slurm import Job
-from simulated.trace import Failure
+from simulated.trace import KILL_WAIT_MINUTES, SCALE, Failure
 
 PATIENCE = 300.0  # seconds for what takes a few
-KILL_WAIT = 0.5  # seconds from SIGTERM to SIGKILL: Slurm's 30 s
 GRACE = 30.0  # seconds for saving, if the job is asked to stop
 ROOM = 256 << 10  # bytes that a full disk leaves for lines, and not for a checkpoint
 SLOW_SECONDS, DUTY = 15.0, 0.1  # of a slow rank: how long; how long it stands and goes, in turns
@@ -103,7 +102,7 @@ def _node_dies(_: Failure, job: Job, __: Injected) -> None:
 def _preempted_at_once(_: Failure, job: Job, __: Injected) -> None:
     job.mark("COMPLETING")
     _send(job.tasks(), signal.SIGTERM)
-    time.sleep(KILL_WAIT)
+    time.sleep(KILL_WAIT_MINUTES / SCALE)
     _send(job.tasks(), signal.SIGKILL)
 
 

@@ -9,9 +9,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from simulated.inject import Injected
-from simulated.trace import KINDS
+from simulated.trace import KINDS, SCALE
 
-SCALE = 60.0  # a second of the benchmark is a minute
 COSTS = ("start_up", "lost", "stalls", "queueing", "down")
 STEADY = ("training", "data", "checkpoint", "other")
 
@@ -65,13 +64,13 @@ def _match(report: Mapping[str, Any], done: Injected) -> Match:
 
 
 def _of_attempt(done: Injected, cause: str, words: str) -> bool:
-    victim = f"rank {done.rank} ("
+    victim, task = f"rank {done.rank} (", f"srun: task {done.rank}: "
     return {
-        "rank dies": cause == "killed" and victim in words and "Killed" in words,
-        "rank crashes": cause == "killed" and victim in words and "Segmentation" in words,
+        "rank dies": cause == "killed" and f"{task}Killed" in words,
+        "rank crashes": cause == "killed" and f"{task}Segmentation" in words,
         "loader hangs": cause == "stalled" and f"rank {done.rank} has made no step" in words
         and "in no collective" in words,
-        "rank stalls": cause == "stalled" and f"{victim}" in words and "said nothing" in words,
+        "rank stalls": cause == "stalled" and victim in words and "said nothing" in words,
         "node dies": cause == "killed" and "no rank said a word" in words,
         "checkpoint damaged": cause == "killed" and "no rank said a word" in words,
         # It may have had the time to save, to say that it was asked, or none at all.
@@ -105,12 +104,14 @@ def _unsaved(report: Mapping[str, Any], done: Injected, number: int) -> Match:
     return Match(done, bool(lost), words or "no such checkpoint")
 
 
-def effective_ratio(report: Mapping[str, Any], minutes: float) -> dict[str, float]:
+def effective_ratio(report: Mapping[str, Any], minutes: float) -> dict[str, Any]:
     """The share of the simulated time that was training.
 
-    Costs of interruptions are taken from the report second for second, and count as minutes. So are
-    the delays of slow ranks, which the report leaves among the training. The rest of the time
-    trains as well as the steps that count have here: with their waits for data and checkpoints.
+    Costs of interruptions are taken from the report second for second, and scaled. So are the
+    delays of slow ranks, which the report leaves among the training. The rest of the time trains as
+    well as the steps that count have here, apart from their waits for checkpoints and what else was
+    done between them. Waits for data are parts of a step, as in published ratios; `without_data`
+    takes them off, too: here the data workers share two cores with the ranks.
 
     Args:
         report: `m3i report` of the run.
@@ -118,14 +119,16 @@ def effective_ratio(report: Mapping[str, Any], minutes: float) -> dict[str, floa
     """
     shares = report["shares"]
     slow = sum(one["delay"] for one in report["slow_spells"])
-    steady = (shares["training"] - slow) / (sum(shares[name] for name in STEADY) - slow)
-    costs = {name: shares[name] for name in COSTS} | {"slow ranks": slow}
-    lost = SCALE * sum(costs.values()) / 60
+    training, whole = shares["training"] - slow, sum(shares[name] for name in STEADY) - slow
+    costs = {name: SCALE * shares[name] for name in COSTS} | {"slow ranks": SCALE * slow}
+    left = max(0.0, 1 - sum(costs.values()) / minutes)
+    steady = (training + shares["data"]) / whole
     return {
-        "ratio": steady * max(0.0, 1 - lost / minutes),
+        "ratio": left * steady,
+        "without_data": left * training / whole,
         "steady": steady,
-        "lost_minutes": lost,
         "minutes": minutes,
+        "lost_minutes": sum(costs.values()),
+        "costs": costs,  # minutes
         "unscaled": report["effective_ratio"],
-        **{f"{name} minutes": SCALE * seconds / 60 for name, seconds in costs.items()},
     }

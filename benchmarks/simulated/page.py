@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from simulated.trace import KINDS, MONTH_DAYS, MONTH_GPUS, Month
+from simulated.trace import KINDS, MONTH_GPUS, SCALE, Month
 
 Tree = dict[str, Any]
 
@@ -94,16 +94,22 @@ def _time(result: Tree) -> Iterator[str]:
     if not effective:
         return
     yield (
-        "A second here is a minute of the cluster; whole checkpoint intervals between failures are "
-        f"left out. Of {MONTH_DAYS} days and their failures:\n"
+        f"A second here is {60 * SCALE:g} s of the cluster; whole checkpoint intervals between "
+        f"failures are left out. Costs in {effective['minutes'] / 1440:.1f} days:\n"
     )
     rows = [
-        (name.removesuffix(" minutes").replace("_", " "), f"{minutes:.0f} min",
+        (name.replace("_", " "), f"{minutes:.0f} min",
          f"{100 * minutes / effective['minutes']:.2f} %")
-        for name, minutes in effective.items() if name.endswith(" minutes")
+        for name, minutes in effective["costs"].items()
     ]  # fmt: skip
-    rows.append(("training, of the rest", "", f"{100 * effective['steady']:.2f} %"))
-    yield from _table(("cost", "of the month", "share"), rows)
+    yield from _table(("cost", "time", "share"), rows)
+    interruptions = max(1, result["attempts"] - 1)
+    yield (
+        f"{effective['lost_minutes'] / interruptions:.0f} min for each interruption. The rest of "
+        f"the time is training but for {100 * (1 - effective['steady']):.2f} %: waits for "
+        "checkpoints, logging, closing. With waits for data taken off, too, which here share two "
+        f"cores with the ranks: {100 * effective['without_data']:.2f} % effective.\n"
+    )
     yield (
         f"The benchmark's own time, with nothing scaled: {100 * effective['unscaled']:.1f} % of "
         f"{result['hour']['seconds'] / 60:.0f} min.\n"

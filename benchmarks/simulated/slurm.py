@@ -18,8 +18,9 @@ import sys
 import time
 from pathlib import Path
 
+from simulated.trace import QUEUE_MINUTES, SCALE
+
 ROOT = Path(__file__).resolve().parents[2]
-QUEUE = 160 / 60  # seconds; a requeued job waits 150 to 170 s (slurm/README.md)
 REQUEUED = 85  # exit code of the template
 
 SCONTROL = """#!/bin/bash
@@ -73,7 +74,7 @@ class Job:
         self.mark("RUNNING")
         (self._folder / "submitted").write_text(time.strftime("%Y-%m-%dT%H:%M:%S"))
         if self.restart:
-            time.sleep(QUEUE)
+            time.sleep(QUEUE_MINUTES / SCALE)
         with self.log.open("ab") as log:
             self._process = subprocess.Popen(
                 ["bash", "slurm/pretrain_vit_b16.sbatch"],

@@ -18,7 +18,7 @@ import sys
 import time
 from pathlib import Path
 
-WAIT = 5.0  # seconds after the first task that ended; the templates' 60 s would be 60 min
+WAIT = 10.0  # seconds after the first task that ended, for the others to say why
 
 
 def main() -> int:
