@@ -9,7 +9,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from simulated.inject import Injected
-from simulated.trace import KINDS, SCALE
+from simulated.trace import DAYS, GPUS, KINDS, PLANNED, SCALE, UNEXPECTED
+
+GOAL = 0.97
 
 COSTS = ("start_up", "lost", "stalls", "queueing", "down")
 STEADY = ("training", "data", "checkpoint", "other")
@@ -111,7 +113,8 @@ def effective_ratio(report: Mapping[str, Any], minutes: float) -> dict[str, Any]
     delays of slow ranks, which the report leaves among the training. The rest of the time trains as
     well as the steps that count have here, apart from their waits for checkpoints and what else was
     done between them. Waits for data are parts of a step, as in published ratios; `without_data`
-    takes them off, too: here the data workers share two cores with the ranks.
+    takes them off, too: here the data workers share two cores with the ranks. `most_gpus` is the
+    size of a job that would just reach the goal if its interruptions cost what they cost here.
 
     Args:
         report: `m3i report` of the run.
@@ -121,14 +124,17 @@ def effective_ratio(report: Mapping[str, Any], minutes: float) -> dict[str, Any]
     slow = sum(one["delay"] for one in report["slow_spells"])
     training, whole = shares["training"] - slow, sum(shares[name] for name in STEADY) - slow
     costs = {name: SCALE * shares[name] for name in COSTS} | {"slow ranks": SCALE * slow}
-    left = max(0.0, 1 - sum(costs.values()) / minutes)
+    lost = sum(costs.values())
+    left, each = max(0.0, 1 - lost / minutes), lost / max(1, len(report["attempts"]) - 1)
+    rate = (UNEXPECTED + PLANNED) / (DAYS * 24 * 60 * GPUS)  # a minute and GPU
     steady = (training + shares["data"]) / whole
     return {
         "ratio": left * steady,
         "without_data": left * training / whole,
         "steady": steady,
         "minutes": minutes,
-        "lost_minutes": sum(costs.values()),
+        "lost_minutes": lost,
+        "most_gpus": int(max(0.0, 1 - GOAL / steady) / (each * rate)) if each else None,
         "costs": costs,  # minutes
         "unscaled": report["effective_ratio"],
     }

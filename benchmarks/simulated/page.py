@@ -105,7 +105,8 @@ def _time(result: Tree) -> Iterator[str]:
     yield from _table(("cost", "time", "share"), rows)
     interruptions = max(1, result["attempts"] - 1)
     yield (
-        f"{effective['lost_minutes'] / interruptions:.0f} min for each interruption. The rest of "
+        f"{effective['lost_minutes'] / interruptions:.0f} min for each interruption: with that, "
+        f"97 % is reached up to {effective['most_gpus']:,} GPUs. The rest of "
         f"the time is training but for {100 * (1 - effective['steady']):.2f} %: waits for "
         "checkpoints, logging, closing. With waits for data taken off, too, which here share two "
         f"cores with the ranks: {100 * effective['without_data']:.2f} % effective.\n"

@@ -22,14 +22,14 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 DAYS, GPUS, UNEXPECTED, PLANNED = 54, 16_384, 419, 47  # as published
-MONTH_DAYS, MONTH_GPUS = 30, 2_048  # of the job that is simulated
+MONTH_DAYS, MONTH_GPUS = 30, 1_024  # of the job that is simulated
 MINUTES = 24 * 60 * MONTH_DAYS
 SCALE = 0.5  # minutes of the cluster in a second of the benchmark
 CHECKPOINT_MINUTES = 15.0
 STALL_MINUTES = 30.0  # of the watchdog
 QUEUE_MINUTES = 160 / 60  # a requeued job waits 150 to 170 s (slurm/README.md)
 KILL_WAIT_MINUTES = 0.5  # Slurm's, from SIGTERM to SIGKILL
-SHORTEST_GAP = 10.0  # minutes of training between two failures, of which nothing is left out
+SHORTEST_GAP = 15.0  # minutes of training between two failures, of which nothing is left out
 
 
 class Kind(NamedTuple):

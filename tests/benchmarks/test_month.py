@@ -36,8 +36,9 @@ def test_a_month_has_the_published_rates(simulated: Any):
     published = sum(sum(kind.causes.values()) for kind in kinds)
     assert published == trace.UNEXPECTED + trace.PLANNED  # each cause is in one kind
     counts = trace.a_month()
-    month = published * 30 / 54 / 8  # 2,048 of 16,384 GPUs
-    assert sum(counts[kind.name] for kind in kinds) == pytest.approx(month, abs=2)
+    month = published * 30 / 54 / 16  # 1,024 of 16,384 GPUs
+    # Kinds that would strike less than once a month strike once.
+    assert sum(counts[kind.name] for kind in kinds) == pytest.approx(month, abs=3)
     assert all(counts.values())
     drawn = trace.draw(1, seed=5, step_seconds=0.5)
     assert Counter(failure.kind for failure in drawn.failures) == counts
@@ -55,7 +56,7 @@ def test_failures_come_one_after_the_other_and_the_run_outlasts_them(simulated: 
     assert {failure.rank for failure in month.failures} <= {0, 1}
 
 
-@pytest.mark.parametrize("minutes", [0.0, 3.0, 10.0, 11.0, 40.0, 1333.3])
+@pytest.mark.parametrize("minutes", [0.0, 3.0, 15.0, 16.0, 40.0, 1333.3])
 def test_whole_checkpoint_intervals_are_left_out(simulated: Any, minutes: float):
     trace = simulated.trace
     played = trace.played_gap(minutes)
@@ -67,12 +68,21 @@ def test_whole_checkpoint_intervals_are_left_out(simulated: Any, minutes: float)
 def test_costs_are_scaled_and_the_rest_trains_as_well_as_here(simulated: Any):
     shares = {"training": 906.0, "data": 9.0, "checkpoint": 7.0, "other": 2.0, "start_up": 60.0,
               "lost": 20.0, "stalls": 30.0, "queueing": 4.0, "down": 0.0}  # fmt: skip
-    report = {"shares": shares, "effective_ratio": 0.88, "slow_spells": [{"delay": 6.0}]}
+    report = {
+        "shares": shares,
+        "effective_ratio": 0.88,
+        "attempts": [0, 0, 0],
+        "slow_spells": [{"delay": 6.0}],
+    }
     found = simulated.matching.effective_ratio(report, minutes=12_000.0)
     assert found["steady"] == pytest.approx(909 / 918)
     assert found["lost_minutes"] == pytest.approx(60)
     assert found["ratio"] == pytest.approx(909 / 918 * 0.995)
     assert found["without_data"] == pytest.approx(900 / 918 * 0.995)
+    # Three attempts were two interruptions of 30 min; each GPU adds their rate.
+    rate = (419 + 47) / 54 / 16_384 * found["minutes"] / 1440
+    gpus = (1 - 0.97 / found["steady"]) / (30 / found["minutes"]) / rate
+    assert found["most_gpus"] == pytest.approx(gpus, abs=1)
 
 
 SILENT = "no rank said a word"
