@@ -62,7 +62,7 @@ from simulated.trace import (
 from tqdm import tqdm
 
 RANKS = 2
-STEP_SECONDS = 0.4  # of a usual step on two cores; sets how many steps stand for a minute
+STEP_SECONDS = 0.25  # of a usual step on two free cores; sets how many steps stand for a minute
 REHEARSED_SECONDS = 3.0  # the same in a rehearsal, which is made short by it
 DISK = "768m"
 IN_NAMESPACE = "M3I_MONTH_NAMESPACE"

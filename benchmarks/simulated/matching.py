@@ -134,6 +134,7 @@ def effective_ratio(report: Mapping[str, Any], minutes: float) -> dict[str, Any]
         "steady": steady,
         "minutes": minutes,
         "lost_minutes": lost,
+        "step_seconds": (shares["training"] + shares["data"]) / (report["steps"]["last"] + 1),
         "most_gpus": int(max(0.0, 1 - GOAL / steady) / (each * rate)) if each else None,
         "costs": costs,  # minutes
         "unscaled": report["effective_ratio"],

@@ -72,11 +72,13 @@ def test_costs_are_scaled_and_the_rest_trains_as_well_as_here(simulated: Any):
         "shares": shares,
         "effective_ratio": 0.88,
         "attempts": [0, 0, 0],
+        "steps": {"last": 1829},
         "slow_spells": [{"delay": 6.0}],
     }
     found = simulated.matching.effective_ratio(report, minutes=12_000.0)
     assert found["steady"] == pytest.approx(909 / 918)
     assert found["lost_minutes"] == pytest.approx(60)
+    assert found["step_seconds"] == pytest.approx(0.5)
     assert found["ratio"] == pytest.approx(909 / 918 * 0.995)
     assert found["without_data"] == pytest.approx(900 / 918 * 0.995)
     # Three attempts were two interruptions of 30 min; each GPU adds their rate.

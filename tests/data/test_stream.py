@@ -214,9 +214,7 @@ def train_with_workers(sources: Any, held: int, ready: int) -> None:
     time.sleep(60)
 
 
-@pytest.mark.skipif(
-    sys.platform != "linux", reason="needs prctl"
-)
+@pytest.mark.skipif(sys.platform != "linux", reason="needs prctl")
 def test_workers_end_with_their_killed_rank(sources):
     """They have copies of its connections: while they live, the other ranks wait."""
     (mine, held), (told, ready) = os.pipe(), os.pipe()
