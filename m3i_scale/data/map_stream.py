@@ -22,7 +22,8 @@ from torch.utils.data import DataLoader, Dataset
 from m3i_scale.data.bad_sample import BadSample
 from m3i_scale.data.make import BadSampleLimit, TooManyBadSamples
 from m3i_scale.data.order import hash64, permutation
-from m3i_scale.data.stream import Slices, single_thread
+from m3i_scale.data.stream import Slices
+from m3i_scale.data.workers import begin_worker
 
 log = logging.getLogger(__name__)
 
@@ -205,7 +206,7 @@ def _load(made: Dataset[T], keys: Iterable[Any], workers: int) -> Iterator[T]:
         sampler=cast(Any, keys),
         batch_size=None,
         num_workers=workers,
-        worker_init_fn=single_thread if workers else None,
+        worker_init_fn=begin_worker if workers else None,
         collate_fn=_as_it_is,
         generator=torch.Generator(),  # its seed of workers is not drawn from the default one
     )

@@ -29,6 +29,7 @@ from m3i_scale.data.make import BadSampleLimit, Part, SampleBuilder, collate
 from m3i_scale.data.order import Mixture, Order, SourceOrder, chunk_samples, integer_weights
 from m3i_scale.data.reader import ShardReader
 from m3i_scale.data.storage import StorageClient, StorageError
+from m3i_scale.data.workers import begin_worker
 
 log = logging.getLogger(__name__)
 
@@ -273,11 +274,6 @@ class _Feed(IterableDataset):
         return self.stream.maker().parts(self.slices.blocks(worker, workers), buffers)
 
 
-def single_thread(_: int) -> None:
-    """In a worker: the workers are the parallelism."""
-    torch.set_num_threads(1)
-
-
 class Loader:
     """Iterable of the Batches of one rank.
 
@@ -319,7 +315,7 @@ class Loader:
             num_workers=self.workers,
             prefetch_factor=_PREFETCH,
             generator=torch.Generator(),  # the default one is the networks'
-            worker_init_fn=single_thread,
+            worker_init_fn=begin_worker,
         )
         for number, part in enumerate(loader):
             part.views = buffers[number % self.workers, part.slot, :, : len(part)]

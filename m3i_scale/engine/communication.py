@@ -199,6 +199,9 @@ class Recorder:
             with self.apart():
                 work = function(*args, **kwargs)
             received = self._sum(gives, args, kwargs) if work is None else None
+        except Exception as error:
+            _mark(error, own)
+            raise
         finally:
             self._open.pop()
         if work is not None:  # it goes on by itself
@@ -214,6 +217,9 @@ class Recorder:
         try:
             with self.apart():
                 return work.wait(*arguments)
+        except Exception as error:
+            _mark(error, own)
+            raise
         finally:
             self._open.pop()
             self._remember(own)
@@ -228,6 +234,11 @@ class Recorder:
             return None
         sums = [quick(t) for t in tensors_in(_argument(place, args, kwargs))]
         return torch.stack(sums).sum() if sums else torch.zeros((), dtype=torch.int64)
+
+
+def _mark(error: Exception, call: Call) -> None:
+    # A rank that fails here has mostly lost another one and does not know why; `events` says so.
+    error.broken_collective = str(call)  # type: ignore[attr-defined]
 
 
 class _Work:

@@ -1,7 +1,7 @@
 """When each attempt of a run started, what its start-up consisted of, and how it ended.
 
     events.jsonl               rank 0's; one JSON object a line, in the order of time
-    events-rank-NNNNN.jsonl    of another rank, if it ended with an error
+    events-rank-NNNNN.jsonl    of another rank, if it ended with an error or stalled
 
 Every line has `event`, `attempt` (one start of the ranks) and `time` (seconds since 1970):
 
@@ -11,8 +11,12 @@ Every line has `event`, `attempt` (one start of the ranks) and `time` (seconds s
     part       `part`: the start-up part that begins
     begin      training begins: `step`; `run`: identity (`lineage`); `rollback`: within the attempt
     fault      `words`, `nodes`, `step`: a wrong result of a device, memory or the network
+    unsaved    `step`, `words`: its checkpoint could not be written; training goes on
+    passed over   `step`, `words`: its checkpoint is damaged; this start goes on from one before
+    asked      `step`, `words`: a signal was heard; what follows is saving, and the end
     stalled    `words`: the watchdog ends the process
-    end        `cause`: one of `CAUSES`; `words`; `checkpoint_wait_seconds` since the last step
+    end        `cause`: one of `CAUSES`; `words`; `checkpoint_wait_seconds` since the last step;
+               `collective`: the one in which a crash came, mostly because another rank was lost
 
 An attempt without an end was killed, or runs. A start that is refused writes nothing.
 `m3i_scale.report` reads all this together with metrics.jsonl.
@@ -110,6 +114,7 @@ class EventLog:
         self._start = start
         self._lines: JsonLines | None = None
         self._started = False
+        self._passed_over: list[tuple[int, str]] = []  # before the start is recorded
 
     def enter(self, part: str) -> None:
         """Say that a part of the start-up begins now."""
@@ -132,6 +137,8 @@ class EventLog:
                 job=lineage.this_job(), restart=lineage.restarts(),
                 submitted=self._start.submitted, last_sign=self._last_sign,
             )  # fmt: skip
+            for step, words in self._passed_over:
+                self._write("passed over", step=step, words=_short(words))
 
     def begin(self, step: int, run: str, *, rollback: bool) -> None:
         """Say that training begins, or after a rollback begins again, at a step."""
@@ -139,12 +146,28 @@ class EventLog:
 
     def fault(self, step: int, words: str, nodes: Sequence[str] = ()) -> None:
         """Say that the hardware has made an error, whether the run goes on or not."""
-        self._write("fault", step=step, words=" ".join(words.split())[:MOST_WORDS],
-                    nodes=list(nodes))  # fmt: skip
+        self._write("fault", step=step, words=_short(words), nodes=list(nodes))
+
+    def unsaved(self, step: int, words: str) -> None:
+        """Say that the checkpoint of a step could not be written."""
+        self._write("unsaved", step=step, words=_short(words))
+
+    def passed_over(self, step: int, words: str) -> None:
+        """Say that the checkpoint of a step is damaged; written with the start, if there is one."""
+        self._passed_over.append((step, words))
+
+    def asked(self, step: int, words: str) -> None:
+        """Say that this attempt was asked to stop, and saves."""
+        self.ending = ("stopped", words)
+        self._write("asked", step=step, words=_short(words))
 
     def stalled(self, words: str) -> None:
-        """Say from the watchdog's thread that the process ends; waits for no lock."""
-        self._write("stalled", words=words)
+        """Say from the watchdog's thread that the process ends; waits for no lock.
+
+        Every rank does: the one that reports to the folder otherwise may be the one that is frozen.
+        """
+        self._open_own()
+        self._write("stalled", words=_short(words))
 
     def __enter__(self) -> EventLog:
         return self
@@ -154,18 +177,24 @@ class EventLog:
     ) -> None:
         if not self._started:
             return
+        broken: dict[str, str] = {}
         if error is not None:
             self.ending = _how(error)
-            if self._rank:
-                with contextlib.suppress(OSError):  # the sentence is on its standard error, too
-                    self._lines = JsonLines(self._path)
+            broken = _broken(error)
+            self._open_own()
         cause, words = self.ending
         self._write(
-            "end", cause=cause, words=" ".join(words.split())[:MOST_WORDS],
-            checkpoint_wait_seconds=self.checkpoint_wait,
+            "end", cause=cause, words=_short(words),
+            checkpoint_wait_seconds=self.checkpoint_wait, **broken,
         )  # fmt: skip
         if self._lines is not None:
             self._lines.close()
+
+    def _open_own(self) -> None:
+        """The file of another rank than 0, which is there only if that has something to say."""
+        if self._rank and self._lines is None:
+            with contextlib.suppress(OSError):  # the sentence is on its standard error, too
+                self._lines = JsonLines(self._path)
 
     def _write(self, event: str, **values: Any) -> None:
         if self._lines is not None:
@@ -180,3 +209,13 @@ def _how(error: BaseException) -> tuple[str, str]:
     if getattr(error, "for_users", False):
         return getattr(error, "cause", "error"), str(error)
     return "crashed", f"{type(error).__name__}: {error}"
+
+
+def _broken(error: BaseException) -> dict[str, str]:
+    """The collective that a crash came in, as a value of its event."""
+    name = getattr(error, "broken_collective", None)  # set by `communication`
+    return {} if name is None or getattr(error, "for_users", False) else {"collective": name}
+
+
+def _short(words: str) -> str:
+    return " ".join(words.split())[:MOST_WORDS]

@@ -143,7 +143,7 @@ def _train(run: Run, stop: StopFlag, metrics: MetricLog, watchdog: Watchdog) -> 
 def _say_stopping(run: Run, stop: StopFlag) -> None:
     """On rank 0 that the run stops; on the rank that was asked, by what."""
     if run.events is not None:
-        run.events.ending = ("stopped", stop.raised_by or "asked on another rank")
+        run.events.asked(run.progress.step, stop.raised_by or "asked on another rank")
     if stop.raised_by is not None:
         log.warning("asked to stop by %s, saving step %d", stop.raised_by, run.progress.step)
     elif run.world.is_main:

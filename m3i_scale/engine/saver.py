@@ -39,7 +39,10 @@ class Saver:
         self.folder = folder
         self.last_good: Path | None = None
         self.damaged = 0  # checkpoints that were not written because a copy had changed
-        self.on_damage: Callable[[int, str], None] | None = None  # told the step and what happened
+        # Told on rank 0 the step of a checkpoint and what happened on which ranks: a copy has
+        # changed; it could not be written.
+        self.on_damage: Callable[[int, str], None] | None = None
+        self.on_failure: Callable[[int, str], None] | None = None
         self.lineage: Lineage | None = None  # of this start of training, on rank 0
         self._world = world
         self._keep = (keep_last, keep_every)
@@ -84,7 +87,8 @@ class Saver:
     def _complete(self, write: Write) -> None:
         self._write = None
         if self._any_rank(bool(write.changed)):
-            self._tell_damage(write)
+            self.damaged += 1
+            self._tell(self.on_damage, write.step, "; ".join(write.failure))
         problem = "; ".join(write.failure)
         if not self._any_rank(bool(problem)) and self._world.is_main:
             try:
@@ -97,17 +101,16 @@ class Saver:
         self._succeeded = not self._any_rank(bool(problem))
         if self._succeeded:
             self.last_good = checkpoint.step_folder(self.folder, write.step)
-        elif self._world.is_main:
+            return
+        if self._world.is_main:
             checkpoint.remove(write.partial)
             log.error("the last good checkpoint is %s", self.last_good or "none")
+        self._tell(self.on_failure, write.step, problem)
 
-    def _tell_damage(self, write: Write) -> None:
-        """Count a checkpoint whose copy has changed, and say on which ranks (a collective)."""
-        self.damaged += 1
-        said = gather_objects("; ".join(write.failure), self._world)
-        if self.on_damage is not None:
-            words = [f"rank {rank}: {one}" for rank, one in enumerate(said) if one]
-            self.on_damage(write.step, "; ".join(words[:4]))
+    def _tell(self, told: Callable[[int, str], None] | None, step: int, problem: str) -> None:
+        words = problems_of_ranks(problem, self._world)
+        if told is not None:
+            told(step, words)
 
     def _any_rank(self, flag: bool) -> bool:
         return any_rank(flag, self._world)
@@ -122,13 +125,26 @@ def any_rank(flag: bool, world: World) -> bool:
     return bool(value.item())
 
 
-def newest_good(folder: Path, resume: str, world: World) -> CheckpointReader | None:
+def problems_of_ranks(problem: str, world: World) -> str:
+    """What the first ranks say that have a problem; empty ones have none (a collective)."""
+    said = gather_objects(problem, world)
+    words = [f"rank {rank}: {one}" for rank, one in enumerate(said) if one]
+    return "; ".join(words[:4])
+
+
+def newest_good(
+    folder: Path,
+    resume: str,
+    world: World,
+    on_damage: Callable[[int, str], None] | None = None,
+) -> CheckpointReader | None:
     """Open the newest undamaged checkpoint for `--resume`; damaged ones are named and passed over.
 
     Args:
         folder: the run's checkpoints.
         resume: "auto", "never", or the path of a checkpoint, of a folder of them, or of a run.
         world: this rank.
+        on_damage: told the step of each checkpoint that is passed over, and why.
 
     Raises:
         ConfigError: a checkpoint was asked for by path and it is damaged or not there.
@@ -151,6 +167,9 @@ def newest_good(folder: Path, resume: str, world: World) -> CheckpointReader | N
             raise ConfigError(f"--resume {resume}: {path} is damaged; choose another one")
         if world.is_main:
             log.warning("%s is passed over, trying the one before", path)
+        words = problems_of_ranks(problem or "", world)
+        if on_damage is not None:
+            on_damage(checkpoint.step_of(path), words)
         damaged += 1
     if damaged:
         raise CheckpointError(

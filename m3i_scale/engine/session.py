@@ -150,7 +150,7 @@ def open_run(
     stated = {"order": task.statement(sources), **task.facts(split, world.size)}
     enter = events.enter if events else _say_nothing
     enter("checkpoint")
-    reader = newest_good(saver.folder, resume, world)
+    reader = newest_good(saver.folder, resume, world, events.passed_over if events else None)
     if reader is not None:
         _compare(
             reader, stated["order"], accept, task.moved(reader.state, split, world.size), world
@@ -159,7 +159,7 @@ def open_run(
     write = write and (reader is None or reader.state["step"] < schedule.total)
     if events is not None and write:
         events.start()
-        saver.on_damage = events.fault
+        saver.on_damage, saver.on_failure = events.fault, events.unsaved
     enter("networks")
     sharded = build(task, world, split)
     run = Run(

@@ -8,9 +8,10 @@ from typing import Any
 
 import numpy as np
 
+from m3i_scale.report.causes import UNKNOWN, cause_of
 from m3i_scale.report.read import COLUMN, FIGURES, Rows, Trace
 
-RUNNING, KILLED, UNKNOWN = "running", "killed", "unknown"
+RUNNING = "running"
 
 
 @dataclass
@@ -24,15 +25,20 @@ class Attempt:
     ranks: int | None = None
     hosts: list[str] = field(default_factory=list)
     job: str | None = None
+    restart: int | None = None  # of the job
     submitted: float | None = None  # to the scheduler
     end: float = math.nan
     told_end: bool = False  # by rank 0 itself
+    told: dict[int, dict[str, Any]] = field(default_factory=dict)  # last words, by rank
+    asked: str = ""  # by what it was asked to stop
+    launcher: str = ""  # what it said of the rank that failed first
     cause: str = UNKNOWN
     words: str = ""
     closing_wait: float = 0.0  # seconds for checkpoints after the last step
     run: str | None = None  # identity of the run that it trained
     last_sign_before: float | None = None  # of the attempt before, if that was killed
     faults: list[dict[str, Any]] = field(default_factory=list)  # wrong results of the hardware
+    checkpoints: list[dict[str, Any]] = field(default_factory=list)  # that do not count
 
     @property
     def start(self) -> float:
@@ -89,7 +95,7 @@ def _from_events(trace: Trace) -> dict[str, Attempt]:
         if handler is not None:
             handler(attempt, event)
     for error in trace.errors:
-        if error["attempt"] in found:
+        if error["attempt"] in found and error["event"] in ("end", "stalled"):
             _take_error(found[error["attempt"]], error)
     return {name: attempt for name, attempt in found.items() if attempt.parts or attempt.begins}
 
@@ -98,6 +104,7 @@ def _take_start(attempt: Attempt, event: dict[str, Any]) -> None:
     attempt.parts = event["parts"] or [("imports", event["time"])]
     attempt.ranks, attempt.hosts = event["ranks"], event["hosts"]
     attempt.job, attempt.submitted = event.get("job"), event["submitted"]
+    attempt.restart, attempt.launcher = event.get("restart"), event["launcher"]
     attempt.last_sign_before = event["last_sign"]
 
 
@@ -113,23 +120,29 @@ def _take_begin(attempt: Attempt, event: dict[str, Any]) -> None:
 
 def _take_end(attempt: Attempt, event: dict[str, Any]) -> None:
     attempt.end, attempt.told_end = event["time"], True
-    attempt.cause = str(event.get("cause", UNKNOWN))
-    attempt.words = str(event.get("words", ""))
+    attempt.told[0] = event
     wait = event.get("checkpoint_wait_seconds", 0.0)
     attempt.closing_wait = float(wait) if isinstance(wait, int | float) else 0.0
 
 
-def _take_stalled(attempt: Attempt, event: dict[str, Any]) -> None:
-    _take_end(attempt, event | {"cause": "stalled"})
+def _take_asked(attempt: Attempt, event: dict[str, Any]) -> None:
+    attempt.asked = str(event.get("words", "")) or "a signal"
 
 
 def _take_error(attempt: Attempt, error: dict[str, Any]) -> None:
-    """What another rank says: it knows better than rank 0, whose collective it broke."""
-    if attempt.cause in (UNKNOWN, "crashed") and error["event"] == "end":
-        attempt.cause = str(error.get("cause", "crashed"))
-        attempt.words = str(error.get("words", ""))
-        if not attempt.told_end:
-            attempt.end = error["time"]
+    """What another rank says: when rank 0 has not, it is a sign of the end."""
+    attempt.told[error["rank"]] = error
+    if not attempt.told_end:
+        attempt.end = error["time"]
+
+
+def _take_checkpoint(attempt: Attempt, event: dict[str, Any]) -> None:
+    attempt.checkpoints.append({
+        "time": event["time"],
+        "step": event.get("step"),
+        "what": "not written" if event["event"] == "unsaved" else event["event"],
+        "words": str(event.get("words", "")),
+    })  # fmt: skip
 
 
 def _take_fault(attempt: Attempt, event: dict[str, Any]) -> None:
@@ -147,7 +160,10 @@ _HANDLERS = {
     "start": _take_start,
     "part": _take_part,
     "begin": _take_begin,
-    "stalled": _take_stalled,
+    "unsaved": _take_checkpoint,
+    "passed over": _take_checkpoint,
+    "asked": _take_asked,
+    "stalled": _take_end,
     "end": _take_end,
 }
 
@@ -222,9 +238,12 @@ def _end(attempt: Attempt, following: Attempt | None, trace: Trace, now: float) 
         elif trace.owner is not None:
             renewed, alive = trace.owner
             signs += [now if alive else renewed]
-            attempt.cause = RUNNING if alive else attempt.cause
+            attempt.cause = RUNNING if alive and not attempt.told else UNKNOWN
         attempt.end = max(signs)
-        attempt.cause = KILLED if attempt.cause == UNKNOWN else attempt.cause
+    if attempt.cause != RUNNING:
+        attempt.cause, attempt.words = cause_of(
+            attempt.told, attempt.ranks, attempt.hosts, attempt.launcher, attempt.asked
+        )
     attempt.end = max(attempt.end, attempt.last)
     if following is not None:
         attempt.end = max(attempt.last, min(attempt.end, following.process_start))

@@ -30,7 +30,9 @@ def markdown(report: dict[str, Any], picture: str) -> str:
         _interruptions(report),
         _slowest(report),
         _slowest_devices(report),
+        _spells(report),
         _faults(report),
+        _checkpoints(report),
         _damage(report),
     )
     return "\n".join(line for section in sections for line in section)
@@ -195,6 +197,29 @@ def _faults(report: dict[str, Any]) -> Iterator[str]:
     if rows:
         yield "## Errors of the hardware\n"
         yield from _table(("time", "step", "nodes", "what was found"), rows)
+
+
+def _spells(report: dict[str, Any]) -> Iterator[str]:
+    rows = [
+        (one["attempt"], moment(one["begin"]), moment(one["end"]),
+         f"{one['first_step']} to {one['last_step']}", f"rank {one['rank']} {one['host']}".strip(),
+         duration(one["delay"]))
+        for one in report["slow_spells"]
+    ]  # fmt: skip
+    if rows:
+        yield "## One rank held up all others\n"
+        yield from _table(("in attempt", "from", "to", "steps", "who", "delay"), rows)
+
+
+def _checkpoints(report: dict[str, Any]) -> Iterator[str]:
+    rows = [
+        (one["attempt"], moment(one["time"]), "" if one["step"] is None else one["step"],
+         one["what"], one["words"])
+        for one in report["checkpoint_faults"]
+    ]  # fmt: skip
+    if rows:
+        yield "## Checkpoints that do not count\n"
+        yield from _table(("in attempt", "time", "after steps", "", "why"), rows)
 
 
 def _damage(report: dict[str, Any]) -> Iterator[str]:

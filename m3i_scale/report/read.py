@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from array import array
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -34,6 +35,10 @@ FIGURES: dict[str, tuple[str, ...]] = {
     "device_ratio": ("machine/slowest_device_ratio",),
 }
 COLUMN = {name: number for number, name in enumerate(FIGURES)}
+# Where the Slurm templates keep what srun said of an attempt, and how it says that a rank failed.
+LAUNCHER_LOG, MOST_BYTES = "srun.log", 1 << 16
+_FAILED_TASK = re.compile(r"tasks? \d[\d,-]*: .*")
+_RANK_FILE = re.compile(r"events-rank-(\d{1,9})\.jsonl")
 _END_OF_TIME = 1e11  # seconds since 1970: what is beyond is no date that can be written
 Rows = NDArray[np.float64]  # (steps, figures), in the order of time
 
@@ -73,8 +78,12 @@ def read_trace(folder: Path) -> Trace:
         )
     trace = Trace(folder, owner=lock.sign_of_life(folder))
     trace.events = list(_lines(folder / events.FILE, trace, _event))
+    for event in trace.events:
+        if event["event"] == "start":
+            event["launcher"] = _said_by_launcher(folder, event.get("job"), event.get("restart"))
     for path in sorted(folder.glob(events.RANK_FILES)):
-        trace.errors += _lines(path, trace, _event)
+        if rank := _RANK_FILE.fullmatch(path.name):
+            trace.errors += ({**e, "rank": int(rank[1])} for e in _lines(path, trace, _event))
     found: dict[str, array[float]] = {}
     for path in filter(Path.is_file, files):
         for attempt, figures in _lines(path, trace, _step):
@@ -86,6 +95,20 @@ def read_trace(folder: Path) -> Trace:
         rows = rows[chosen]
         trace.rows[attempt] = rows[np.argsort(rows[:, COLUMN["time"]], kind="stable")]
     return trace
+
+
+def _said_by_launcher(folder: Path, job: Any, restart: Any) -> str:
+    """What srun said of the first task that failed; empty if it is not known."""
+    name = f"{job}-{restart}"
+    if not isinstance(restart, int) or not re.fullmatch(r"[\w-]+", name):
+        return ""
+    try:
+        with (folder / "logs" / name / LAUNCHER_LOG).open("rb") as file:
+            text = file.read(MOST_BYTES).decode(errors="replace")
+    except OSError:
+        return ""
+    found = _FAILED_TASK.search(text)
+    return f"srun: {found[0].strip()}" if found else ""
 
 
 def _lines(path: Path, trace: Trace, read: Callable[[Any], Any]) -> Iterator[Any]:

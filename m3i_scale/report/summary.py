@@ -9,7 +9,7 @@ from typing import Any
 from m3i_scale.report.attempts import Attempt, attempts_of
 from m3i_scale.report.read import COLUMN, ReportError, Trace
 from m3i_scale.report.shares import SHARES, Account, Interruption, divide
-from m3i_scale.report.slowest import slowest
+from m3i_scale.report.slowest import slowest, spells
 
 
 def summarise(trace: Trace, now: float) -> tuple[dict[str, Any], list[Account]]:
@@ -52,7 +52,13 @@ def summarise(trace: Trace, now: float) -> tuple[dict[str, Any], list[Account]]:
         "slowest_devices_over_time": [
             p._asdict() | {"worst": p.worst._asdict()} for p in device_periods
         ],
+        "slow_spells": [spell._asdict() for spell in spells(attempts)],
         "faults": [fault for attempt in attempts for fault in attempt.faults],
+        "checkpoint_faults": [
+            {"attempt": number, **one}
+            for number, attempt in enumerate(attempts, 1)
+            for one in attempt.checkpoints
+        ],
         "damaged_lines": trace.damaged,
     }, accounts
 
@@ -114,6 +120,7 @@ def _attempt(account: Account) -> dict[str, Any]:
     return {
         "name": attempt.name,
         "job": attempt.job,
+        "restart": attempt.restart,
         "ranks": attempt.ranks,
         "nodes": len(set(attempt.hosts)) or None,
         "submitted": attempt.submitted,

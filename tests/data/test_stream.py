@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
+import multiprocessing
+import os
+import select
+import sys
+import time
 from itertools import islice
+from typing import Any
 
 import numpy as np
 import pytest
@@ -198,3 +204,29 @@ def test_memory_stays_flat(sources):
     for _ in range(160):  # 30 epochs; what kept the pixels of every batch would grow by 250 MiB
         next(steps)
     assert resident_mib() - before < 16
+
+
+def train_with_workers(sources: Any, held: int, ready: int) -> None:
+    loader = make_stream(sources).loader(start=0, micro_batch=4, rank=0, world_size=1, workers=2)
+    batches = iter(loader)
+    next(batches)
+    os.write(ready, b"x")
+    time.sleep(60)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="needs prctl")
+def test_workers_end_with_their_killed_rank(sources):
+    """They have copies of its connections: while they live, the other ranks wait."""
+    (mine, held), (told, ready) = os.pipe(), os.pipe()
+    rank = multiprocessing.get_context("fork").Process(
+        target=train_with_workers, args=(sources, held, ready)
+    )
+    rank.start()
+    os.close(held)
+    os.close(ready)
+    assert os.read(told, 1) == b"x"
+    rank.kill()
+    found, _, _ = select.select([mine], [], [], 2.0)  # at its end when nobody holds the other side
+    assert found, "a worker outlives its rank"
+    assert os.read(mine, 1) == b""
+    rank.join()

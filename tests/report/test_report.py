@@ -437,3 +437,103 @@ def test_a_month_is_read_in_seconds(recorder: Recorder):
     begun = time.perf_counter()
     assert recorder.report()["steps"]["made"] == 30_000
     assert time.perf_counter() - begun < 10
+
+
+BROKEN = {"collective": "all_reduce of 9 float32", "cause": "crashed", "words": "closed by peer"}
+
+
+@pytest.mark.parametrize(
+    ("told", "cause", "said"),
+    [
+        # Rank 1 is killed: rank 0 only knows that a collective broke.
+        ({0: BROKEN}, "killed", "rank 1 (node0) ended without a word; rank 0 in all_reduce"),
+        ({1: BROKEN}, "killed", "rank 0 (node0) ended without a word; rank 1 in all_reduce"),
+        ({0: BROKEN, 1: BROKEN}, "crashed", "rank 0 in all_reduce of 9 float32: closed by peer"),
+        # The rank that was wrong itself knows better than those whose collectives it broke.
+        ({0: BROKEN, 1: {"cause": "crashed", "words": "KeyError: x"}}, "crashed", "KeyError: x"),
+        ({0: {"cause": "crashed", "words": "KeyError: x"}, 1: BROKEN}, "crashed", "KeyError: x"),
+        ({0: BROKEN, 1: {"cause": "error", "words": "sample k"}}, "error", "sample k"),
+        # Watchdogs: the frozen rank says nothing; one that hangs elsewhere than in a collective is
+        # the one to look at.
+        ({0: {"words": "rank 0: it is in all_reduce"}}, "stalled", "rank 1 (node0) said nothing"),
+        ({1: {"words": "rank 1: it is in all_reduce"}}, "stalled", "rank 0 (node0) said nothing"),
+        (
+            {0: {"words": "rank 0: it is in all_reduce"},
+             1: {"words": "rank 1: it is in no collective; the last one was x"}},
+            "stalled", "rank 1: it is in no collective; the last one was x",
+        ),
+        ({0: BROKEN, 1: {"words": "rank 1: it is in all_reduce"}}, "stalled", "rank 1: it is in"),
+        ({}, "killed", "no rank said a word"),
+    ],
+)  # fmt: skip
+def test_the_cause_is_what_came_first(recorder: Recorder, told, cause, said):
+    recorder.start("a")
+    recorder.begin(0)
+    recorder.step(0)
+    for rank, values in told.items():
+        file = "events.jsonl" if rank == 0 else f"events-rank-{rank:05d}.jsonl"
+        recorder.event("end" if "cause" in values else "stalled", file=file, **values)
+    (one,) = recorder.report()["attempts"]
+    assert one["cause"] == cause
+    assert said in one["words"]
+
+
+def test_a_preemption_that_left_no_time_to_save_is_told_from_a_death(recorder: Recorder):
+    recorder.start("a")
+    recorder.begin(0)
+    recorder.step(0)
+    recorder.event("asked", step=1, words="SIGTERM")
+    (one,) = recorder.report()["attempts"]
+    assert one["cause"] == "killed"
+    assert one["words"] == "asked to stop by SIGTERM, and killed before it had saved"
+
+
+def test_what_srun_said_of_the_rank_that_failed_first(recorder: Recorder):
+    recorder.start("a")
+    recorder.begin(0)
+    recorder.step(0)
+    logs = recorder.folder / "logs" / "7-0"
+    logs.mkdir(parents=True)
+    (logs / "srun.log").write_text("srun: x\nsrun: error: node0: task 1: Killed\nsrun: task 0: Y\n")
+    (one,) = recorder.report()["attempts"]
+    assert (one["cause"], one["job"], one["restart"]) == ("killed", "7", 0)
+    assert one["words"] == "no rank said a word; srun: task 1: Killed"
+
+
+def test_checkpoints_that_do_not_count_are_listed(recorder: Recorder):
+    recorder.start("a")
+    recorder.event("passed over", step=8, words="rank 1: x.safetensors does not match its checksum")
+    recorder.begin(4)
+    recorder.step(4)
+    recorder.event("unsaved", step=5, words="rank 0: No space left on device")
+    recorder.event("unsaved", step=None)
+    report = recorder.report()
+    found = [(one["attempt"], one["step"], one["what"]) for one in report["checkpoint_faults"]]
+    assert found == [(1, 8, "passed over"), (1, 5, "not written"), (1, None, "not written")]
+    page = markdown(report, "report.png")
+    assert "## Checkpoints that do not count" in page
+    assert "No space left on device" in page
+
+
+def test_a_rank_that_holds_up_all_others_for_a_while_is_named(recorder: Recorder):
+    def slow(rank: int, ratio: float = 2.0) -> dict[str, float]:
+        return {"machine/slowest_device_rank": rank, "machine/slowest_device_ratio": ratio,
+                "machine/slowest_device_seconds": STEP * ratio}  # fmt: skip
+
+    recorder.start("a")
+    recorder.begin(0)
+    for number in range(30):  # as fast as each other, almost
+        recorder.step(number, **slow(number % 2, 1.02))
+    begin = recorder.now
+    for number in range(30, 40):  # with one step in between that was not slow
+        recorder.step(number, **slow(1 if number != 34 else 0, 2.0 if number != 34 else 1.02))
+    end = recorder.now
+    for number in range(40, 60):  # now and then a rank is slow, never for long
+        recorder.step(number, **slow(1, 3.0 if number % 5 == 3 else 1.0))
+    report = recorder.report()
+    (spell,) = report["slow_spells"]
+    assert (spell["attempt"], spell["rank"], spell["host"]) == (1, 1, "node0")
+    assert (spell["first_step"], spell["last_step"]) == (30, 39)
+    assert (spell["begin"], spell["end"]) == (pytest.approx(begin), pytest.approx(end))
+    assert spell["delay"] == pytest.approx(9 * STEP)
+    assert "| rank 1 node0 | 18.0 s |" in markdown(report, "report.png")
