@@ -16,7 +16,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from m3i_scale.config import Boltzmann, Model, Objective, Target
+from m3i_scale.config import Boltzmann, Gaussian, Model, Objective, Sigmoid, Target
 from m3i_scale.models.category_head import CategoryHead
 from m3i_scale.models.heads import MLP, Temperature
 from m3i_scale.models.image_decoder import ImageDecoder
@@ -26,6 +26,7 @@ from m3i_scale.models.stochastic_depth import hash_keys
 from m3i_scale.models.text_tower import TextTower
 from m3i_scale.objective.balance import GradientProbe
 from m3i_scale.objective.centre import RunningCentre
+from m3i_scale.objective.contrastive import Candidates, gather_candidates
 from m3i_scale.objective.encoder import Encoder, Encoding
 from m3i_scale.objective.figures import Term, mean_term, student_figures
 from m3i_scale.objective.inputs import MixedBatch
@@ -42,7 +43,6 @@ from m3i_scale.objective.roles import (
     target_view,
     view_of,
 )
-from m3i_scale.objective.softmax import Candidates, gather_candidates
 from m3i_scale.objective.step_loss import StepLoss
 from m3i_scale.objective.terms import (
     Known,
@@ -101,7 +101,7 @@ class M3I(nn.Module):
             self.text_projection = XavierLinear(backbone.embed_dim, model.text.embed_dim)
         if "category" in wanted:
             self.category_head = CategoryHead(backbone.embed_dim, model.categories)
-        self._add_softmax_state(model)
+        self._add_contrastive_state(model)
         self.probe = GradientProbe()
 
     def _add_image_heads(self, model: Model) -> None:
@@ -128,7 +128,7 @@ class M3I(nn.Module):
         if head.predictor and self.student.dense_projector is not None:
             self.dense_predictor = MLP(head.width, head.hidden, head.width)
 
-    def _add_softmax_state(self, model: Model) -> None:
+    def _add_contrastive_state(self, model: Model) -> None:
         """Temperatures, one for each representation; queues and centres, one for each group."""
         self.temperatures, self.queues = nn.ModuleDict(), nn.ModuleDict()
         self.running_centres = nn.ModuleDict()
@@ -136,13 +136,14 @@ class M3I(nn.Module):
             width, likelihood = self._target_width(target, model), target.likelihood
             if target.centre == "running":
                 self.running_centres[target.name] = RunningCentre(width, target.centre_decay)
-            if not isinstance(likelihood, Boltzmann):
+            if isinstance(likelihood, Gaussian):
                 continue
             if target.representation not in self.temperatures:
+                bias = likelihood.bias if isinstance(likelihood, Sigmoid) else None
                 self.temperatures[target.representation] = Temperature(
-                    likelihood.temperature, likelihood.learnable
+                    likelihood.temperature, likelihood.learnable, bias
                 )
-            if likelihood.queue:
+            if isinstance(likelihood, Boltzmann) and likelihood.queue:
                 self.queues[target.name] = KeyQueue(likelihood.queue, width)
 
     def _target_width(self, target: Target, model: Model) -> int:
@@ -160,7 +161,8 @@ class M3I(nn.Module):
         return [
             (part.log_scale, part.max_log_scale)
             for part in self.temperatures.values()
-            if isinstance(part, Temperature) and part.log_scale is not None
+            if isinstance(part, Temperature)
+            if part.log_scale is not None and part.max_log_scale is not None
         ]
 
     def train(self, mode: bool = True) -> M3I:
@@ -247,14 +249,13 @@ class M3I(nn.Module):
         for number, (view, z_x) in enumerate(zip(self.shown, shown, strict=True)):
             role = self.roles(mixed, view)
             for target in across:
-                image, predict, scale = role[target.image], target.compares, None
+                image, predict, coefficients = role[target.image], target.compares, None
                 pool = self.student.backbone.pool
                 pair = self._pair(target, z_x, image, mixed, outputs, pool, predict=predict)
                 embedding = embed(target, pair, queued=target.name in self.queues)
-                if isinstance(target.likelihood, Boltzmann):
-                    one = embedding.whole.new_ones(())
-                    scale = self.temperatures[target.representation](one)[0]
-                step.collect(target, number, embedding, scale)
+                if not isinstance(target.likelihood, Gaussian):
+                    coefficients = self.temperatures[target.representation](embedding.whole)
+                step.collect(target, number, embedding, coefficients)
 
     def _features(self, mixed: MixedBatch) -> Tensor:
         """z_x of every shown view, one after the other: (V * B, N, D)."""
@@ -288,7 +289,7 @@ class M3I(nn.Module):
         """The texts of all ranks, gathered once for all groups."""
         likelihoods = [t.likelihood for t in self.objective.targets if t.representation == "text"]
         wanted = any(
-            isinstance(likelihood, Boltzmann) and likelihood.candidates == "global"
+            not isinstance(likelihood, Gaussian) and likelihood.candidates == "global"
             for likelihood in likelihoods
         )
         if texts is None or not wanted:

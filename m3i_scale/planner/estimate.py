@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from m3i_scale.config import Boltzmann, Config, Engine, Model, Objective
+from m3i_scale.config import Config, Engine, Gaussian, Model, Objective
 from m3i_scale.engine import memory
 from m3i_scale.engine.schedules import BatchSplit, split_batch
 from m3i_scale.engine.zero import deepspeed_config
@@ -387,12 +387,12 @@ def step_flow(
 def _contrast(
     model: Model, objective: Objective, traced: Trace, ranks: int, batch: BatchSplit
 ) -> Iterator[Traffic]:
-    """Targets that are gathered from all ranks for a softmax, and their gradients."""
+    """Targets that are gathered from all ranks to be told apart, and their gradients."""
     gathered = reduced = 0.0
     texts = False  # were gathered for another group
     for target in objective.targets:
         likelihood = target.likelihood
-        if not isinstance(likelihood, Boltzmann) or likelihood.candidates != "global":
+        if isinstance(likelihood, Gaussian) or likelihood.candidates != "global":
             continue
         if target.representation == "category":
             continue
@@ -401,8 +401,9 @@ def _contrast(
         text = target.representation == "text"  # image targets carry no gradient
         shared = text and texts and not objective.runs_twice(batch.accumulation)
         once = 0 if shared else 1
-        gathered += once * (size + rows) + size * likelihood.symmetric
-        reduced += size * (once * text + likelihood.symmetric)
+        both = target.both_directions
+        gathered += once * (size + rows) + size * both
+        reduced += size * (once * text + both)
         texts = texts or text
     share = (ranks - 1) / ranks
     yield Traffic("all-gather, targets of the softmax", gathered, gathered * share, local=False)

@@ -97,7 +97,7 @@ def waiting(config: Config, traced: Trace, ranks: int, batch: BatchSplit) -> Wai
         likelihood = target.likelihood
         if not target.compares:
             continue
-        sides = 2 if isinstance(likelihood, Boltzmann) and likelihood.symmetric else 1
+        sides = 2 if target.both_directions else 1
         # Predictions and targets, their derivatives, and the graph's copies of both.
         embeddings += inputs * 4 * samples * rows * width * FLOAT
         candidates = ranks * samples * rows

@@ -22,6 +22,7 @@ from m3i_scale.config import (
     GlobalHead,
     Input,
     Objective,
+    Sigmoid,
     Target,
     load_config,
 )
@@ -101,7 +102,7 @@ def test_methods_of_the_documentation_train(number: int, run: Path, tmp_path: Pa
 def test_the_documentation_names_every_key_and_value():
     page = (CONFIGS.parent / "docs" / "methods.md").read_text()
     written = set(re.findall(r"\w+", " ".join(re.findall(r"`([^`\n]+)`", page))))
-    for node in (Input, Target, Gaussian, Boltzmann, GlobalHead, Balance):
+    for node in (Input, Target, Gaussian, Boltzmann, Sigmoid, GlobalHead, Balance):
         for name, field in node.model_fields.items():
             missing = ({name} | set(choices(field.annotation))) - written
             assert not missing - {"form"}, (node.__name__, missing)

@@ -37,6 +37,15 @@ METHODS: dict[str, list[dict[str, Any]]] = {
         | boltzmann(symmetric=True, learnable=True, label_smoothing=0.1)
         for image in ("i", "j")
     ],
+    "SigLIP": [
+        {"representation": "text", "regularisation": "negatives", "image": image}
+        | {"likelihood": {"form": "sigmoid", "bias": -4.0}}
+        for image in ("i", "j")
+    ],
+    "sigmoids of patches": [
+        STUDENT | SOFTMAX | {"representation": "features", "decoder": "linear"}
+        | {"likelihood": {"form": "sigmoid"}}
+    ],
     "SimCLR": [STUDENT | SOFTMAX | {"representation": "global"} | boltzmann(symmetric=True)],
     "MoCo": [TEACHER | SOFTMAX | {"representation": "global"} | boltzmann(queue=19)],
     "DenseCL": [
