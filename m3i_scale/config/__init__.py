@@ -11,7 +11,14 @@ from m3i_scale.config.data import (
 )
 from m3i_scale.config.likelihoods import Boltzmann, Gaussian, Sigmoid
 from m3i_scale.config.load import dump_config, load_config, load_run
-from m3i_scale.config.model import Backbone, Decoder, GlobalHead, Model, TextTower
+from m3i_scale.config.model import (
+    Backbone,
+    Decoder,
+    FrozenTeacher,
+    GlobalHead,
+    Model,
+    TextTower,
+)
 from m3i_scale.config.objective import Balance, Input, Objective
 from m3i_scale.config.schema import (
     Checkpoint,
@@ -41,6 +48,7 @@ __all__ = [
     "Decoder",
     "Duration",
     "Engine",
+    "FrozenTeacher",
     "Gaussian",
     "GlobalHead",
     "Input",

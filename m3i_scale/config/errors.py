@@ -26,7 +26,7 @@ RENAMED = {
     "data.chunk_megabytes": ("data.chunk_mebibytes", "the number stays the same"),
     "data.storage.cache_gigabytes": ("data.storage.cache_gibibytes", "100 become 93"),
 }
-_TAGS = ("gaussian", "boltzmann")  # pydantic names the member of a union in a location
+_TAGS = ("gaussian", "boltzmann", "sigmoid")  # pydantic names the member of a union in a location
 
 
 def first_problem(error: ValidationError) -> ErrorDetails:
@@ -56,7 +56,7 @@ def sentence(problem: ErrorDetails, root: type[Node]) -> str:
     if kind == "missing":
         return f"missing key {where!r}; give it a value"
     if kind.startswith("union_tag"):
-        return f"{where}: write form: gaussian or form: boltzmann (got {problem['input']!r})"
+        return f"{where}: write form: gaussian, boltzmann or sigmoid (got {problem['input']!r})"
     if kind == "value_error":
         return f"{where}: {message}" if where else message
     quoted = kind == "string_type" and isinstance(problem["input"], int | float)

@@ -105,6 +105,11 @@ class Objective(Node):
         other = any(target.view == "other" for target in self.targets)
         return other or mixed_with_itself or self.input.both_views
 
+    @property
+    def frozen_teachers(self) -> list[str]:
+        """Names of those that some target asks for, in the order of the targets."""
+        return list(dict.fromkeys(target.encoder for target in self.targets if target.frozen))
+
     def runs_twice(self, micro_steps: int) -> bool:
         """Whether the micro-batches of a step run first without and then with gradient."""
         across = any(target.across for target in self.targets)

@@ -31,8 +31,10 @@ class Target(Node):
     """What is predicted."""
     regularisation: Literal["none", "stop_gradient", "negatives", "decorrelation"] = "none"
     """What keeps learned targets from becoming all alike."""
-    encoder: Literal["teacher", "student"] = "teacher"
-    """Who encodes `features` and `global` targets."""
+    encoder: Annotated[str, Field(pattern=r"^[\w-]+$")] = "teacher"
+    """Who encodes `features` and `global` targets: `teacher`, the moving average of the student,
+    `student` itself, or a name of `model.frozen_teachers`.
+    """
     decoder: Literal["transformer", "linear", "projector"] = "transformer"
     """How dense targets are predicted: by mask tokens, or from each token by a linear layer or an
     MLP.
@@ -72,6 +74,11 @@ class Target(Node):
     def encoded(self) -> bool:
         """Whether an image encoder makes the target."""
         return self.representation in ("features", "global")
+
+    @property
+    def frozen(self) -> bool:
+        """Whether a frozen teacher makes the target."""
+        return self.encoded and self.encoder not in ("teacher", "student")
 
     @property
     def trains_target(self) -> bool:
@@ -152,7 +159,7 @@ class Target(Node):
             "pixels cannot collapse; set regularisation: none and likelihood.form: gaussian",
         )
         yield (
-            self.encoded and regularisation == "none",
+            self.encoded and not self.frozen and regularisation == "none",
             "a learned target without regularisation collapses; set regularisation: "
             "stop_gradient, negatives or decorrelation",
         )
@@ -173,6 +180,11 @@ class Target(Node):
             self.supervised and (self.view != "same" or self.normalise != "none"),
             f"a {self.representation} has no view and its embedding no other normalisation; leave "
             "view and normalise out",
+        )
+        yield (
+            not self.encoded and self.encoder not in ("teacher", "student"),
+            f"a {self.representation} target has no image encoder; leave encoder out, or set "
+            "representation: features or global",
         )
         yield (
             self.positions == "masked" and (not self.dense or self.view != "same"),
@@ -220,6 +232,11 @@ class Target(Node):
             self.match == "similarity" and self.representation != "features",
             "similarity is that of features; set representation: features or match: position",
         )
+        yield (
+            self.match == "similarity" and self.frozen,
+            "similarity compares features of one network, and a frozen teacher has others; set "
+            "match: position",
+        )
 
     def _queues(self) -> Iterable[tuple[bool, str]]:
         likelihood = self.likelihood
@@ -231,7 +248,7 @@ class Target(Node):
             "likelihood.queue, or candidates: global",
         )
         yield (
-            likelihood.queue > 0 and not (self.encoded and self.encoder == "teacher"),
+            likelihood.queue > 0 and not (self.encoded and self.encoder != "student"),
             "a queue needs targets that change slowly; set encoder: teacher and representation: "
             "global or features, or queue: 0",
         )

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from m3i_scale.config import Backbone, ConfigError
 from m3i_scale.integrations import vit_names
 from m3i_scale.integrations.folders import Entry, Stored, open_weights
+from m3i_scale.integrations.foreign import build_timm
 from m3i_scale.models.backbone import backbone_options, build_backbone, with_defaults
 from m3i_scale.models.intern_image import INTERN_IMAGE_VARIANTS, InternImage
 from m3i_scale.models.weights import plain_name
@@ -229,13 +230,11 @@ def _described(stored: Stored, kind: str) -> dict[str, Any]:
 
 
 def _timm_heads(architecture: str, arguments: Mapping[str, Any]) -> int:
-    import timm
-
     try:
         with torch.device("meta"):
-            model = timm.create_model(architecture, pretrained=False, **arguments)
+            model: Any = build_timm(architecture, arguments)
         return int(model.blocks[0].attn.num_heads)
-    except Exception as error:  # whatever timm makes of names and arguments that it does not know
+    except (ValueError, AttributeError, LookupError, TypeError) as error:
         raise ValueError(f"timm builds no ViT of {architecture!r}: {error}") from None
 
 

@@ -19,6 +19,7 @@ from m3i_scale.config import Config, Engine, Gaussian, Model, Objective
 from m3i_scale.engine import memory
 from m3i_scale.engine.schedules import BatchSplit, split_batch
 from m3i_scale.engine.zero import deepspeed_config
+from m3i_scale.integrations.frozen import make_skeletons
 from m3i_scale.planner import flat, host, two_passes
 from m3i_scale.planner.gpus import Gpu
 from m3i_scale.planner.sizes import Flow, Traffic, Widths, averaged_weights, shard
@@ -143,6 +144,7 @@ def trace_of(config: Config, *, kernels: bool = False) -> Trace:
         config.model,
         config.objective,
         config.data.image_size,
+        make_skeletons(config),
         precision=config.engine.precision,
         kernels=kernels,
     )
@@ -174,7 +176,8 @@ def make_plan(
     engine, whole = config.engine, config.engine.teacher == "whole"
     deepspeed = deepspeed_config(engine, batch, clip_norm=config.optimizer.clip_norm)
     widths = Widths.of(engine.precision, deepspeed)
-    state, offloaded = lasting_memory(engine, traced.weights, cluster.ranks, deepspeed)
+    frozen = sum(encoder.elements for encoder in traced.frozen.values())
+    state, offloaded = lasting_memory(engine, traced.weights, cluster.ranks, deepspeed, frozen)
     flow = step_flow(config, traced, cluster.ranks, batch, deepspeed, checkpointed=checkpointed)
     acts = activations(traced, checkpointed)
     trained = sum(w.elements for w in traced.weights if w.trained)
@@ -272,14 +275,18 @@ def state_memory(
 
 
 def lasting_memory(
-    spec: Engine, weights: list[Weight], ranks: int, deepspeed: dict[str, Any]
+    spec: Engine, weights: list[Weight], ranks: int, deepspeed: dict[str, Any], frozen: int = 0
 ) -> tuple[dict[str, float], dict[str, float]]:
-    """Bytes per rank of what lives as long as the run, by kind: on the device, in the host."""
+    """Bytes per rank of what lives as long as the run, by kind: on the device, in the host.
+
+    `frozen`: elements of frozen teachers.
+    """
     widths = Widths.of(spec.precision, deepspeed)
     if spec.zero.stage == 3:
         state = state_memory(weights, ranks, widths, deepspeed, whole=spec.teacher == "whole")
     else:
         state = flat.state_memory(weights, ranks, widths)
+    state[memory.FROZEN] = frozen * widths.compute
     movable = (memory.MASTER, memory.MOMENTS, memory.GRADIENTS)
     offloaded = {k: state.pop(k) for k in movable if spec.zero.offload_optimizer}
     return state, offloaded
