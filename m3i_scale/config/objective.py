@@ -77,13 +77,14 @@ class Objective(Node):
 
     @property
     def representations(self) -> set[str]:
-        """What the targets are: "pixels", "features", "global", "text", "category"."""
+        """What the targets are: "pixels", "features", "gram", "global", "text",
+        "category"."""
         return {target.representation for target in self.targets}
 
     @property
     def pooled(self) -> bool:
         """Whether some target is predicted from the pooled vector; else nothing trains the pool."""
-        return any(not target.dense for target in self.targets)
+        return any(target.pooled for target in self.targets)
 
     @property
     def has_teacher(self) -> bool:

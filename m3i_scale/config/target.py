@@ -27,13 +27,13 @@ class Target(Node):
     """Whose target: image i or, in a mix, image j."""
     view: Literal["same", "other"] = "same"
     """The view that the input shows, or the other one."""
-    representation: Literal["pixels", "features", "global", "text", "category"]
+    representation: Literal["pixels", "features", "gram", "global", "text", "category"]
     """What is predicted."""
     regularisation: Literal["none", "stop_gradient", "negatives", "decorrelation"] = "none"
     """What keeps learned targets from becoming all alike."""
     encoder: Annotated[str, Field(pattern=r"^[\w-]+$")] = "teacher"
-    """Who encodes `features` and `global` targets: `teacher`, the moving average of the student,
-    `student` itself, or a name of `model.frozen_teachers`.
+    """Who encodes `features`, `gram` and `global` targets: `teacher`, the moving average of the
+    student, `student` itself, or a name of `model.frozen_teachers`.
     """
     decoder: Literal["transformer", "linear", "projector"] = "transformer"
     """How dense targets are predicted: by mask tokens, or from each token by a linear layer or an
@@ -66,6 +66,11 @@ class Target(Node):
         return self.representation in ("pixels", "features")
 
     @property
+    def pooled(self) -> bool:
+        """Whether it is predicted from the pooled vector."""
+        return self.representation in ("global", "text", "category")
+
+    @property
     def supervised(self) -> bool:
         """Whether the group belongs to L_SP (text, category) rather than to L_SSP."""
         return self.representation in ("text", "category")
@@ -73,7 +78,7 @@ class Target(Node):
     @property
     def encoded(self) -> bool:
         """Whether an image encoder makes the target."""
-        return self.representation in ("features", "global")
+        return self.representation in ("features", "gram", "global")
 
     @property
     def frozen(self) -> bool:
@@ -159,6 +164,11 @@ class Target(Node):
             "pixels cannot collapse; set regularisation: none and likelihood.form: gaussian",
         )
         yield (
+            what == "gram" and (not gaussian or regularisation not in ("none", "stop_gradient")),
+            "similarities of tokens are matched, not told apart; set likelihood.form: gaussian and "
+            "regularisation: stop_gradient",
+        )
+        yield (
             self.encoded and not self.frozen and regularisation == "none",
             "a learned target without regularisation collapses; set regularisation: "
             "stop_gradient, negatives or decorrelation",
@@ -180,6 +190,12 @@ class Target(Node):
             self.supervised and (self.view != "same" or self.normalise != "none"),
             f"a {self.representation} has no view and its embedding no other normalisation; leave "
             "view and normalise out",
+        )
+        yield (
+            self.representation == "gram"
+            and (self.view != "same" or self.normalise != "none" or self.encoder == "student"),
+            "cosines of the tokens of the view in the input are compared with a teacher's; leave "
+            "view and normalise out, and set encoder: teacher or a frozen teacher",
         )
         yield (
             not self.encoded and self.encoder not in ("teacher", "student"),

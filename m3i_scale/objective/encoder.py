@@ -40,7 +40,9 @@ class Encoder(nn.Module):
         self.projector = self.dense_projector = None
         targets = [target for target in objective.targets if not target.frozen]
         self.keeps_features = any(
-            t.representation == "features" and (t.decoder != "projector" or t.match == "similarity")
+            t.representation == "gram"
+            or (t.representation == "features" and t.decoder != "projector")
+            or t.match == "similarity"
             for t in targets
         )
         if any(t.representation == "global" for t in targets):

@@ -97,6 +97,16 @@ def _standardise(rows: Tensor) -> Tensor:
     return centred * torch.rsqrt(centred.square().mean(0) + 1e-5)
 
 
+def gram(tokens: Tensor) -> Tensor:
+    """Cosines of all pairs of an image's tokens: (B, M, D) -> (B, M, M).
+
+    What Gram anchoring compares (DINOv3, arXiv 2508.10104, Section 4): where two networks agree
+    about which patches look alike, and neither their widths nor a rotation of features matter.
+    """
+    unit = normalise(tokens, "l2")
+    return unit @ unit.mT
+
+
 def normalise(rows: Tensor, kind: str) -> Tensor:
     """Normalise vectors (..., D).
 

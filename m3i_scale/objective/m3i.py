@@ -28,7 +28,7 @@ from m3i_scale.objective.contrastive import Candidates, gather_candidates
 from m3i_scale.objective.encoder import Encoder, Encoding
 from m3i_scale.objective.figures import Term, mean_term, student_figures
 from m3i_scale.objective.inputs import MixedBatch
-from m3i_scale.objective.likelihoods import normalise
+from m3i_scale.objective.likelihoods import gram, normalise
 from m3i_scale.objective.predictors import Predictors
 from m3i_scale.objective.roles import (
     Role,
@@ -37,6 +37,7 @@ from m3i_scale.objective.roles import (
     count_tokens_per_patch,
     find_roles,
     patchify,
+    take,
     target_view,
     view_of,
 )
@@ -270,7 +271,7 @@ class M3I(Predictors):
     def _encode_frozen(self, name: str, image: Tensor, views: int) -> list[Encoding]:
         """What a frozen teacher says of images (V * B, 3, H, W), for the groups that ask for it."""
         tokens, pooled = self.frozen[name](image, self.grid)
-        asked = {t.dense for t in self.objective.targets if t.frozen and t.encoder == name}
+        asked = {not t.pooled for t in self.objective.targets if t.frozen and t.encoder == name}
         parts = Encoding(tokens if True in asked else None, pooled, None)
         return _by_view(parts if False in asked else parts._replace(pooled=None), views)
 
@@ -320,6 +321,10 @@ class M3I(Predictors):
             return Pair(z_hat, outputs.texts[role.sample], None, present)
         view = target_view(target.view, role.view)
         encoding = outputs.images[target.encoder, view] if target.encoded else None
+        if target.representation == "gram":
+            assert encoding is not None  # a gram target has an encoder
+            z_y = gram(take(encoding.target(target)[role.sample], role.visible))
+            return Pair(None if z_x is None else gram(take(z_x, role.visible)), z_y)
         z_y = encoding.target(target) if encoding else patchify(mixed.clean(view), self.stride)
         if target.dense:
             others = encoding.features if encoding else None

@@ -62,7 +62,7 @@ class Predictors(nn.Module):
         backbone, hidden = self.student.backbone, model.global_head.hidden
         self.frozen_heads = nn.ModuleDict()
         for target in self._present():
-            if not target.frozen:
+            if not target.frozen or target.representation == "gram":
                 continue
             parts, name = self._predictor_of(target)
             width = self._target_width(target, model)
@@ -112,6 +112,8 @@ class Predictors(nn.Module):
 
     def _target_width(self, target: Target, model: Model) -> int:
         """D of an image target."""
+        if target.representation == "gram":
+            return self.grid[0] * self.grid[1]
         if target.frozen:
             encoder = self.frozen[target.encoder]
             wanted = encoder.width if target.dense else encoder.pooled_width
