@@ -205,9 +205,7 @@ def _open_initial(task: Task, world: World) -> InitialWeights | None:
 
 def _load_frozen(task: Task, world: World) -> None:
     """Load frozen networks, and require the same on all ranks (a collective)."""
-    sums = _rank_0_first(
-        lambda: task.load_frozen(world.device), task.config.run_folder, world
-    )
+    sums = _rank_0_first(lambda: task.load_frozen(world.device), task.config.run_folder, world)
     for rank, own in enumerate(gather_objects(sums, world) if sums else []):
         differing = [name for name, value in own.items() if value != sums[name]]
         if differing:
