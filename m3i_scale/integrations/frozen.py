@@ -22,9 +22,10 @@ from m3i_scale.config import Backbone, Config, ConfigError, Data, FrozenTeacher
 from m3i_scale.integrations import initial
 from m3i_scale.integrations.folders import Stored, open_weights, read_json
 from m3i_scale.integrations.foreign import TimmNetwork, TransformersNetwork, vision_config
-from m3i_scale.models.backbone import BACKBONE_NAMES, build_backbone
+from m3i_scale.models.backbone import BACKBONE_NAMES, backbone_options, build_backbone
 from m3i_scale.models.frozen import FrozenEncoder, Normalisation, Seen
 from m3i_scale.models.intern_image import InternImage
+from m3i_scale.models.vit import ViT
 
 PREPROCESSOR = "preprocessor_config.json"
 _ENLARGED = 32  # times an image's side: what is left over at its edge then shows as patches
@@ -222,7 +223,11 @@ def _own_backbone(spec: FrozenTeacher, stored: Stored) -> Backbone | None:
     config = stored.config
     if "backbone" in stored.metadata:  # of `m3i export`
         described = Backbone.model_validate_json(stored.metadata["backbone"])
-        return Backbone(name=described.name, options={**described.options, **spec.options})
+        own = {**described.options, **spec.options}
+        rows = initial.trained_grid(stored)
+        if rows is not None and backbone_options(described.name, own)[0] is ViT:
+            own = {"position_grid": rows} | own  # its positions, at whatever size it sees images
+        return Backbone(name=described.name, options=own)
     architecture = str(config.get("architecture", ""))
     if architecture in BACKBONE_NAMES:
         given = config.get("model_args") or {}

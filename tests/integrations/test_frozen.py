@@ -32,7 +32,8 @@ from helpers.teachers import (
     write_timm_file,
     write_timm_folder,
 )
-from m3i_scale.config import ConfigError
+from m3i_scale.config import Backbone, ConfigError, Model
+from m3i_scale.integrations.initial import open_initial
 from m3i_scale.models.backbone import build_backbone
 from m3i_scale.models.frozen import on_grid
 
@@ -248,3 +249,30 @@ def test_networks_of_other_kinds(
     torch.testing.assert_close(
         pooled, model.forward_head(last, pre_logits=True), rtol=1e-4, atol=1e-5
     )
+
+
+@torch.no_grad()
+def test_an_exported_vit_keeps_its_positions_at_another_size(tmp_path: Path):
+    options = {"width": 24, "depth": 1, "heads": 2, "pool_heads": 2, "embed_dim": 24}
+    torch.manual_seed(5)
+    backbone = build_backbone("vit", **options).eval()
+    data = {"mean": small_data().mean, "std": small_data().std, "image_size": 64}
+    metadata = {
+        "backbone": json.dumps({"name": "vit", "options": options}),
+        "config": json.dumps({"data": data}),
+    }
+    file = str(tmp_path / "vit.safetensors")
+    save_file(backbone.state_dict(), file, metadata=metadata)
+    same = load_teacher(small_data(), source=file).encoder(IMAGES, GRID)[0]
+    torch.testing.assert_close(same, backbone.features(IMAGES), rtol=1e-4, atol=1e-5)
+    backbone.position_grid = 4
+    large = F.interpolate(IMAGES, (128, 128), mode="bicubic", antialias=True)
+    expected = backbone.features(large).mT.unflatten(2, (8, 8))
+    found = load_teacher(small_data(), source=file, image_size=128).encoder(IMAGES, GRID)[0]
+    expected = on_grid(expected, GRID).flatten(2).mT
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+    start = Model(backbone=Backbone(name="vit", options=options), init=file)
+    notes = open_initial(start).lines()
+    assert "model.backbone.options.position_grid=4, so that positions are rescaled" in notes[-1]
+    start = Model(backbone=Backbone(name="vit", options=options | {"position_grid": 4}), init=file)
+    assert not any("position_grid" in line for line in open_initial(start).lines())
