@@ -36,6 +36,7 @@ from torch.profiler import ProfilerActivity, profile, record_function
 from m3i_scale.cluster import launch
 from m3i_scale.cluster.launch import World
 from m3i_scale.config import Config, load_config
+from m3i_scale.integrations.frozen import make_skeletons
 from m3i_scale.profiling.flops import step_flops
 from m3i_scale.profiling.peaks import dense_bf16_peak
 
@@ -258,7 +259,8 @@ def summarise(
 
     name = torch.cuda.get_device_name() if world.device.type == "cuda" else "cpu"
     images = config.optimizer.global_batch_size * len(seconds) / sum(seconds)
-    flops = step_flops(config.model, config.objective, config.data.image_size)
+    skeletons = make_skeletons(config)
+    flops = step_flops(config.model, config.objective, config.data.image_size, skeletons)
     rate = images * flops.model / world.size
     # The peak is that of half-precision products; nothing else can be a share of it.
     peak = dense_bf16_peak(name) if config.engine.precision != "fp32" else None

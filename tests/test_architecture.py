@@ -32,7 +32,16 @@ ALLOWED: dict[str, set[str]] = {
     "cluster": {"config"},
     "profiling": {"config", "objective", "models", "m3i_kernels"},
     "engine": {"config", "objective", "models", "cluster", "profiling", "m3i_kernels"} | LEAVES,
-    "planner": {"config", "objective", "models", "profiling", "cluster", "engine", "m3i_kernels"}
+    "planner": {
+        "config",
+        "objective",
+        "models",
+        "profiling",
+        "cluster",
+        "engine",
+        "integrations",
+        "m3i_kernels",
+    }
     | LEAVES,
     # What the engine trains.
     "tasks": {
@@ -55,7 +64,7 @@ ALLOWED: dict[str, set[str]] = {
     "integrations": {"config", "models", "m3i_kernels"} | LEAVES,
     # Starts training and evaluation as processes; of the engine it asks which checkpoints are
     # complete and what an exit code means.
-    "sweep": {"config", "profiling", "engine"} | LEAVES,
+    "sweep": {"config", "profiling", "engine", "integrations"} | LEAVES,
 }
 ENTRY_POINTS = {"train", "cli"}  # import everything, and nobody imports them
 ALLOWED |= {entry: set(ALLOWED) for entry in ENTRY_POINTS}

@@ -9,9 +9,17 @@ from m3i_scale.config.data import (
     SourceKind,
     Storage,
 )
+from m3i_scale.config.likelihoods import Boltzmann, Gaussian, Sigmoid
 from m3i_scale.config.load import dump_config, load_config, load_run
-from m3i_scale.config.model import Backbone, Decoder, GlobalHead, Model, TextTower
-from m3i_scale.config.objective import Balance, Boltzmann, Gaussian, Input, Objective, Target
+from m3i_scale.config.model import (
+    Backbone,
+    Decoder,
+    FrozenTeacher,
+    GlobalHead,
+    Model,
+    TextTower,
+)
+from m3i_scale.config.objective import Balance, Input, Objective
 from m3i_scale.config.schema import (
     Checkpoint,
     Config,
@@ -23,6 +31,7 @@ from m3i_scale.config.schema import (
     Verify,
     Zero,
 )
+from m3i_scale.config.target import Target
 from m3i_scale.config.types import ConfigError, Count, Duration, Node, PathText
 
 __all__ = [
@@ -39,6 +48,7 @@ __all__ = [
     "Decoder",
     "Duration",
     "Engine",
+    "FrozenTeacher",
     "Gaussian",
     "GlobalHead",
     "Input",
@@ -51,6 +61,7 @@ __all__ = [
     "Photometric",
     "PretrainingOptimizer",
     "RunConfig",
+    "Sigmoid",
     "Source",
     "SourceKind",
     "Storage",

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
-from m3i_scale.config.types import Count, Node, PathText
+from m3i_scale.config.types import Count, Node, PathText, Positive
 
 # ruff: noqa: RUF012  (pydantic copies defaults)
+
+# Words that name encoders and representations.
+RESERVED = {"teacher", "student", "pixels", "features", "global", "text", "category", "gram"}
 
 
 class Backbone(Node):
@@ -75,6 +78,39 @@ class GlobalHead(Node):
     """Whether the student has an MLP behind its projector (BYOL, SimSiam, MoCo v3)."""
 
 
+class FrozenTeacher(Node):
+    """A trained network that makes targets and is never changed; docs/methods.md shows one at work.
+
+    It lies whole on every rank, outside of ZeRO and of checkpoints, which keep a checksum.
+    """
+
+    source: PathText
+    """Its weights: a file of `m3i export`, a file or folder of timm or transformers, or a name on
+    the Hub (OWNER/NAME).
+    """
+    architecture: str | None = None
+    """What they are of: a model of timm or a backbone; null: as the file or its folder says."""
+    options: dict[str, Any] = {}
+    """Arguments of the network; they override those that its file says."""
+    image_size: Count | None = None
+    """Side that it sees images at, in pixels; null: `data.image_size`."""
+    mean: tuple[float, float, float] | None = None
+    """Of each channel of its images, from 0 to 1; null: as its file says, else timm, else
+    `data.mean`.
+    """
+    std: tuple[Positive, Positive, Positive] | None = None
+    """Standard deviation of each channel, as `mean`."""
+
+    @model_validator(mode="after")
+    def _possible(self) -> FrozenTeacher:
+        if (self.mean is None) != (self.std is None):
+            raise ValueError("mean and std belong together; give both or neither")
+        return self
+
+
+TeacherName = Annotated[str, Field(pattern=r"^[\w-]+$")]
+
+
 class Model(Node):
     """All networks."""
 
@@ -93,3 +129,14 @@ class Model(Node):
     """Number of categories; needed for category targets."""
     global_head: GlobalHead = GlobalHead()
     """Projector and predictor."""
+    frozen_teachers: dict[TeacherName, FrozenTeacher] = {}
+    """Trained networks by names that `encoder` of a target may say; those that none says are not
+    loaded.
+    """
+
+    @model_validator(mode="after")
+    def _possible(self) -> Model:
+        taken = sorted(self.frozen_teachers.keys() & RESERVED)
+        if taken:
+            raise ValueError(f"frozen_teachers: {taken[0]!r} means something else; rename it")
+        return self

@@ -313,6 +313,13 @@ class Config(RunConfig):
                 "the objective compares two views of an image; set data.augmentation.views: 2, or "
                 "view: same in all targets"
             )
+        for target in self.objective.targets:
+            if target.frozen and target.encoder not in self.model.frozen_teachers:
+                known = ", ".join(["teacher", "student", *self.model.frozen_teachers])
+                raise ValueError(
+                    f"target {target.name!r} has encoder {target.encoder!r}, and there is none; "
+                    f"take one of {known}, or describe it in model.frozen_teachers"
+                )
         if self.data.image_size % self.objective.input.patch:
             raise ValueError(
                 f"data.image_size {self.data.image_size} is not a multiple of "

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from m3i_scale.engine import shards
+from m3i_scale.engine.task import UsesFrozen
 from m3i_scale.engine.zero import Sharded
 
 PARAMETERS = "parameters"
@@ -14,6 +15,7 @@ MASTER = "master weights"
 MOMENTS = "Adam moments"
 GRADIENTS = "gradients"
 ENCODER = "teacher"
+FROZEN = "frozen teachers"
 AVERAGES = "teacher averages"
 BUFFERS = "reduce buckets"
 GATHERED = "gathered parameters"
@@ -33,6 +35,7 @@ def held_memory(sharded: Sharded) -> dict[str, int]:
         MOMENTS: _moments(sharded),
         GRADIENTS: own.gradients(),
         ENCODER: _frozen(sharded),
+        FROZEN: _outside(model),
         AVERAGES: sharded.teacher.averages.values() if sharded.teacher else [],
         BUFFERS: own.buckets(),
         GATHERED: own.gathered_weights(model),
@@ -57,6 +60,12 @@ def _frozen(sharded: Sharded) -> Iterator[Tensor]:
     teacher = sharded.teacher.teacher if sharded.teacher else None
     if teacher is not None:
         yield from (p.data for p in teacher.parameters())
+
+
+def _outside(model: nn.Module) -> Iterator[Tensor]:
+    """Parameters of networks that are no part of the engine's module."""
+    if isinstance(model, UsesFrozen):
+        yield from (p.data for module in model.frozen.values() for p in module.parameters())
 
 
 def _moments(sharded: Sharded) -> Iterator[Tensor]:

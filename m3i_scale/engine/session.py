@@ -5,9 +5,9 @@ from __future__ import annotations
 import contextlib
 import logging
 import socket
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from m3i_scale.cluster.launch import RankError, World, from_rank_0, gather_objects
 from m3i_scale.config import ConfigError, Duration, RunConfig
@@ -34,6 +34,7 @@ from m3i_scale.engine.tracker_backends import Opening
 from m3i_scale.engine.trackers import Trackers
 from m3i_scale.engine.zero import build, deepspeed_config
 
+T = TypeVar("T")
 log = logging.getLogger(__name__)
 
 
@@ -147,6 +148,7 @@ def open_run(
         keep_every=keep_every and steps(keep_every),
         background=config.checkpoint.background,
     )
+    _load_frozen(task, world)
     stated = {"order": task.statement(sources), **task.facts(split, world.size)}
     enter = events.enter if events else _say_nothing
     enter("checkpoint")
@@ -197,13 +199,31 @@ def _speed(task: Task, world: World, *, write: bool) -> Speed:
 
 
 def _open_initial(task: Task, world: World) -> InitialWeights | None:
-    """The weights to start from, opened on rank 0 first, which may download them (collective)."""
-    if task.init is None:
-        return None
-    found: list[InitialWeights] = []
-    from_rank_0(world, lambda: found.append(task.open_initial()), Path(task.init))
+    """The weights to start from (a collective)."""
+    return None if task.init is None else _rank_0_first(task.open_initial, Path(task.init), world)
+
+
+def _load_frozen(task: Task, world: World) -> None:
+    """Load frozen networks, and require the same on all ranks (a collective)."""
+    sums = _rank_0_first(lambda: task.load_frozen(world.device), task.config.run_folder, world)
+    for rank, own in enumerate(gather_objects(sums, world) if sums else []):
+        differing = [name for name, value in own.items() if value != sums[name]]
+        if differing:
+            raise ConfigError(
+                f"model.frozen_teachers.{differing[0]} has other weights on rank {rank} than on "
+                f"rank {world.rank}; give all nodes the same files"
+            )
+
+
+def _rank_0_first(action: Callable[[], T], folder: Path, world: World) -> T:
+    """`action` on all ranks, on rank 0 before the others, for it may download (a collective).
+
+    `folder` is what is named where the system does not say of which file it speaks.
+    """
+    found: list[T] = []
+    from_rank_0(world, lambda: found.append(action()), folder)
     try:
-        return found[0] if found else task.open_initial()
+        return found[0] if found else action()
     except ConfigError as error:  # of this rank alone: its node has no such file, say
         raise RankError(str(error)) from None
 

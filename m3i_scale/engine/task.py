@@ -10,6 +10,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, Protocol, runtime_checkable
 
+import torch
 from torch import Tensor, nn
 
 from m3i_scale.cluster.launch import World
@@ -70,6 +71,13 @@ class StudentTeacher(Protocol):
     def separate_teacher(self) -> nn.Module:
         """Take the teacher out of the tree of modules; the forward pass still uses it."""
         ...
+
+
+@runtime_checkable
+class UsesFrozen(Protocol):
+    """Networks that use modules outside of their tree, which nothing shards, trains or saves."""
+
+    frozen: Mapping[str, nn.Module]  # whole on every rank
 
 
 class Task(ABC):
@@ -162,6 +170,17 @@ class Task(ABC):
     def initial_names(self, names: Iterable[str]) -> dict[str, str]:
         """Parameters of the networks, and of those in the initial weights they start as."""
         return {f"backbone.{name}": name for name in names}
+
+    def load_frozen(self, device: torch.device) -> dict[str, str]:
+        """Load networks that others read and nobody changes, before `statement` and `networks`.
+
+        Returns:
+            The checksum of each by its name, to be the same on all ranks.
+
+        Raises:
+            ConfigError: one cannot be read, or does not fit.
+        """
+        return {}
 
     def notes(self, networks: Any, split: BatchSplit, ranks: int, total: int) -> Iterator[str]:
         """Further lines of `--dry-run`."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -49,8 +49,12 @@ class Stored:
     files: list[Path] = field(default_factory=list)
 
 
-def open_weights(source: str) -> Stored:
+def open_weights(source: str, also: Sequence[str] = ()) -> Stored:
     """Find the weights that a path or a name on the Hub means.
+
+    Args:
+        source: the path or name.
+        also: names of further files that a repository of the Hub may have.
 
     Raises:
         ValueError: there are none, or they cannot be read without executing something.
@@ -61,14 +65,14 @@ def open_weights(source: str) -> Stored:
             raise ValueError(
                 f"there is no file or folder {source}, and it is no name on the Hub (OWNER/NAME)"
             )
-        path = _download(source)
+        path = _download(source, also)
     if path.is_file():
         return _open_files(path, [path], {})
     return _open_folder(path)
 
 
 def _open_folder(folder: Path) -> Stored:
-    config = _read_json(folder / "config.json") if (folder / "config.json").is_file() else {}
+    config = read_json(folder / "config.json") if (folder / "config.json").is_file() else {}
     found = next((folder / name for name in NAMES if (folder / name).is_file()), None)
     if found is None:
         files = sorted(p for p in folder.iterdir() if p.suffix in (".safetensors", ".pth", ".bin"))
@@ -81,7 +85,7 @@ def _open_folder(folder: Path) -> Stored:
         found = files[0]
     if found.name != INDEX:
         return _open_files(folder, [found], config)
-    parts = _read_json(found).get("weight_map")
+    parts = read_json(found).get("weight_map")
     if not isinstance(parts, dict) or not all(_is_plain(name) for name in parts.values()):
         raise ValueError(f"{found} has no weight_map of file names in this folder")
     return _open_files(folder, [folder / name for name in sorted(set(parts.values()))], config)
@@ -122,7 +126,8 @@ def _open_safetensors(file: Path) -> tuple[dict[str, Entry], dict[str, str]]:
     return {name: entry(name) for name in opened.keys()}, opened.metadata() or {}  # noqa: SIM118
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
+    """A file that holds one JSON object; ValueError where it does not."""
     try:
         content = json.loads(path.read_text("utf-8"))
     except (OSError, ValueError, RecursionError) as error:
@@ -132,7 +137,7 @@ def _read_json(path: Path) -> dict[str, Any]:
     return content
 
 
-def _download(source: str) -> Path:
+def _download(source: str, also: Sequence[str]) -> Path:
     """Fetch config.json and the weights of a repository to the Hub's cache; the folder there."""
     from huggingface_hub import HfApi, snapshot_download
 
@@ -140,7 +145,7 @@ def _download(source: str) -> Path:
     try:
         there = set(HfApi().list_repo_files(name, revision=revision or None))
         chosen = next((file for file in NAMES if file in there), None)
-        wanted = ["config.json", *([chosen] if chosen else [])]
+        wanted = ["config.json", *also, *([chosen] if chosen else [])]
         if chosen == INDEX:
             wanted.append("*.safetensors")
         return Path(snapshot_download(name, revision=revision or None, allow_patterns=wanted))

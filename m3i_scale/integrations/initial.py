@@ -9,6 +9,7 @@ else must fit, by name, shape and the options that shapes do not show.
 from __future__ import annotations
 
 import hashlib
+import json
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -21,6 +22,7 @@ from torch import Tensor, nn
 from m3i_scale.config import Backbone, ConfigError
 from m3i_scale.integrations import vit_names
 from m3i_scale.integrations.folders import Entry, Stored, open_weights
+from m3i_scale.integrations.foreign import build_timm
 from m3i_scale.models.backbone import backbone_options, build_backbone, with_defaults
 from m3i_scale.models.intern_image import INTERN_IMAGE_VARIANTS, InternImage
 from m3i_scale.models.weights import plain_name
@@ -147,7 +149,7 @@ def check(source: str, stored: Stored, model: Starts) -> Initial:
     entries = _named(stored, kind)
     new, left = _fit(f"{stored.path} does not fit the backbone {name}", own, entries, kind)
     _require_options(stored, kind, with_defaults(build, arguments), entries)
-    notes = _notes(kind, entries, stored)
+    notes = _notes(kind, entries, stored, with_defaults(build, arguments))
     if kind == "vit" and vit_names.has_x_first(entries):
         entries = vit_names.exchange_halves(entries)
     fitting = {n: entry for n, entry in entries.items() if n in own}
@@ -229,13 +231,11 @@ def _described(stored: Stored, kind: str) -> dict[str, Any]:
 
 
 def _timm_heads(architecture: str, arguments: Mapping[str, Any]) -> int:
-    import timm
-
     try:
         with torch.device("meta"):
-            model = timm.create_model(architecture, pretrained=False, **arguments)
+            model: Any = build_timm(architecture, arguments)
         return int(model.blocks[0].attn.num_heads)
-    except Exception as error:  # whatever timm makes of names and arguments that it does not know
+    except (ValueError, AttributeError, LookupError, TypeError) as error:
         raise ValueError(f"timm builds no ViT of {architecture!r}: {error}") from None
 
 
@@ -262,9 +262,31 @@ def _plain(value: Any) -> Any:
     return list(value) if isinstance(value, list | tuple) else value or None
 
 
-def _notes(kind: str, entries: Mapping[str, Entry], stored: Stored) -> list[str]:
+def trained_grid(stored: Stored) -> int | None:
+    """Rows of patches that the ViT of a file of `m3i export` was trained on; None: unknown."""
+    if not {"backbone", "config"} <= stored.metadata.keys():
+        return None
+    described = _described(stored, "vit")
+    if described.get("position_grid") is not None:
+        return int(described["position_grid"])
+    try:
+        size = json.loads(stored.metadata["config"])["data"]["image_size"]
+        return int(size) // int(described["patch_size"])
+    except (LookupError, TypeError, ValueError):
+        return None
+
+
+def _notes(
+    kind: str, entries: Mapping[str, Entry], stored: Stored, ours: Mapping[str, Any]
+) -> list[str]:
     notes = []
     if kind == "vit":
+        rows = trained_grid(stored)
+        if rows is not None and ours["position_grid"] != rows:
+            notes.append(
+                f"it was trained on {rows} x {rows} patches; at another image size set "
+                f"model.backbone.options.position_grid={rows}, so that positions are rescaled"
+            )
         if "pos_embed" in entries:
             notes.append(vit_names.compare_positions(entries))
         if "cls_token" in entries:

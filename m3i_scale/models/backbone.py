@@ -60,6 +60,7 @@ _BACKBONES: dict[str, tuple[Callable[..., Any], Mapping[str, Any]]] = {
     "vit": (ViT, {}),
     "vit_b16": (ViT, {"width": 768, "depth": 12, "heads": 12, "patch_size": 16}),
 }
+BACKBONE_NAMES = tuple(_BACKBONES)
 
 
 def build_backbone(name: str, **options: Any) -> Backbone:

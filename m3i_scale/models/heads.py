@@ -1,4 +1,4 @@
-"""The objective's small heads: projector and predictor of global features, softmax temperature."""
+"""The objective's small heads: projector and predictor of global features, temperature."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from m3i_scale.models.layers import XavierLinear, layer_norm
+from m3i_scale.models.precision import at_least_float32
 
 
 class MLP(nn.Sequential):
@@ -27,25 +28,35 @@ class MLP(nn.Sequential):
 
 
 class Temperature(nn.Module):
-    """Multiplies scores by 1 / tau; a learnable tau is kept above 0.01, as CLIP does.
+    """What turns scores into logits: the factor 1 / tau and, of a sigmoid, the bias.
 
-    Not in the forward pass, where the bound would take the gradient away that leads back from it:
-    who trains clamps `log_scale` to `max_log_scale` after each step (`M3I.upper_bounds`).
+    A softmax's learnable tau is kept above 0.01, as CLIP does; a sigmoid's is free, as SigLIP's
+    (arXiv 2303.15343), which learns less. Not in the forward pass, where the bound would take the
+    gradient away that leads back from it: who trains clamps `log_scale` to `max_log_scale` after
+    each step (`M3I.upper_bounds`).
+
+    Args:
+        temperature: tau, or its start.
+        learnable: whether tau is trained, and the bias.
+        bias: of a sigmoid, or its start; None for a softmax.
     """
 
-    max_log_scale = math.log(100)
-
-    def __init__(self, temperature: float, learnable: bool) -> None:
+    def __init__(self, temperature: float, learnable: bool, bias: float | None = None) -> None:
         super().__init__()
-        value = torch.full((1,), math.log(1 / temperature))
-        self.fixed = 1 / temperature
-        self.log_scale = nn.Parameter(value) if learnable else None
+        self.max_log_scale = math.log(100) if bias is None else None
+        self.fixed = [1 / temperature] + ([] if bias is None else [bias])
+        self.log_scale = self.bias = None
+        if learnable:
+            self.log_scale = nn.Parameter(torch.full((1,), math.log(1 / temperature)))
+            if bias is not None:
+                self.bias = nn.Parameter(torch.full((1,), bias))
 
-    def forward(self, scores: Tensor) -> tuple[Tensor, Tensor]:
-        """Scores of any shape divided by tau, in float32; and tau itself, a scalar."""
+    def forward(self, like: Tensor) -> Tensor:
+        """Float32 (1,) or, of a sigmoid, (2,): 1 / tau, bias; on the device of `like`."""
         if self.log_scale is None:
-            # Filled on the device: a tensor made of a number would be copied, and waited for.
-            scale = scores.new_full((), self.fixed, dtype=torch.float32)
+            # Filled on the device: a tensor made of numbers would be copied, and waited for.
+            parts = [like.new_full((1,), value, dtype=torch.float32) for value in self.fixed]
         else:
-            scale = self.log_scale.float().exp()[0]
-        return scores.float() * scale, 1 / scale.detach()
+            parts = [at_least_float32(self.log_scale).exp()]
+            parts += [] if self.bias is None else [at_least_float32(self.bias)]
+        return torch.cat(parts) if parts[1:] else parts[0]

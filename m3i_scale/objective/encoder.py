@@ -12,18 +12,20 @@ from m3i_scale.models.heads import MLP
 
 
 class Encoding(NamedTuple):
-    """Representations of a clean view, by the teacher or the student."""
+    """Representations of a clean view, by the teacher, the student or a frozen teacher."""
 
     features: Tensor | None  # (B, N, D), where a dense target is made of them
-    pooled: Tensor | None  # (B, G), where a target is global
+    pooled: Tensor | None  # (B, G), where a target is global; of a frozen teacher as it pools
     projected: Tensor | None  # (B, N, G), where a dense target has a projector
 
     def target(self, target: Target) -> Tensor:
         """The part that is this target, rows in batch order."""
         if target.representation == "global":
             chosen = self.pooled
+        elif target.decoder == "projector" and not target.frozen:
+            chosen = self.projected
         else:
-            chosen = self.projected if target.decoder == "projector" else self.features
+            chosen = self.features
         assert chosen is not None  # Encoder has the projectors that the targets want
         return chosen
 
@@ -36,13 +38,16 @@ class Encoder(nn.Module):
         self.backbone = build_backbone(model.backbone.name, **model.backbone.options)
         head, backbone = model.global_head, self.backbone
         self.projector = self.dense_projector = None
+        targets = [target for target in objective.targets if not target.frozen]
         self.keeps_features = any(
-            t.representation == "features" and (t.decoder != "projector" or t.match == "similarity")
-            for t in objective.targets
+            t.representation == "gram"
+            or (t.representation == "features" and t.decoder != "projector")
+            or t.match == "similarity"
+            for t in targets
         )
-        if any(t.representation == "global" for t in objective.targets):
+        if any(t.representation == "global" for t in targets):
             self.projector = MLP(backbone.embed_dim, head.hidden, head.width)
-        if any(t.decoder == "projector" for t in objective.targets):
+        if any(t.decoder == "projector" for t in targets):
             self.dense_projector = MLP(backbone.width, head.hidden, head.width)
 
     def encode(self, images: Tensor, keys: Tensor) -> Encoding:

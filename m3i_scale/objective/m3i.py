@@ -1,36 +1,35 @@
 """M3I: one input, a list of target groups, `L = sum_k -log P_k(z_y^k | z_hat_y^k)`.
 
-The forward pass computes the outputs of the target encoders (teacher, student, text tower), the
-outputs of the student, and the named losses, in this order. The configuration lists the groups
-(`config.Objective`): the paper's M3I has image i (same view), image j (other view), and text and
-category of both; each row of the paper's Table 1 is another list. docs/methods.md maps every term
-to its place.
+The forward pass computes the outputs of the target encoders (teacher, student, frozen teachers,
+text tower), the outputs of the student, and the named losses, in this order. The configuration
+lists the groups (`config.Objective`): the paper's M3I has image i (same view), image j (other
+view), and text and category of both; each row of the paper's Table 1 is another list.
+docs/methods.md maps every term to its place.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from m3i_scale.config import Boltzmann, Model, Objective, Target
+from m3i_scale.config import Gaussian, Model, Objective, Target
 from m3i_scale.models.category_head import CategoryHead
-from m3i_scale.models.heads import MLP, Temperature
-from m3i_scale.models.image_decoder import ImageDecoder
-from m3i_scale.models.layers import HEADS, XavierLinear, residual_blocks
-from m3i_scale.models.positions import relative_positions
+from m3i_scale.models.frozen import FrozenEncoder
+from m3i_scale.models.heads import Temperature
+from m3i_scale.models.layers import XavierLinear, residual_blocks
 from m3i_scale.models.stochastic_depth import hash_keys
 from m3i_scale.models.text_tower import TextTower
 from m3i_scale.objective.balance import GradientProbe
-from m3i_scale.objective.centre import RunningCentre
+from m3i_scale.objective.contrastive import Candidates, gather_candidates
 from m3i_scale.objective.encoder import Encoder, Encoding
 from m3i_scale.objective.figures import Term, mean_term, student_figures
 from m3i_scale.objective.inputs import MixedBatch
-from m3i_scale.objective.key_queue import KeyQueue
-from m3i_scale.objective.likelihoods import normalise
+from m3i_scale.objective.likelihoods import gram, normalise
+from m3i_scale.objective.predictors import Predictors
 from m3i_scale.objective.roles import (
     Role,
     View,
@@ -42,7 +41,6 @@ from m3i_scale.objective.roles import (
     target_view,
     view_of,
 )
-from m3i_scale.objective.softmax import Candidates, gather_candidates
 from m3i_scale.objective.step_loss import StepLoss
 from m3i_scale.objective.terms import (
     Known,
@@ -65,21 +63,32 @@ class Targets(NamedTuple):
     candidates: Candidates | None  # those of all ranks, where a text target asks for them
 
 
-class M3I(nn.Module):
+class M3I(Predictors):
     """All networks of one objective; the forward pass gives its loss.
 
     Args:
         model: sizes of the networks.
         objective: input corruption and target groups.
         image_size: side of the square views, in pixels.
+        frozen: the frozen teachers that targets name. They stay outside of the tree of modules:
+            no engine shards, trains or saves them. None where nothing is trained or predicted:
+            what predicts their targets is left out, too.
 
     Raises:
-        ValueError: the mask patch does not fit the backbone's stride or the image.
+        ValueError: the mask patch does not fit the backbone's stride or the image, or a frozen
+            teacher has no pooled vector for a global target.
     """
 
-    def __init__(self, model: Model, objective: Objective, image_size: int) -> None:
+    def __init__(
+        self,
+        model: Model,
+        objective: Objective,
+        image_size: int,
+        frozen: Mapping[str, FrozenEncoder] | None = None,
+    ) -> None:
         super().__init__()
         self.objective = objective
+        self.frozen: dict[str, FrozenEncoder] = dict(frozen or {})
         wanted = objective.representations
         self.student = Encoder(model, objective)
         # The views of image i in the input, and (encoder, view) of every encoding of a clean view.
@@ -101,56 +110,9 @@ class M3I(nn.Module):
             self.text_projection = XavierLinear(backbone.embed_dim, model.text.embed_dim)
         if "category" in wanted:
             self.category_head = CategoryHead(backbone.embed_dim, model.categories)
-        self._add_softmax_state(model)
+        self._add_frozen_heads(model)  # last: they change no other weight that is drawn
+        self._add_contrastive_state(model)
         self.probe = GradientProbe()
-
-    def _add_image_heads(self, model: Model) -> None:
-        """Decoders of dense targets and predictors: f_psi."""
-        backbone, head, targets = self.student.backbone, model.global_head, self.objective.targets
-        widths = {"features": backbone.width, "pixels": 3 * backbone.stride**2}
-        used = {(t.representation, t.decoder) for t in targets}
-        self.decoders = nn.ModuleDict(
-            {
-                what: ImageDecoder(backbone.width, **model.decoder.model_dump(), out_width=width)
-                for what, width in widths.items()
-                if (what, "transformer") in used
-            }
-        )
-        self.linear_decoders = nn.ModuleDict(
-            {
-                what: HEADS[model.decoder.head](backbone.width, width)
-                for what, width in widths.items()
-                if (what, "linear") in used
-            }
-        )
-        if head.predictor and self.student.projector is not None:
-            self.predictor = MLP(head.width, head.hidden, head.width)
-        if head.predictor and self.student.dense_projector is not None:
-            self.dense_predictor = MLP(head.width, head.hidden, head.width)
-
-    def _add_softmax_state(self, model: Model) -> None:
-        """Temperatures, one for each representation; queues and centres, one for each group."""
-        self.temperatures, self.queues = nn.ModuleDict(), nn.ModuleDict()
-        self.running_centres = nn.ModuleDict()
-        for target in self.objective.targets:
-            width, likelihood = self._target_width(target, model), target.likelihood
-            if target.centre == "running":
-                self.running_centres[target.name] = RunningCentre(width, target.centre_decay)
-            if not isinstance(likelihood, Boltzmann):
-                continue
-            if target.representation not in self.temperatures:
-                self.temperatures[target.representation] = Temperature(
-                    likelihood.temperature, likelihood.learnable
-                )
-            if likelihood.queue:
-                self.queues[target.name] = KeyQueue(likelihood.queue, width)
-
-    def _target_width(self, target: Target, model: Model) -> int:
-        """D of an image target."""
-        if target.representation == "pixels":
-            return 3 * self.stride**2
-        plain = target.dense and target.decoder != "projector"
-        return self.student.backbone.width if plain else model.global_head.width
 
     def upper_bounds(self) -> list[tuple[nn.Parameter, float]]:
         """Parameters that must not stay above a bound after a step of the optimiser.
@@ -160,7 +122,8 @@ class M3I(nn.Module):
         return [
             (part.log_scale, part.max_log_scale)
             for part in self.temperatures.values()
-            if isinstance(part, Temperature) and part.log_scale is not None
+            if isinstance(part, Temperature)
+            if part.log_scale is not None and part.max_log_scale is not None
         ]
 
     def train(self, mode: bool = True) -> M3I:
@@ -240,21 +203,20 @@ class M3I(nn.Module):
         """Leave in `step` what other micro-batches have to know of this one."""
         across = [target for target in self.objective.targets if target.across]
         outputs = self.target_outputs(mixed, step, self._encodings(across))
-        step.keep({key: e for key, e in outputs.images.items() if key[0] == "teacher"})
+        step.keep({key: e for key, e in outputs.images.items() if key[0] != "student"})
         shown: Sequence[Tensor | None] = [None] * len(self.shown)
         if any(target.compares or target.match == "similarity" for target in across):
             shown = self._features(mixed).chunk(len(self.shown))
         for number, (view, z_x) in enumerate(zip(self.shown, shown, strict=True)):
             role = self.roles(mixed, view)
             for target in across:
-                image, predict, scale = role[target.image], target.compares, None
+                image, predict, coefficients = role[target.image], target.compares, None
                 pool = self.student.backbone.pool
                 pair = self._pair(target, z_x, image, mixed, outputs, pool, predict=predict)
                 embedding = embed(target, pair, queued=target.name in self.queues)
-                if isinstance(target.likelihood, Boltzmann):
-                    one = embedding.whole.new_ones(())
-                    scale = self.temperatures[target.representation](one)[0]
-                step.collect(target, number, embedding, scale)
+                if not isinstance(target.likelihood, Gaussian):
+                    coefficients = self.temperatures[target.representation](embedding.whole)
+                step.collect(target, number, embedding, coefficients)
 
     def _features(self, mixed: MixedBatch) -> Tensor:
         """z_x of every shown view, one after the other: (V * B, N, D)."""
@@ -288,7 +250,7 @@ class M3I(nn.Module):
         """The texts of all ranks, gathered once for all groups."""
         likelihoods = [t.likelihood for t in self.objective.targets if t.representation == "text"]
         wanted = any(
-            isinstance(likelihood, Boltzmann) and likelihood.candidates == "global"
+            not isinstance(likelihood, Gaussian) and likelihood.candidates == "global"
             for likelihood in likelihoods
         )
         if texts is None or not wanted:
@@ -297,14 +259,21 @@ class M3I(nn.Module):
 
     def _encode(self, encoder: str, views: list[View], mixed: MixedBatch) -> list[Encoding]:
         """Encode clean views, all in one pass: sharded weights are gathered once."""
-        networks = self.teacher if encoder == "teacher" else self.student
         image = torch.cat([mixed.clean(view) for view in views])
+        if encoder not in ("teacher", "student"):
+            return self._encode_frozen(encoder, image, len(views))
+        networks = self.teacher if encoder == "teacher" else self.student
         with torch.set_grad_enabled(torch.is_grad_enabled() and self._trains_targets(encoder)):
             keys = torch.cat([_draw_key(mixed, "target", view) for view in views])
             parts = networks.encode(image, keys)
-        none = [None] * len(views)
-        chunks = (none if part is None else part.chunk(len(views)) for part in parts)
-        return [Encoding(*of_view) for of_view in zip(*chunks, strict=True)]
+        return _by_view(parts, len(views))
+
+    def _encode_frozen(self, name: str, image: Tensor, views: int) -> list[Encoding]:
+        """What a frozen teacher says of images (V * B, 3, H, W), for the groups that ask for it."""
+        tokens, pooled = self.frozen[name](image, self.grid)
+        asked = {not t.pooled for t in self.objective.targets if t.frozen and t.encoder == name}
+        parts = Encoding(tokens if True in asked else None, pooled, None)
+        return _by_view(parts if False in asked else parts._replace(pooled=None), views)
 
     def _trains_targets(self, encoder: str) -> bool:
         """Whether some target of this encoder carries a gradient."""
@@ -329,45 +298,6 @@ class M3I(nn.Module):
             mixed, shown, self.objective.input, self.hidden_tokens, self.tokens_per_patch
         )
 
-    def predict_dense(
-        self, target: Target, features: Tensor, role: Role, mixed: MixedBatch
-    ) -> Tensor:
-        """z_hat_y of a dense target, (B, M, D): by mask tokens at its positions, or by tokens."""
-        if target.tokenwise:
-            return self._predict_tokenwise(target, features, role)
-        crop = mixed.crop(role.view, role.sample)
-        own = relative_positions(*crop, *crop, self.grid)  # (B, N, 4)
-        wanted = own
-        if target.view == "other":
-            other = mixed.crop(target_view("other", role.view), role.sample)
-            wanted = relative_positions(*crop, *other, self.grid)
-        elif self.objective.masked_positions(target):
-            wanted = take(wanted, role.hidden)
-        decoder = self.decoders[target.representation]
-        return decoder(take(features, role.visible), take(own, role.visible), wanted)
-
-    def _predict_tokenwise(self, target: Target, features: Tensor, role: Role) -> Tensor:
-        """Each token predicts one patch: visible tokens in another view, else those in the loss."""
-        if target.view == "other":
-            features = take(features, role.visible)
-        elif self.objective.masked_positions(target):
-            features = take(features, role.hidden)
-        if target.decoder == "linear":
-            return self.linear_decoders[target.representation](features)
-        assert self.student.dense_projector is not None  # built when a target has one
-        projected = self.student.dense_projector(features)
-        return self.dense_predictor(projected) if hasattr(self, "dense_predictor") else projected
-
-    def predict_global(self, pooled: Tensor) -> Tensor:
-        """z_hat_y of a global target, (B, G), from the pool of the image's own tokens (B, E)."""
-        assert self.student.projector is not None  # built when a target is global
-        projected = self.student.projector(pooled)
-        return self.predictor(projected) if hasattr(self, "predictor") else projected
-
-    def predict_text(self, pooled: Tensor) -> Tensor:
-        """z_hat_y of a text target, unit length (B, T), from the image's pooled tokens (B, E)."""
-        return normalise(self.text_projection(pooled), "l2")
-
     def _pair(
         self,
         target: Target,
@@ -391,6 +321,10 @@ class M3I(nn.Module):
             return Pair(z_hat, outputs.texts[role.sample], None, present)
         view = target_view(target.view, role.view)
         encoding = outputs.images[target.encoder, view] if target.encoded else None
+        if target.representation == "gram":
+            assert encoding is not None  # a gram target has an encoder
+            z_y = gram(take(encoding.target(target)[role.sample], role.visible))
+            return Pair(None if z_x is None else gram(take(z_x, role.visible)), z_y)
         z_y = encoding.target(target) if encoding else patchify(mixed.clean(view), self.stride)
         if target.dense:
             others = encoding.features if encoding else None
@@ -405,7 +339,7 @@ class M3I(nn.Module):
             z_hat = (
                 self.predict_dense(target, z_x, role, mixed)
                 if dense
-                else self.predict_global(pool(z_x, role.seen))
+                else self.predict_global(target, pool(z_x, role.seen))
             )
         return Pair(z_hat, z_y[role.sample], chosen, present)
 
@@ -442,6 +376,13 @@ def _draw_key(mixed: MixedBatch, use: Literal["input", "target"], view: View) ->
     """What the student draws from (B,): an image in the input draws anew when it is a target."""
     uses = [("input", "a"), ("input", "b"), ("target", "a"), ("target", "b")]
     return hash_keys(mixed.key, uses.index((use, view)))
+
+
+def _by_view(parts: Encoding, views: int) -> list[Encoding]:
+    """Encodings of several views, one after the other in rows, as one encoding each."""
+    none = [None] * views
+    chunks = (none if part is None else part.chunk(views) for part in parts)
+    return [Encoding(*of_view) for of_view in zip(*chunks, strict=True)]
 
 
 def _part(parts: nn.ModuleDict, name: str) -> Any:

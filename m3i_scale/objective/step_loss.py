@@ -1,7 +1,7 @@
 """The loss of an optimiser step whose samples are compared across its micro-batches.
 
-A softmax over all samples of a batch needs all embeddings at once, and the memory holds the
-networks' activations of one micro-batch only. As in gradient caching (arXiv 2101.06983):
+A loss that tells all samples of a batch apart needs all embeddings at once, and the memory holds
+the networks' activations of one micro-batch only. As in gradient caching (arXiv 2101.06983):
 
 1. Every micro-batch runs without gradient and leaves its embeddings here (`collect`).
 2. The loss of the whole batch, over all ranks, is computed from the embeddings, and its derivatives
@@ -24,12 +24,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from m3i_scale.config import Boltzmann, Objective, Target
+from m3i_scale.config import Boltzmann, Gaussian, Objective, Sigmoid, Target
 from m3i_scale.objective.centre import centre, local_moments
 from m3i_scale.objective.collectives import average, gather, own_columns, rank_and_size
+from m3i_scale.objective.contrastive import Among, Candidates, contrastive_term
 from m3i_scale.objective.figures import Term, figure
 from m3i_scale.objective.likelihoods import decorrelation
-from m3i_scale.objective.softmax import Among, Candidates, softmax_term
 from m3i_scale.objective.terms import Embedding, Given, Known
 
 Group = tuple[str, int]  # name of a target group, number of the shown view
@@ -41,7 +41,7 @@ class _Compared(NamedTuple):
     z_hat: Tensor  # (R, D)
     z: Tensor  # (R, D), not centred
     present: Tensor  # bool (R,)
-    scale: Tensor | None  # (): 1 / tau, of a softmax
+    coefficients: Tensor | None  # (1,) or (2,): of the logits, where there are some
 
 
 class _Part(NamedTuple):
@@ -66,7 +66,7 @@ class StepLoss:
         self._at = 0  # number of the micro-batch in the second pass
 
     def collect(
-        self, target: Target, number: int, embedding: Embedding, scale: Tensor | None
+        self, target: Target, number: int, embedding: Embedding, coefficients: Tensor | None
     ) -> None:
         """Take in one group of one micro-batch, in the input's view `number`."""
         compared = moments = products = mean = None
@@ -79,7 +79,7 @@ class StepLoss:
             assert embedding.z_hat is not None  # the model predicts where samples are compared
             z_hat, z, exists = embedding.z_hat, embedding.z, embedding.exists
             rows = z_hat.flatten(0, -2), z.flatten(0, -2), exists.flatten()
-            compared = _Compared(*rows, scale)
+            compared = _Compared(*rows, coefficients)
         self._parts[target.name, number].append(
             _Part(compared, moments, products, mean, embedding.keys)
         )
@@ -169,8 +169,8 @@ def _compare(
     z_hats = [_leaf(part.z_hat, wanted=True) for part in parts]
     centred = [part.z if moments is None else centre(part.z, moments) for part in parts]
     zs = [_leaf(z, wanted=target.trains_target) for z in centred]
-    if isinstance(target.likelihood, Boltzmann):
-        return _softmax(target, target.likelihood, parts, z_hats, zs, queue)
+    if not isinstance(target.likelihood, Gaussian):
+        return _contrast(target, target.likelihood, parts, z_hats, zs, queue)
     weight = target.redundancy_weight
     loss = decorrelation(gather(torch.cat(z_hats)), gather(torch.cat(zs)), weight=weight)
     (len(parts) * loss).backward()  # the sum of all micro-batches'
@@ -178,9 +178,9 @@ def _compare(
     return [Given(term, a.grad, b.grad, None) for a, b in zip(z_hats, zs, strict=True)]
 
 
-def _softmax(
+def _contrast(
     target: Target,
-    likelihood: Boltzmann,
+    likelihood: Boltzmann | Sigmoid,
     parts: list[_Compared],
     z_hats: list[Tensor],
     zs: list[Tensor],
@@ -192,21 +192,21 @@ def _softmax(
     """
     shared = None
     if likelihood.candidates != "own":
-        predictions = z_hats if likelihood.symmetric else None
+        predictions = z_hats if target.both_directions else None
         shared = _Shared(zs, predictions, [part.present for part in parts])
     found = []
     for n, (part, z_hat, z) in enumerate(zip(parts, z_hats, zs, strict=True)):
         among = None if shared is None else shared.among(n)
-        assert part.scale is not None  # a softmax has a temperature
-        scale = _leaf(part.scale, wanted=True)
-        term = softmax_term(likelihood, z_hat, z, part.present, _Times(scale), queue, among)
+        assert part.coefficients is not None  # there are logits
+        leaf = _leaf(part.coefficients, wanted=True)
+        term = contrastive_term(likelihood, z_hat, z, part.present, leaf, queue, among)
         term.loss.backward()
-        found.append((term._replace(loss=term.loss.detach()), scale.grad))
+        found.append((term._replace(loss=term.loss.detach()), leaf.grad))
     if shared is not None:
         shared.give_back()
     return [
-        Given(term, z_hat.grad, z.grad, scale)
-        for (term, scale), z_hat, z in zip(found, z_hats, zs, strict=True)
+        Given(term, z_hat.grad, z.grad, coefficients)
+        for (term, coefficients), z_hat, z in zip(found, z_hats, zs, strict=True)
     ]
 
 
@@ -243,13 +243,3 @@ class _Shared:
 
 def _leaf(value: Tensor, *, wanted: bool) -> Tensor:
     return value.detach().clone().requires_grad_(wanted)
-
-
-class _Times:
-    """A temperature whose parameter lies elsewhere."""
-
-    def __init__(self, scale: Tensor) -> None:
-        self._scale = scale
-
-    def __call__(self, scores: Tensor) -> tuple[Tensor, Tensor]:
-        return scores.float() * self._scale, 1 / self._scale.detach()

@@ -20,6 +20,13 @@ from m3i_scale.objective.collapse import (
     position_share,
 )
 from m3i_scale.objective.collectives import average, gather, own_columns
+from m3i_scale.objective.contrastive import (
+    Among,
+    Candidates,
+    classification_term,
+    contrastive_term,
+    logits,
+)
 from m3i_scale.objective.figures import Term, collapse_figures, figure
 from m3i_scale.objective.inputs import MixedBatch
 from m3i_scale.objective.key_queue import KeyQueue
@@ -31,7 +38,6 @@ from m3i_scale.objective.likelihoods import (
     unigrad,
 )
 from m3i_scale.objective.roles import Role, View, most_similar, nearest_patches, take
-from m3i_scale.objective.softmax import Among, Candidates, classification_term, softmax_term
 
 
 class Pair(NamedTuple):
@@ -76,7 +82,7 @@ class Given(NamedTuple):
     term: Term
     by_z_hat: Tensor | None  # (R, D)
     by_z: Tensor | None  # (R, D)
-    by_scale: Tensor | None  # (): by 1 / tau
+    by_coefficients: Tensor | None  # (1,) or (2,): by 1 / tau and the bias
 
     def inject(self, z_hat: Tensor, z: Tensor, temperature: nn.Module | None) -> Term:
         """The term, with a gradient to the embeddings (R, D) as they are computed now."""
@@ -84,9 +90,9 @@ class Given(NamedTuple):
         for tensor, derivative in ((z_hat, self.by_z_hat), (z, self.by_z)):
             if derivative is not None:
                 flat += [tensor, derivative]
-        if self.by_scale is not None:
-            assert temperature is not None  # a softmax has one
-            flat += [temperature(z_hat.new_ones(()))[0], self.by_scale]
+        if self.by_coefficients is not None:
+            assert temperature is not None  # who is told apart by logits has one
+            flat += [temperature(z_hat), self.by_coefficients]
         return self.term._replace(loss=_Injected.apply(self.term.loss, *flat))
 
 
@@ -156,7 +162,7 @@ def image_term(
 ) -> Term:
     """The loss of pixels, features or global features.
 
-    `temperature` belongs to the Boltzmann form, `queue` to its negatives, `running` to
+    `temperature` belongs to softmax and sigmoid, `queue` to their negatives, `running` to
     `centre: running`. `known` is what the batch says, where it is not the micro-batch that does.
     """
     embedding = embed(target, pair, queued=queue is not None)
@@ -178,12 +184,12 @@ def image_term(
         term = _gaussian_term(target, target.likelihood, z_hat, z, pair.present, correlation)
     else:
         assert temperature is not None
-        term = softmax_term(
+        term = contrastive_term(
             target.likelihood,
             z_hat.flatten(0, -2),
             z.flatten(0, -2),
             embedding.exists.flatten(),
-            temperature,
+            temperature(z_hat),
             queue,
         )
     figures = {**collapse_figures(z_hat, whole), "constant": constant}
@@ -237,17 +243,17 @@ def text_term(
     candidates: Candidates | None,
     known: Known | None = None,
 ) -> Term:
-    """Softmax over the texts of the batch.
+    """Texts of the batch told apart.
 
     Args:
         target: the group.
         pair: predictions and texts (B, E), unit length, and which texts exist (B,).
         sample: int64 (B,), the row of the batch that each prediction is about.
-        temperature: divides the scores.
+        temperature: makes logits of scores.
         candidates: the texts of all ranks in batch order, where they compete.
         known: what the batch says, where it is not the micro-batch that does.
     """
-    assert isinstance(target.likelihood, Boltzmann)  # Target refuses the other
+    assert not isinstance(target.likelihood, Gaussian)  # Target refuses it
     z_hat, z, present = pair.z_hat, pair.targets, pair.present
     assert z_hat is not None
     assert present is not None
@@ -255,21 +261,23 @@ def text_term(
         term = known.given.inject(z_hat, z, temperature)
     else:
         among = candidates and Among(candidates, own_columns(sample))
-        term = softmax_term(target.likelihood, z_hat, z, present, temperature, among=among)
+        coefficients = temperature(z_hat)
+        term = contrastive_term(target.likelihood, z_hat, z, present, coefficients, among=among)
     return term._replace(figures=term.figures | collapse_figures(z_hat, z, present))
 
 
 def category_term(
-    target: Target, pooled: Tensor, logits: Tensor, category: Tensor, temperature: nn.Module
+    target: Target, pooled: Tensor, scores: Tensor, category: Tensor, temperature: nn.Module
 ) -> Term:
     """Softmax over the classifier's weights, the category embeddings.
 
-    pooled (B, E) gave logits (B, C); category int64 (B,) is -1 where there is none.
+    pooled (B, E) gave scores (B, C); category int64 (B,) is -1 where there is none.
     """
-    assert isinstance(target.likelihood, Boltzmann)  # Target refuses the other
-    scores, tau = temperature(logits)
+    assert isinstance(target.likelihood, Boltzmann)  # Target refuses the others
+    coefficients = temperature(scores)
+    scores = logits(scores, coefficients)
     likelihood = target.likelihood
     losses = boltzmann(scores, category, label_smoothing=likelihood.label_smoothing)
-    term = classification_term(losses, scores, category, tau)
+    term = classification_term(losses, scores, category, coefficients)
     figures = collapse_figures(pooled, present=category >= 0)
     return term._replace(figures=term.figures | figures)

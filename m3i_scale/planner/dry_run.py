@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 from torch import nn
 
 from m3i_scale.engine.loop import Run
-from m3i_scale.engine.task import StudentTeacher
+from m3i_scale.engine.task import StudentTeacher, UsesFrozen
 from m3i_scale.engine.zero import deepspeed_config
 from m3i_scale.planner.estimate import lasting_memory
 from m3i_scale.profiling.trace import Weight
@@ -25,6 +25,7 @@ def _networks(run: Run) -> Iterator[str]:
     parts = dict(model.named_children())
     if isinstance(model, StudentTeacher):
         parts["teacher"] = model.teacher  # a whole teacher is no child
+    parts |= {f"frozen {name}": module for name, module in _frozen(run).items()}
     for name, part in parts.items():
         count = sum(_numel(p) for p in part.parameters())
         if count:
@@ -48,7 +49,8 @@ def _memory(run: Run) -> Iterator[str]:
     """What lives as long as the run, as `m3i plan` counts it."""
     ranks, spec = run.world.size, run.config.engine
     settings = deepspeed_config(spec, run.split, clip_norm=run.config.optimizer.clip_norm)
-    device, host = lasting_memory(spec, _weights(run), ranks, settings)
+    frozen = sum(p.numel() for module in _frozen(run).values() for p in module.parameters())
+    device, host = lasting_memory(spec, _weights(run), ranks, settings, frozen)
     yield f"memory per rank on {ranks} ranks in {spec.precision}, without activations"
     for kinds, where in ((device, ""), (host, " (host)")):
         for kind, size in kinds.items():
@@ -56,6 +58,12 @@ def _memory(run: Run) -> Iterator[str]:
                 yield f"  {kind + where:24s} {size / 2**30:12.3f} GiB"
         if kinds:
             yield f"  {'in all' + where:24s} {sum(kinds.values()) / 2**30:12.3f} GiB"
+
+
+def _frozen(run: Run) -> Mapping[str, nn.Module]:
+    """Networks outside of the engine's module that nothing changes."""
+    model = run.sharded.model
+    return model.frozen if isinstance(model, UsesFrozen) else {}
 
 
 def _weights(run: Run) -> list[Weight]:

@@ -15,10 +15,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from m3i_scale.config import Boltzmann, Config, Engine, Model, Objective
+from m3i_scale.config import Config, Engine, Gaussian, Model, Objective
 from m3i_scale.engine import memory
 from m3i_scale.engine.schedules import BatchSplit, split_batch
 from m3i_scale.engine.zero import deepspeed_config
+from m3i_scale.integrations.frozen import make_skeletons
 from m3i_scale.planner import flat, host, two_passes
 from m3i_scale.planner.gpus import Gpu
 from m3i_scale.planner.sizes import Flow, Traffic, Widths, averaged_weights, shard
@@ -143,6 +144,7 @@ def trace_of(config: Config, *, kernels: bool = False) -> Trace:
         config.model,
         config.objective,
         config.data.image_size,
+        make_skeletons(config),
         precision=config.engine.precision,
         kernels=kernels,
     )
@@ -174,7 +176,8 @@ def make_plan(
     engine, whole = config.engine, config.engine.teacher == "whole"
     deepspeed = deepspeed_config(engine, batch, clip_norm=config.optimizer.clip_norm)
     widths = Widths.of(engine.precision, deepspeed)
-    state, offloaded = lasting_memory(engine, traced.weights, cluster.ranks, deepspeed)
+    frozen = sum(encoder.elements for encoder in traced.frozen.values())
+    state, offloaded = lasting_memory(engine, traced.weights, cluster.ranks, deepspeed, frozen)
     flow = step_flow(config, traced, cluster.ranks, batch, deepspeed, checkpointed=checkpointed)
     acts = activations(traced, checkpointed)
     trained = sum(w.elements for w in traced.weights if w.trained)
@@ -272,14 +275,18 @@ def state_memory(
 
 
 def lasting_memory(
-    spec: Engine, weights: list[Weight], ranks: int, deepspeed: dict[str, Any]
+    spec: Engine, weights: list[Weight], ranks: int, deepspeed: dict[str, Any], frozen: int = 0
 ) -> tuple[dict[str, float], dict[str, float]]:
-    """Bytes per rank of what lives as long as the run, by kind: on the device, in the host."""
+    """Bytes per rank of what lives as long as the run, by kind: on the device, in the host.
+
+    `frozen`: elements of frozen teachers.
+    """
     widths = Widths.of(spec.precision, deepspeed)
     if spec.zero.stage == 3:
         state = state_memory(weights, ranks, widths, deepspeed, whole=spec.teacher == "whole")
     else:
         state = flat.state_memory(weights, ranks, widths)
+    state[memory.FROZEN] = frozen * widths.compute
     movable = (memory.MASTER, memory.MOMENTS, memory.GRADIENTS)
     offloaded = {k: state.pop(k) for k in movable if spec.zero.offload_optimizer}
     return state, offloaded
@@ -387,12 +394,12 @@ def step_flow(
 def _contrast(
     model: Model, objective: Objective, traced: Trace, ranks: int, batch: BatchSplit
 ) -> Iterator[Traffic]:
-    """Targets that are gathered from all ranks for a softmax, and their gradients."""
+    """Targets that are gathered from all ranks to be told apart, and their gradients."""
     gathered = reduced = 0.0
     texts = False  # were gathered for another group
     for target in objective.targets:
         likelihood = target.likelihood
-        if not isinstance(likelihood, Boltzmann) or likelihood.candidates != "global":
+        if isinstance(likelihood, Gaussian) or likelihood.candidates != "global":
             continue
         if target.representation == "category":
             continue
@@ -401,8 +408,9 @@ def _contrast(
         text = target.representation == "text"  # image targets carry no gradient
         shared = text and texts and not objective.runs_twice(batch.accumulation)
         once = 0 if shared else 1
-        gathered += once * (size + rows) + size * likelihood.symmetric
-        reduced += size * (once * text + likelihood.symmetric)
+        both = target.both_directions
+        gathered += once * (size + rows) + size * both
+        reduced += size * (once * text + both)
         texts = texts or text
     share = (ranks - 1) / ranks
     yield Traffic("all-gather, targets of the softmax", gathered, gathered * share, local=False)

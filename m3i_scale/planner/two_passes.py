@@ -7,6 +7,7 @@ micro-batches wait for the second pass.
 
 from __future__ import annotations
 
+from collections import defaultdict
 from typing import NamedTuple
 
 from m3i_scale.config import Boltzmann, Config, Model, Target
@@ -37,6 +38,9 @@ def target_width(model: Model, traced: Trace, target: Target) -> int:
     if target.representation == "text":
         assert model.text is not None
         return model.text.embed_dim
+    if target.frozen:
+        encoder = traced.frozen[target.encoder]
+        return encoder.width if target.dense else encoder.pooled_width or 0
     projected = target.representation == "global" or target.decoder == "projector"
     return model.global_head.width if projected else traced.width
 
@@ -85,19 +89,19 @@ def waiting(config: Config, traced: Trace, ranks: int, batch: BatchSplit) -> Wai
         return Waiting(0, 0, 0)
     samples = batch.micro * batch.accumulation
     embeddings = comparing = 0.0
-    views: set[str] = set()
+    views: dict[str, set[str]] = defaultdict(set)  # that an encoder sees in the first pass
     inputs = 2 if config.objective.input.both_views else 1
     for target in config.objective.targets:
         rows, width = (
             traced.tokens if target.dense else 1,
             target_width(config.model, traced, target),
         )
-        if target.across and target.encoded and target.encoder == "teacher":
-            views |= {target.view} if inputs == 1 else {"same", "other"}
+        if target.across and target.encoded and target.encoder != "student":
+            views[target.encoder] |= {target.view} if inputs == 1 else {"same", "other"}
         likelihood = target.likelihood
         if not target.compares:
             continue
-        sides = 2 if isinstance(likelihood, Boltzmann) and likelihood.symmetric else 1
+        sides = 2 if target.both_directions else 1
         # Predictions and targets, their derivatives, and the graph's copies of both.
         embeddings += inputs * 4 * samples * rows * width * FLOAT
         candidates = ranks * samples * rows
@@ -106,5 +110,7 @@ def waiting(config: Config, traced: Trace, ranks: int, batch: BatchSplit) -> Wai
         # Candidates as gathered, as compared and their derivatives; scores and theirs.
         scores = batch.micro * rows * candidates
         comparing = max(comparing, (3 * sides * candidates * width + 4 * sides * scores) * FLOAT)
-    encoding = traced.tokens * traced.width * DTYPES[config.engine.precision].itemsize
-    return Waiting(embeddings, len(views) * samples * encoding, comparing)
+    widths = {name: encoder.width for name, encoder in traced.frozen.items()}
+    features = sum(len(seen) * widths.get(name, traced.width) for name, seen in views.items())
+    encodings = samples * traced.tokens * features * DTYPES[config.engine.precision].itemsize
+    return Waiting(embeddings, encodings, comparing)

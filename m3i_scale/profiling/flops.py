@@ -9,10 +9,12 @@ point and channel (four for the bilinear reading, one for the weight).
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
 from m3i_scale.config import Model, Objective
+from m3i_scale.models.frozen import FrozenEncoder
 from m3i_scale.profiling.trace import Trace, trace
 
 
@@ -29,8 +31,9 @@ class Flops:
     """FLOPs per sample of one optimiser step, by part.
 
     Parts: "backbone" (the student on the input, and on clean views where those are its
-    targets), "teacher" (on all clean views), "decoder" (once per dense target), "text
-    tower", "heads" (pooling, projections, classifier). Only those that the objective has.
+    targets), "teacher" and "frozen teachers" (on all clean views), "decoder" (once per dense
+    target), "text tower", "heads" (pooling, projections, classifier). Only those that the
+    objective has.
     """
 
     parts: dict[str, PartFlops]
@@ -51,7 +54,12 @@ class Flops:
         return self.model + sum(part.recomputed for part in self.parts.values())
 
 
-def step_flops(model: Model, objective: Objective, image_size: int) -> Flops:
+def step_flops(
+    model: Model,
+    objective: Objective,
+    image_size: int,
+    frozen: Mapping[str, FrozenEncoder] | None = None,
+) -> Flops:
     """Count the FLOPs that one sample costs in one optimiser step.
 
     Arguments as of `trace`; the number depends neither on precision nor on kernels.
@@ -62,7 +70,7 @@ def step_flops(model: Model, objective: Objective, image_size: int) -> Flops:
     Raises:
         ValueError: the networks cannot be built.
     """
-    return flops_of(trace(model, objective, image_size, precision="bf16", kernels=False))
+    return flops_of(trace(model, objective, image_size, frozen, precision="bf16", kernels=False))
 
 
 def flops_of(traced: Trace) -> Flops:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import contextlib
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -23,6 +23,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from m3i_scale.config import Backbone, Input, Model, Objective
+from m3i_scale.models.frozen import FrozenEncoder
 from m3i_scale.models.layers import residual_blocks
 from m3i_scale.models.precision import DTYPES
 from m3i_scale.objective.collectives import alone
@@ -30,6 +31,7 @@ from m3i_scale.objective.inputs import MixedBatch
 from m3i_scale.objective.m3i import M3I
 
 BACKWARD = 2  # FLOPs of a backward pass, in forward passes
+FROZEN = "frozen teachers"  # the part of a step
 ROWS = 2  # one pair; everything recorded here is proportional to the number of samples
 
 
@@ -45,6 +47,14 @@ class Weight(NamedTuple):
     def of_teacher(self) -> bool:
         """Whether it is the teacher's."""
         return is_teachers(self.name)
+
+
+class Frozen(NamedTuple):
+    """A frozen teacher: whole on every rank, outside of ZeRO."""
+
+    elements: int
+    width: int  # of its tokens
+    pooled_width: int | None
 
 
 class Call(NamedTuple):
@@ -79,6 +89,7 @@ class Trace:
     blocks: list[Block] = field(default_factory=list)
     leaves: set[str] = field(default_factory=set)  # modules that ZeRO gathers as one
     outside: float = 0.0  # bytes per sample that autograd keeps outside of blocks
+    frozen: dict[str, Frozen] = field(default_factory=dict)
     width: int = 0  # of the features
     tokens: int = 0  # of one image
     forward: dict[str, float] = field(default_factory=lambda: defaultdict(float))
@@ -87,7 +98,13 @@ class Trace:
 
 
 def trace(
-    model: Model, objective: Objective, image_size: int, *, precision: str, kernels: bool
+    model: Model,
+    objective: Objective,
+    image_size: int,
+    frozen: Mapping[str, FrozenEncoder] | None = None,
+    *,
+    precision: str,
+    kernels: bool,
 ) -> Trace:
     """Run the networks once on fake tensors.
 
@@ -95,6 +112,7 @@ def trace(
         model: the networks; checkpointing is off during the pass, `Block.recomputed` tells it.
         objective: what they are trained for.
         image_size: side of the views in pixels.
+        frozen: the frozen teachers, on the meta device.
         precision: of computation, as `config.Engine.precision`.
         kernels: count the memory of the Triton kernels, not of the plain torch operators.
 
@@ -107,8 +125,12 @@ def trace(
     # No collectives: this may run beside a training, on one rank only.
     with torch.random.fork_rng(devices=[]), _operators(kernels), alone():
         with torch.device("meta"):
-            networks = M3I(_unchecked(model), objective, image_size).to(dtype)
+            networks = M3I(_unchecked(model), objective, image_size, frozen).to(dtype)
+        for encoder in networks.frozen.values():
+            encoder.to(dtype)
         with FakeTensorMode(allow_non_fake_inputs=True):
+            for encoder in networks.frozen.values():
+                encoder.to_empty(device="cpu")
             record = _Record(networks.to_empty(device="cpu"), _recomputed(model))
             batch = _mixed_batch(objective.input, image_size, length, dtype)
             record.run(lambda: networks.forward(batch))
@@ -133,6 +155,10 @@ class _Record:
                     Weight(f"{name}.{own}", name, parameter.numel(), parameter.requires_grad)
                 )
             self._watch(name, module)
+        for name, encoder in model.frozen.items():
+            elements = sum(p.numel() for p in encoder.parameters())
+            self.trace.frozen[name] = Frozen(elements, encoder.width, encoder.pooled_width)
+            self._watch_frozen(encoder)
         whole = {id(block) for block in model.blocks_run_once()}
         self.trace.leaves = {name for name, m in model.named_modules() if id(m) in whole}
         for name, module in residual_blocks(model):
@@ -175,6 +201,20 @@ class _Record:
 
         module.register_forward_pre_hook(enter)
         module.register_forward_hook(leave)
+
+    def _watch_frozen(self, encoder: FrozenEncoder) -> None:
+        """Its FLOPs; ZeRO knows none of its modules, and autograd keeps nothing of it."""
+        start = 0
+
+        def enter(*_: Any) -> None:
+            nonlocal start
+            start = self._counter.total
+
+        def leave(*_: Any) -> None:
+            self.trace.forward[FROZEN] += (self._counter.total - start) / ROWS
+
+        encoder.register_forward_pre_hook(enter)
+        encoder.register_forward_hook(leave)
 
     def _watch_block(self, name: str, module: nn.Module, *, recomputed: bool) -> None:
         part = _part_of(name)

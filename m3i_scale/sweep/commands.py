@@ -120,10 +120,12 @@ def _run(sweep: Sweep, chosen: Sequence[Cell]) -> int:
 
 
 def _flops(cell: Cell) -> float:
+    from m3i_scale.integrations.frozen import make_skeletons
     from m3i_scale.profiling.flops import step_flops
 
     config = cell.config
-    return step_flops(config.model, config.objective, config.data.image_size).model
+    skeletons = make_skeletons(config)
+    return step_flops(config.model, config.objective, config.data.image_size, skeletons).model
 
 
 def _report(sweep: Sweep, grid: Sequence[Cell]) -> int:

@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from m3i_scale.cluster.launch import World
@@ -15,6 +16,7 @@ from m3i_scale.data.bad_sample import OfOneRank
 from m3i_scale.engine.agreement import flat
 from m3i_scale.engine.schedules import BatchSplit, Schedule
 from m3i_scale.engine.task import Pairs, Values
+from m3i_scale.integrations.frozen import Loaded, load, make_skeletons, open_all
 from m3i_scale.integrations.initial import Initial, open_initial
 from m3i_scale.models.precision import DTYPES
 from m3i_scale.objective.balance import LossBalance
@@ -49,13 +51,29 @@ class Pretraining(SampledTask):
         super().__init__(config)
         self.balance = LossBalance(config.objective.balance)
         self.health = Health()
+        self._teachers: dict[str, Loaded] = {}
         self._step: StepLoss | None = None  # of the whole batch, where samples compare across it
 
     # ---------------------------------------------------------------------- before the first step
 
     def networks(self) -> M3I:
         """Student, teacher, decoder, text tower, heads."""
-        return M3I(self.config.model, self.config.objective, self.config.data.image_size)
+        config = self.config
+        encoders = {name: one.encoder for name, one in self._frozen().items()}
+        return M3I(config.model, config.objective, config.data.image_size, encoders)
+
+    def load_frozen(self, device: torch.device) -> dict[str, str]:
+        """`model.frozen_teachers`, in the precision of the run."""
+        config, dtype = self.config, DTYPES[self.config.engine.precision]
+        for source in open_all(config):
+            self._teachers[source.name] = load(source, config.data, device, dtype)
+        return {name: one.identity["sha256"] for name, one in self._teachers.items()}
+
+    def _frozen(self) -> dict[str, Loaded]:
+        """The frozen teachers that targets name."""
+        if self._teachers.keys() != set(self.config.objective.frozen_teachers):
+            raise RuntimeError("frozen teachers have not been loaded; call load_frozen first")
+        return self._teachers
 
     def title(self, networks: M3I) -> str:
         """The backbone, and its tokens."""
@@ -81,6 +99,8 @@ class Pretraining(SampledTask):
         }
         if config.model.init is not None:
             stated["model.init"] = tree["model"]["init"]
+        for name, teacher in self._frozen().items():
+            stated |= flat(f"model.frozen_teachers.{name}", teacher.identity)
         stated |= flat("data.augmentation", data["augmentation"])
         for number, source in enumerate(data["sources"]):
             own = {key: value for key, value in source.items() if key not in ("name", "index")}
@@ -98,7 +118,8 @@ class Pretraining(SampledTask):
     def flops(self) -> float:
         """Of all networks of the objective."""
         config = self.config
-        return step_flops(config.model, config.objective, config.data.image_size).model
+        skeletons = make_skeletons(config)
+        return step_flops(config.model, config.objective, config.data.image_size, skeletons).model
 
     def facts(self, split: BatchSplit, ranks: int) -> dict[str, Any]:
         """Samples that one softmax compares."""
@@ -143,6 +164,7 @@ class Pretraining(SampledTask):
                     f"negatives come from the {split.micro * ranks} samples of a micro-step "
                     "(objective.negatives=batch: from all, for a second forward pass)"
                 )
+        yield from (teacher.line for teacher in self._frozen().values())
         if hasattr(networks, "teacher"):
             start, final = momentum_ends(self.config.optimizer, total)
             times, remaining = turnovers(total, start, final)

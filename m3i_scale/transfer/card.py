@@ -6,8 +6,7 @@ import json
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from m3i_scale.config import Config
-from m3i_scale.config.objective import Target
+from m3i_scale.config import Config, Target
 from m3i_scale.models.vit import ViT
 from m3i_scale.transfer.formats import backbone_class
 from m3i_scale.transfer.loading import Which

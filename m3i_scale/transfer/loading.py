@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
@@ -83,7 +83,7 @@ def build_trained(config: Config, weights: Weights, which: Which = "student") ->
     # What the objective never reaches is in no checkpoint; it is as the seed made it.
     own = {name: p for name, p in networks.named_parameters() if p.requires_grad}
     shapes = {name: list(parameter.shape) for name, parameter in own.items()}
-    _require_equal(shapes, weights)
+    _require_equal(shapes, weights, config.objective.frozen_teachers)
     kinds = stored_kinds(shapes, which, has_teacher=config.objective.has_teacher)
     with torch.no_grad():
         for name, parameter in own.items():
@@ -107,8 +107,13 @@ def stored_kinds(names: Mapping[str, Any], which: Which, *, has_teacher: bool) -
     }
 
 
-def _require_equal(shapes: Mapping[str, list[int]], weights: Weights) -> None:
-    stored = dict(weights.shapes)
+def _require_equal(
+    shapes: Mapping[str, list[int]], weights: Weights, frozen: Sequence[str]
+) -> None:
+    """What predicts targets of frozen teachers is of no use without them, and is not built."""
+    parts = ("decoders", "linear_decoders")
+    left = ("frozen_heads.", *(f"{part}.{name}." for part in parts for name in frozen))
+    stored = {name: shape for name, shape in weights.shapes.items() if not name.startswith(left)}
     if stored == shapes:
         return
     differing = sorted(n for n in stored.keys() | shapes.keys() if stored.get(n) != shapes.get(n))

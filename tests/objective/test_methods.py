@@ -14,14 +14,17 @@ import torch
 import yaml
 
 from helpers.small import SMALL, random_batch
+from helpers.teachers import linear_teacher
 from m3i_scale.config import (
     Balance,
     Boltzmann,
     Config,
+    FrozenTeacher,
     Gaussian,
     GlobalHead,
     Input,
     Objective,
+    Sigmoid,
     Target,
     load_config,
 )
@@ -101,7 +104,7 @@ def test_methods_of_the_documentation_train(number: int, run: Path, tmp_path: Pa
 def test_the_documentation_names_every_key_and_value():
     page = (CONFIGS.parent / "docs" / "methods.md").read_text()
     written = set(re.findall(r"\w+", " ".join(re.findall(r"`([^`\n]+)`", page))))
-    for node in (Input, Target, Gaussian, Boltzmann, GlobalHead, Balance):
+    for node in (Input, Target, Gaussian, Boltzmann, Sigmoid, GlobalHead, FrozenTeacher, Balance):
         for name, field in node.model_fields.items():
             missing = ({name} | set(choices(field.annotation))) - written
             assert not missing - {"form"}, (node.__name__, missing)
@@ -129,16 +132,17 @@ def test_one_step_gives_a_gradient_to_all_that_is_trained(
     part = {"name": backbone, "options": BACKBONES[backbone]}
     tree = config.model_dump() | {"model": config.model.model_dump() | {"backbone": part}}
     config = Config.model_validate(tree)
+    teachers = {name: linear_teacher() for name in config.objective.frozen_teachers}
     torch.manual_seed(0)
-    model = M3I(config.model, config.objective, config.data.image_size).train()
+    model = M3I(config.model, config.objective, config.data.image_size, teachers).train()
     outputs = model(one_batch(config, 4))
     outputs["loss"].backward()
     assert torch.isfinite(outputs["loss"])
     for name, parameter in model.named_parameters():
         assert (parameter.grad is not None) == parameter.requires_grad, name
     trained = {name for name, p in model.named_parameters() if p.requires_grad}
-    pooled = any(not target.dense for target in config.objective.targets)
-    assert any(".attention_pool." in n or ".clip_projector." in n for n in trained) == pooled
+    pooled = config.objective.representations & {"global", "text", "category"}
+    assert any(".attention_pool." in n or ".clip_projector." in n for n in trained) == bool(pooled)
     assert all(torch.isfinite(pair).all() for pair in outputs.values())
 
 

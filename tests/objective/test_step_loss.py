@@ -9,7 +9,8 @@ import torch
 import yaml
 from torch import Tensor
 
-from helpers.small import SMALL, random_batch
+from helpers.small import SMALL, random_batch, small_tree
+from helpers.teachers import linear_teacher
 from m3i_scale.config import Config
 from m3i_scale.objective.inputs import MixedBatch, build_input
 from m3i_scale.objective.m3i import M3I
@@ -22,6 +23,7 @@ STUDENT = {"view": "other", "encoder": "student"}
 SOFTMAX = {"regularisation": "negatives", "normalise": "l2"}
 DENSE = {"representation": "features", "regularisation": "stop_gradient"}
 GAUSSIAN = {"likelihood": {"form": "gaussian"}}
+FROZEN = {"view": "other", "encoder": "linear", "representation": "features"}
 UNIGRAD = {"regularisation": "decorrelation", "decorrelation": "unigrad"}
 
 
@@ -36,6 +38,15 @@ METHODS: dict[str, list[dict[str, Any]]] = {
         {"representation": "text", "regularisation": "negatives", "image": image}
         | boltzmann(symmetric=True, learnable=True, label_smoothing=0.1)
         for image in ("i", "j")
+    ],
+    "SigLIP": [
+        {"representation": "text", "regularisation": "negatives", "image": image}
+        | {"likelihood": {"form": "sigmoid", "bias": -4.0}}
+        for image in ("i", "j")
+    ],
+    "sigmoids of patches": [
+        STUDENT | SOFTMAX | {"representation": "features", "decoder": "linear"}
+        | {"likelihood": {"form": "sigmoid"}}
     ],
     "SimCLR": [STUDENT | SOFTMAX | {"representation": "global"} | boltzmann(symmetric=True)],
     "MoCo": [TEACHER | SOFTMAX | {"representation": "global"} | boltzmann(queue=19)],
@@ -55,6 +66,12 @@ METHODS: dict[str, list[dict[str, Any]]] = {
     "UniGrad, centred": [
         DENSE | GAUSSIAN | UNIGRAD | {"normalise": "layer_norm", "centre": "batch"}
     ],
+    "frozen teacher, centred": [
+        FROZEN | GAUSSIAN | {"normalise": "layer_norm", "centre": "running", "decoder": "linear"}
+    ],
+    "frozen teacher, softmax": [
+        FROZEN | SOFTMAX | {"representation": "global"} | boltzmann(queue=19)
+    ],
     "centred softmax": [
         STUDENT | {"representation": "global", "regularisation": "negatives"} | boltzmann()
         | {"normalise": "layer_norm", "centre": "batch"}
@@ -71,6 +88,7 @@ def configure(name: str, *, both_views: bool = False, checkpointed: bool = False
     if name != "M3I":
         tree["objective"]["balance"] = None
     tree["objective"]["input"] = {"both_views": both_views}
+    tree["model"]["frozen_teachers"] = {"linear": {"source": "none"}}
     tree["model"]["global_head"] = {"hidden": 20, "width": 12}
     # Stochastic depth as well: what is dropped must be the same in both passes.
     drop = {"drop_path_rate": 0.3, "drop_path_type": "uniform"}
@@ -80,7 +98,8 @@ def configure(name: str, *, both_views: bool = False, checkpointed: bool = False
 
 def build(config: Config) -> M3I:
     torch.manual_seed(0)
-    model = M3I(config.model, config.objective, config.data.image_size)
+    frozen = {"linear": linear_teacher(stride=8)} if config.objective.frozen_teachers else None
+    model = M3I(config.model, config.objective, config.data.image_size, frozen)
     for parameter in model.parameters():
         parameter.data.add_(0.02 * torch.randn_like(parameter))
     return model.train()
@@ -163,7 +182,7 @@ def test_candidates_of_one_rank_are_refused_with_negatives_of_the_batch():
 
 
 def test_a_second_pass_is_made_only_where_it_changes_something():
-    tree = yaml.safe_load(SMALL)
+    tree = small_tree(overrides={"model.frozen_teachers": {"linear": {"source": "none"}}})
     for targets in METHODS.values():
         named = [target | {"name": f"x{n}"} for n, target in enumerate(targets)]
         own = {"targets": named, "negatives": "batch", "balance": None}

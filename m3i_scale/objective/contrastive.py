@@ -1,18 +1,18 @@
-"""The Boltzmann form: who is told from whom, and by which scores."""
+"""Targets that are told apart, by a softmax or by sigmoids: who from whom, by which scores."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from m3i_scale.config import Boltzmann
+from m3i_scale.config import Boltzmann, Sigmoid
+from m3i_scale.models.precision import at_least_float32
 from m3i_scale.objective.collectives import gather, own_columns
 from m3i_scale.objective.figures import Term, figure
 from m3i_scale.objective.key_queue import KeyQueue
-from m3i_scale.objective.likelihoods import boltzmann
+from m3i_scale.objective.likelihoods import boltzmann, sigmoid
 
 
 class Candidates(NamedTuple):
@@ -23,7 +23,7 @@ class Candidates(NamedTuple):
 
 
 class Among(NamedTuple):
-    """Whom the rows of a softmax are told from, where others than these rows have been gathered."""
+    """Whom the rows are told from, where others than these rows have been gathered."""
 
     targets: Candidates
     columns: Tensor  # int64 (R,): of each row's own target, and own prediction
@@ -35,19 +35,27 @@ def gather_candidates(keys: Tensor, exists: Tensor) -> Candidates:
     return Candidates(gather(keys), gather(exists))
 
 
-def softmax_term(
-    likelihood: Boltzmann,
+def contrastive_term(
+    likelihood: Boltzmann | Sigmoid,
     z_hat: Tensor,
     z: Tensor,
     present: Tensor,
-    temperature: Callable[[Tensor], tuple[Tensor, Tensor]],
+    coefficients: Tensor,
     queue: KeyQueue | None = None,
     among: Among | None = None,
 ) -> Term:
-    """Boltzmann form; row r of z_hat (R, D) belongs to row r of z (R, D) where present (R,)."""
+    """Row r of z_hat (R, D) belongs to row r of z (R, D) where present (R,).
+
+    `coefficients` (1,) or (2,): those of logits, as `models.heads.Temperature` gives them.
+    """
     targets = among and (among.targets, among.columns)
     scores, exists, positive = _scores(likelihood, z_hat, z, present, queue, targets)
-    scores, tau = temperature(scores)  # (R, C)
+    scores = logits(scores, coefficients)  # (R, C)
+    if isinstance(likelihood, Sigmoid):
+        losses = sigmoid(scores, positive, candidate_exists=exists)
+        return classification_term(
+            losses, scores.masked_fill(~exists, -torch.inf), positive, coefficients
+        )
     losses = boltzmann(
         scores, positive, candidate_exists=exists, label_smoothing=likelihood.label_smoothing
     )
@@ -56,17 +64,25 @@ def softmax_term(
         # Predictions may stand in another order than candidates, which texts bring along.
         reverse, predicted, own = _scores(likelihood, z, z_hat, present, None, predictions)
         reverse_losses = boltzmann(
-            temperature(reverse)[0],
+            logits(reverse, coefficients),
             own,
             candidate_exists=predicted,
             label_smoothing=likelihood.label_smoothing,
         )
         losses = (losses + reverse_losses) / 2
-    return classification_term(losses, scores.masked_fill(~exists, -torch.inf), positive, tau)
+    return classification_term(
+        losses, scores.masked_fill(~exists, -torch.inf), positive, coefficients
+    )
+
+
+def logits(scores: Tensor, coefficients: Tensor) -> Tensor:
+    """Scores of any shape, in float32, times 1 / tau and, with two coefficients, plus the bias."""
+    scaled = at_least_float32(scores) * coefficients[0]
+    return scaled + coefficients[1] if len(coefficients) > 1 else scaled
 
 
 def _scores(
-    likelihood: Boltzmann,
+    likelihood: Boltzmann | Sigmoid,
     z_hat: Tensor,
     z: Tensor,
     present: Tensor,
@@ -93,8 +109,10 @@ def _scores(
     return scores, exists, torch.where(present, columns, -1)
 
 
-def classification_term(losses: Tensor, scores: Tensor, positive: Tensor, tau: Tensor) -> Term:
-    """Mean of the losses (R,) of a softmax over scores (R, C), whose right column is `positive`.
+def classification_term(
+    losses: Tensor, scores: Tensor, positive: Tensor, coefficients: Tensor
+) -> Term:
+    """Mean of the losses (R,) of logits (R, C) whose right column is `positive`.
 
     Absent rows have positive -1 and loss 0, and count in the mean: L is an expectation over
     samples.
@@ -104,6 +122,8 @@ def classification_term(losses: Tensor, scores: Tensor, positive: Tensor, tau: T
     figures = {
         "loss": figure(losses.sum(), present.sum()),
         "accuracy": figure(right.sum(), present.sum()),
-        "temperature": figure(tau),
+        "temperature": figure(1 / coefficients[0].detach()),
     }
+    if len(coefficients) > 1:
+        figures["bias"] = figure(coefficients[1])
     return Term(losses.mean(), figures)
