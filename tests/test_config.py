@@ -128,7 +128,10 @@ def test_overrides_are_yaml(file: Path):
         ("engine.zero.extra={a: 1, a: 2}", "'a' stands twice"),
         ("data.chunk_megabytes=4", "it is called 'data.chunk_mebibytes' now"),
         ("data.storage.cache_gigabytes=4", "it is called 'data.storage.cache_gibibytes' now"),
-        ("objective.targets.0.likelihood={sigma: 1}", "write form: gaussian or form: boltzmann or form: sigmoid"),
+        (
+            "objective.targets.0.likelihood={sigma: 1}",
+            "write form: gaussian or form: boltzmann or form: sigmoid",
+        ),
         ("checkpoint.every=0 steps", "'0 steps' is no length of time"),
         ("checkpoint.keep_every=0.0 epochs", "is no length of time"),
         ("optimizer.duration=0 samples", "is no length of time"),

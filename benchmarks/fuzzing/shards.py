@@ -109,7 +109,7 @@ def tar_foreign(rng: Random, folder: Path) -> str:
     chosen = [pieces[int(rng.integers(len(pieces)))] for _ in range(int(rng.integers(1, 3)))]
     if rng.random() < 0.5:
         chosen.insert(int(rng.integers(2)), clean())
-    return samples.check_pairs(index_of(folder, b"".join(chosen)))
+    return samples.check_pairs(index_of(folder, b"".join(chosen)), changed=True)
 
 
 _ODD_NAMES = (
