@@ -44,7 +44,7 @@ from typing import Any
 
 import yaml
 from forks import wait_for
-from kill import DEMO, differences, prepare
+from kill import differences, prepare
 from simulated import page
 from simulated.inject import Injected, inject
 from simulated.matching import GOAL, effective_ratio, match, unexpected
@@ -68,24 +68,13 @@ DISK = "768m"
 IN_NAMESPACE = "M3I_MONTH_NAMESPACE"
 PATIENCE = 600.0
 INTERRUPTING = {kind.name for kind in KINDS if kind.interrupts}
-CHANGES = """
-model:
-  backbone:
-    options: {channels: 16, groups: [1, 2, 4, 8], clip_projector_width: 64, clip_heads: 4,
-              clip_embed_dim: 64, drop_path_rate: 0.2}
-  decoder: {width: 64, ffn: 128}
-  text: {vocab_size: 400, width: 64, ffn: 128, max_length: 12, embed_dim: 32}
-optimizer: {global_batch_size: 32, max_micro_batch: 16, warmup: 2 steps}
-logging: {trackers: [], pictures: false}
-"""
 
 
 def configure(folder: Path, runs: Path, month: Month, step_seconds: float) -> Path:
-    """Draw the data, once, and write the configuration; its path."""
+    """The workload of `kill.py` with the batch and the intervals of the month; its path."""
     tree = yaml.safe_load(prepare(folder, month.steps, elastic=False).read_text())
-    tree |= yaml.safe_load(CHANGES) | {"base": str(DEMO), "folder": str(runs)}
-    tree["model"]["text"]["tokenizer"] = str(folder / "data" / "tokenizer.json")
-    tree["optimizer"]["duration"] = f"{month.steps} steps"
+    tree["folder"] = str(runs)
+    tree["optimizer"] |= {"global_batch_size": 32, "max_micro_batch": 16}
     tree["data"]["workers"] = 1
     tree["engine"] = {"timeout_minutes": 2, "stall_minutes": STALL_MINUTES / SCALE / 60}
     tree["checkpoint"] = {"every": f"{checkpoint_steps(step_seconds)} steps", "keep_last": 2}
