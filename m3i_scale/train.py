@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import functools
-import signal
 import sys
 from typing import TYPE_CHECKING
 
@@ -108,7 +107,7 @@ def main() -> int:
     """Run, and turn what a user can mend into one sentence."""
     from m3i_scale.engine import ending, events, trackers
 
-    signal.signal(signal.SIGINT, ending.interrupted)
+    ending.end_on_interrupt()
     start = events.Start()  # now: a launcher that dies while libraries load is missed later
     options = parse(sys.argv[1:])
     try:

@@ -15,6 +15,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -71,7 +72,18 @@ def _note_nodes(error: BaseException) -> None:
             file.writelines(f"{node}\n" for node in nodes)
 
 
-def interrupted(*_: object) -> None:
-    """Signal handler until training has one: end at once, with one line."""
-    os.write(sys.stderr.fileno(), b"interrupted before training began\n")
-    os._exit(INTERRUPTED)
+def end_on_interrupt() -> None:
+    """Until training has a handler, SIGINT ends the process at once, with one line.
+
+    The line goes to a copy of standard error: DeepSpeed points the original elsewhere while it
+    tries a compiler.
+    """
+    copy = os.dup(sys.__stderr__.fileno()) if sys.__stderr__ else None
+
+    def end(*_: object) -> None:
+        if copy is not None:
+            with contextlib.suppress(OSError):
+                os.write(copy, b"interrupted before training began\n")
+        os._exit(INTERRUPTED)
+
+    signal.signal(signal.SIGINT, end)

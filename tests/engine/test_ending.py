@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import errno
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -119,3 +121,17 @@ def test_a_sentence_stays_one_whatever_it_quotes(monkeypatch, capsys, tmp_path):
     assert len(said) < 2100
     assert "the remedy" in said
     assert "the remedy" in (tmp_path / "note").read_text()
+
+
+def test_an_interrupt_is_said_while_a_library_holds_standard_error():
+    """DeepSpeed points descriptor 2 at a file while it tries a compiler."""
+    program = """
+import os, signal
+from m3i_scale.engine import ending
+ending.end_on_interrupt()
+os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
+signal.raise_signal(signal.SIGINT)
+"""
+    ended = subprocess.run([sys.executable, "-c", program], stderr=subprocess.PIPE, timeout=60)
+    assert ended.returncode == 130
+    assert ended.stderr == b"interrupted before training began\n"
