@@ -9,6 +9,7 @@ reason to lose an image.
 from __future__ import annotations
 
 import io
+import re
 import struct
 from collections.abc import Mapping
 from functools import cache
@@ -40,6 +41,7 @@ _SOF = frozenset(range(0xFFC0, 0xFFD0)) - {0xFFC4, 0xFFC8, 0xFFCC}
 # scans would keep it for minutes.
 _SCAN, _MOST_SCANS = b"\xff\xda", 200
 _FRAME = struct.Struct(">4xBHHB")  # after these: bits per sample, height, width, components
+_ADDRESS = re.compile(r" <\S+ object at 0x[0-9a-f]+>")
 _ORIENTATION = 0x0112  # EXIF tag
 _TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -198,4 +200,5 @@ def decode_category(data: bytes, member: str, classes: Mapping[str, int] | None 
 
 
 def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())[:160] or type(error).__name__
+    words = _ADDRESS.sub("", " ".join(str(error).split()))  # of an object that holds the bytes
+    return words[:160] or type(error).__name__

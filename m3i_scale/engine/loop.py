@@ -204,6 +204,7 @@ def evaluate(run: Run) -> Values:
 
     Random generators are left as they were, so that training continues as if nothing had happened.
     """
+    started = time.perf_counter()
     sharded, states = run.sharded, generator_states(run.world)
     if run.checks is not None:
         run.checks.look_again()
@@ -220,6 +221,7 @@ def evaluate(run: Run) -> Values:
             set_generator_states(states, run.world)
     if run.checks is not None:
         run.checks.accept()
+    found = {**found, "seconds": time.perf_counter() - started}
     return {f"evaluation/{name}": value for name, value in found.items()}
 
 
