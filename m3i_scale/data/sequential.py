@@ -102,6 +102,7 @@ def walk(
 ) -> Iterator[tuple[Raw, Sample | BadSample]]:
     """Every sample of a source in index order, decoded, or the reason why it cannot be.
 
+    Of several captions a sample's `text` is the first one, and `others` are the others.
     `index` is the source's, if it is open already; so many `threads` decode.
     """
     storage = storage or StorageClient()
@@ -121,7 +122,9 @@ def walk(
 
     def decode(raw: Raw) -> tuple[Raw, Sample | BadSample]:
         try:
-            return raw, decode_sample(raw, source, index, max_pixels=max_pixels, faults=found)
+            return raw, decode_sample(
+                raw, source, index, max_pixels=max_pixels, faults=found, every=True
+            )
         except BadSample as bad:
             return raw, bad
 

@@ -107,6 +107,8 @@ class Pretraining(SampledTask):
         stated |= flat("data.augmentation", data["augmentation"])
         for number, source in enumerate(data["sources"]):
             own = {key: value for key, value in source.items() if key not in ("name", "index")}
+            if source["captions"] is None:  # as in checkpoints of runs before there were several
+                del own["captions"]
             identity = sources[number] if number < len(sources) else {}
             stated |= flat(f"data.sources.{number}", own | {"index": dict(identity)})
         objective = dict(tree["objective"])
