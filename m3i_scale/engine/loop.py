@@ -115,7 +115,7 @@ def _train(run: Run, stop: StopFlag, metrics: MetricLog, watchdog: Watchdog) -> 
             if run.world.is_main:
                 log.warning("step %d: %s", progress.step, warning)
         if _evaluation_is_due(run) and _is_sound(run):
-            values |= evaluate(run)
+            values |= _timed_evaluation(run)
         metrics.write(progress.step, values, show=progress.step % config.logging.every == 0)
         watchdog.beat()
         _require_sound(run)
@@ -199,12 +199,16 @@ def _evaluation_is_due(run: Run) -> bool:
     return done == run.schedule.total or (every is not None and done % every == 0)
 
 
+def _timed_evaluation(run: Run) -> Values:
+    started = time.perf_counter()
+    return evaluate(run) | {"evaluation_seconds": time.perf_counter() - started}
+
+
 def evaluate(run: Run) -> Values:
     """The task's figures of the networks as they are, or of their averages (a collective).
 
     Random generators are left as they were, so that training continues as if nothing had happened.
     """
-    started = time.perf_counter()
     sharded, states = run.sharded, generator_states(run.world)
     if run.checks is not None:
         run.checks.look_again()
@@ -221,7 +225,6 @@ def evaluate(run: Run) -> Values:
             set_generator_states(states, run.world)
     if run.checks is not None:
         run.checks.accept()
-    found = {**found, "seconds": time.perf_counter() - started}
     return {f"evaluation/{name}": value for name, value in found.items()}
 
 

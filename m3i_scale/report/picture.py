@@ -26,7 +26,7 @@ COLOURS = {
     "down": "#d0d0d0",
     "other": "#7a3e9d",
 }
-_NOT_DRAWN = {"seconds", "images", "left_out"}  # of evaluations
+_NOT_DRAWN = {"images", "left_out"}  # of evaluations
 MOST_POINTS = 4000  # of a curve
 
 

@@ -26,7 +26,7 @@ FIGURES: dict[str, tuple[str, ...]] = {
     "step_seconds": ("step_seconds",),
     "data_wait": ("machine/longest_data_wait_seconds", "data_wait_seconds"),
     "checkpoint_wait": ("checkpoint_wait_seconds",),
-    "evaluation": ("evaluation/seconds",),
+    "evaluation": ("evaluation_seconds",),
     "loss": ("loss/total",),
     "slowest_rank": ("machine/slowest_rank",),
     "slowest_seconds": ("machine/slowest_rank_seconds",),

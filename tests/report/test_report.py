@@ -395,12 +395,12 @@ def test_evaluations_have_their_time_and_their_curves(recorder: Recorder, tmp_pa
             recorder.step(number)
             continue
         # Longer than a stall would be: half a minute after a step of two seconds.
-        figures = {"evaluation/knn_caption": 10.0 + number, "evaluation/seconds": 30.0}
+        figures = {"evaluation/knn_caption": 10.0 + number, "evaluation_seconds": 30.0}
         recorder.step(number, taken=STEP + 30, own=STEP, **figures)
     recorder.now += 100
     recorder.start("b")
     recorder.begin(6)
-    again = {"evaluation/knn_caption": 50.0, "evaluation/seconds": 30.0}
+    again = {"evaluation/knn_caption": 50.0, "evaluation_seconds": 30.0}
     recorder.step(6, taken=STEP + 30, own=STEP, **again)
     recorder.event("end", cause="finished", words="", checkpoint_wait_seconds=0.0)
     report = recorder.report()

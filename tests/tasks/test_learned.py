@@ -98,7 +98,7 @@ def named(values: dict[str, float]) -> dict[str, float]:
     return {
         name.removeprefix("evaluation/"): value
         for name, value in values.items()
-        if name.startswith("evaluation/") and name != "evaluation/seconds"
+        if name.startswith("evaluation/")
     }
 
 
