@@ -53,6 +53,7 @@ ALLOWED: dict[str, set[str]] = {
         "engine",
         "profiling",
         "integrations",
+        "transfer",  # what a pre-trained encoder has learned
         "m3i_kernels",
     }
     | LEAVES,

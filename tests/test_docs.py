@@ -44,7 +44,7 @@ def _exists(key: str, root: type[Node]) -> bool:
             continue
         fields = [m.model_fields[word] for m in nodes_in(kind) if word in m.model_fields]
         if not fields:
-            return typing.get_origin(kind) is dict
+            return any(typing.get_origin(k) is dict for k in (kind, *typing.get_args(kind)))
         kind = fields[0].annotation
     return True
 

@@ -13,6 +13,8 @@ from fuzzing.damage import NUMBERS, Random
 from m3i_scale.data import index as written
 
 _LISTS = (*written._LISTS, "check")
+_MEMBERS = ("json", "json:", "json:x", "", "jpg", "\0", "x" * 5000, "[", '["txt", 3]',
+            '["txt", "alt.txt"]', "[" * 5000)  # fmt: skip
 
 
 def lie(rng: Random, path: Path) -> None:
@@ -28,9 +30,7 @@ def lie(rng: Random, path: Path) -> None:
         case 4:
             row["samples"] = _number(rng, np.int32)
         case 5:
-            row[str(rng.choice(["text_member", "category_member"]))] = str(
-                rng.choice(["json", "json:", "json:x", "", "jpg", "\0", "x" * 5000])
-            )
+            row[str(rng.choice(["text_member", "category_member"]))] = str(rng.choice(_MEMBERS))
         case 6:
             notes = [
                 [], None, {"largest_category": "x"}, {"classes": []}, {"classes": {"a": "b"}}, 3,

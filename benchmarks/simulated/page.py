@@ -154,4 +154,5 @@ def write(folder: Path, result: Tree, found: Mapping[str, Any]) -> None:
     report = found["report"]
     (folder / "report.md").write_text(report_page(report, "report.png"))
     (folder / "report.json").write_text(json.dumps(report, indent=1) + "\n")
-    save_picture(folder / "report.png", found["accounts"], report["shares"])
+    evaluations = report["evaluations"]
+    save_picture(folder / "report.png", found["accounts"], report["shares"], evaluations)

@@ -41,6 +41,30 @@ class Source(Node):
     """Share of the stream, relative to the other weights. null: samples times `epochs`."""
     epochs: Positive = 1.0
     """How often the source is shown while sources with `epochs: 1` are shown once."""
+    captions: dict[str, Positive] | None = None
+    """Weights of the places that captions are drawn from: `txt`, `alt.txt`, `json:FIELD`. Drawn by
+    seed and stream position, among the places of which a sample has a caption; of a list evenly.
+    The index must have the members (`m3i shards index --caption txt --caption alt.txt`). null: the
+    first caption.
+    """
+
+    @model_validator(mode="after")
+    def _captions_can_be_there(self) -> Source:
+        if self.captions is None:
+            return self
+        if self.kind == "category":
+            raise ValueError("captions belong to kinds text and both, and this source is of kind "
+                             "category; remove them, or set kind: both")  # fmt: skip
+        if not self.captions:
+            raise ValueError("captions names no place; remove it, or write {txt: 1}")
+        for place in self.captions:
+            member, colon, field = place.partition(":")
+            if not member.strip() or (colon and not field) or (colon and member != "json"):
+                raise ValueError(
+                    f"captions: {place!r} is no place of captions; write txt, alt.txt, json, or "
+                    "json:FIELD"
+                )
+        return self
 
     @property
     def has_text(self) -> bool:

@@ -14,6 +14,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, model_validator
 
 from m3i_scale.config.data import Data
+from m3i_scale.config.evaluation import FeatureEvaluation
 from m3i_scale.config.model import Model
 from m3i_scale.config.objective import Objective
 
@@ -273,6 +274,16 @@ class Config(RunConfig):
     """The stream of samples."""
     optimizer: PretrainingOptimizer
     """Batch, duration, AdamW, teacher momentum."""
+    evaluation: FeatureEvaluation | None = None
+    """Evaluation while training; null: none, and `m3i eval` evaluates checkpoints."""
+
+    @property
+    def evaluated_encoder(self) -> Literal["student", "teacher"]:
+        """What `evaluation.weights` means here."""
+        asked = self.evaluation.weights if self.evaluation else "auto"
+        if asked == "auto":
+            return "teacher" if self.objective.has_teacher else "student"
+        return asked
 
     @property
     def lanes(self) -> int:
@@ -325,4 +336,23 @@ class Config(RunConfig):
                 f"data.image_size {self.data.image_size} is not a multiple of "
                 f"objective.input.patch {self.objective.input.patch}"
             )
+        if self.evaluation is not None:
+            self._require_networks_of(self.evaluation)
         return self
+
+    def _require_networks_of(self, evaluation: FeatureEvaluation) -> None:
+        """Raise ValueError where a task asks for what the objective does not train."""
+        for task, kind, part in (
+            ("zero_shot", "text", "a text tower"),
+            ("classifier", "category", "a classifier of categories"),
+        ):
+            if task in evaluation.tasks and kind not in self.objective.representations:
+                raise ValueError(
+                    f"evaluation.tasks has {task}, which needs {part}, and the objective has no "
+                    f"{kind} target to train it; take {task} out, or add such a target"
+                )
+        if self.evaluated_encoder == "teacher" and not self.objective.has_teacher:
+            raise ValueError(
+                "evaluation.weights is teacher and no target of the objective uses one; set it to "
+                "student, or to auto"
+            )

@@ -6,7 +6,8 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from m3i_scale.config.transfer import Evaluation, TransferData, TransferModel, TransferRun
+from m3i_scale.config.evaluation import Evaluation
+from m3i_scale.config.transfer import TransferData, TransferModel, TransferRun
 from m3i_scale.config.types import BelowOne, Count, Fraction, Node, PathText, Positive
 
 # ruff: noqa: RUF012  (pydantic copies defaults)

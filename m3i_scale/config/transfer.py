@@ -7,9 +7,10 @@ from typing import Annotated
 from pydantic import Field
 
 from m3i_scale.config.data import MAX_PIXELS
+from m3i_scale.config.evaluation import Evaluation
 from m3i_scale.config.model import Backbone
 from m3i_scale.config.schema import Optimizer, RunConfig
-from m3i_scale.config.types import BelowOne, Count, Fraction, Node, PathText, Positive, Span
+from m3i_scale.config.types import BelowOne, Count, Fraction, Node, PathText, Positive
 
 
 class TransferModel(Node):
@@ -48,13 +49,6 @@ class TransferOptimizer(Optimizer):
     average: BelowOne | None = None
     """Momentum of a moving average of all weights, which is evaluated in their place; null: none.
     """
-
-
-class Evaluation(Node):
-    """When the networks are evaluated; at the end of a run they always are."""
-
-    every: Span | None = None
-    """Interval of evaluations; null: at the end only."""
 
 
 class TransferRun(RunConfig):

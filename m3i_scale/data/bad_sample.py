@@ -79,8 +79,13 @@ class OfOneRank:
         return super().__str__().rstrip().rpartition(f"{type(self).__name__}: ")[2]
 
 
+NO_CAPTION_IN = "no caption in"  # one of several places; what a cause of this kind begins with
+
+
 def remedy(cause: str) -> str:
     """What to do about a cause; "" where its name says all."""
+    if cause.startswith(NO_CAPTION_IN):
+        return "the sample's other captions are used: see the places under `captions` of the source"
     return _REMEDIES.get(cause) or (_NEIGHBOURS if cause.startswith("no ") else "")
 
 

@@ -9,6 +9,7 @@ reason to lose an image.
 from __future__ import annotations
 
 import io
+import re
 import struct
 from collections.abc import Mapping
 from functools import cache
@@ -40,6 +41,7 @@ _SOF = frozenset(range(0xFFC0, 0xFFD0)) - {0xFFC4, 0xFFC8, 0xFFCC}
 # scans would keep it for minutes.
 _SCAN, _MOST_SCANS = b"\xff\xda", 200
 _FRAME = struct.Struct(">4xBHHB")  # after these: bits per sample, height, width, components
+_ADDRESS = re.compile(r" <\S+ object at 0x[0-9a-f]+>")
 _ORIENTATION = 0x0112  # EXIF tag
 _TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -159,7 +161,13 @@ def _to_rgb(image: Image.Image) -> Image.Image:
 
 
 def decode_text(data: bytes, member: str) -> tuple[str, bool]:
-    """(caption, whether it was repaired) from a `txt` or `json:field` member.
+    """The first caption of `decode_captions`, and whether it was repaired; raises as it does."""
+    found, repaired = decode_captions(data, member)
+    return found[0], repaired
+
+
+def decode_captions(data: bytes, member: str) -> tuple[list[str], bool]:
+    """(captions, whether they were repaired) from a `txt` or `json:field` member.
 
     Raises BadSample for bytes in another encoding than those of `read_text`, and where nothing
     readable remains.  The one repair: JSON can spell halves of characters, which are dropped.
@@ -169,18 +177,18 @@ def decode_text(data: bytes, member: str) -> tuple[str, bool]:
     text, repaired = read_text(data), False
     if ":" in member:
         value = read_json_field(text, member.split(":", 1)[1])
-        if not isinstance(value, str):  # a list of captions, say: the first one counts
-            value = next(iter(read_captions(value)), None)
-        if value is None:
-            raise BadSample("no caption", f"there is none in {member}")
-        text = value.encode("utf-8", "ignore").decode()
-        repaired = text != value
-    elif member == "json":
-        text = next(iter(read_captions(read_json(text))), "")
-    text = next(iter(read_captions(text)), "")
-    if not text:
+        if isinstance(value, str):
+            text = value.encode("utf-8", "ignore").decode()
+            found, repaired = read_captions(text), text != value
+        else:  # a list of captions, say
+            found = read_captions(value)
+            if not found:
+                raise BadSample("no caption", f"there is none in {member}")
+    else:
+        found = read_captions(read_json(text) if member == "json" else text)
+    if not found:
         raise BadSample("bad UTF-8" if repaired else "empty caption")
-    return text, repaired
+    return found, repaired
 
 
 def decode_category(data: bytes, member: str, classes: Mapping[str, int] | None = None) -> int:
@@ -198,4 +206,5 @@ def decode_category(data: bytes, member: str, classes: Mapping[str, int] | None 
 
 
 def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())[:160] or type(error).__name__
+    words = _ADDRESS.sub("", " ".join(str(error).split()))  # of an object that holds the bytes
+    return words[:160] or type(error).__name__

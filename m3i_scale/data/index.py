@@ -9,16 +9,18 @@
 | image_size      | list<int32>         | per sample: its length in bytes                          |
 | text_offset     | list<int64>         | of the caption member, empty list where not indexed      |
 | text_size       | list<int32>         |                                                          |
+| more_offset     | list<int64>         | of further captions, as many of each sample; -1: none    |
+| more_size       | list<int32>         |                                                          |
 | category_offset | list<int64>         | of the category member, likewise                         |
 | category_size   | list<int32>         |                                                          |
 | check           | list<uint32>        | CRC-32 of the tar headers of these members (`check_of`)  |
-| text_member     | string              | e.g. `txt`, or `json:caption`; null where there is none  |
+| text_member     | string              | `txt`, `json:caption`, ...; of several a JSON list       |
 | category_member | string              | e.g. `cls`, or `json:label`                              |
 | problems        | list<struct<key, cause>> | samples of the shard that are left out, and why     |
 
 A shard that is changed after it was indexed shows in its headers: `check` covers the name, size and
 kind of every member that a sample uses.  Indexes of format 2 lack that column; of theirs the sizes
-are compared alone.
+are compared alone.  Format 4 is format 3 with several captions of a sample (`places`).
 
 Row groups hold about 64k samples, so that one look-up decodes about a megabyte.  The short columns
 of all rows are repeated in the footer (key `summary`), so that an index of 45,000 shards opens in a
@@ -50,14 +52,14 @@ from numpy.typing import NDArray
 
 from m3i_scale.config import SourceKind
 from m3i_scale.data.bad_sample import OfOneRank
+from m3i_scale.data.members import kinds_of, read_places, require_within
 from m3i_scale.data.retry import PERMANENT, StorageError
 from m3i_scale.data.storage import StorageClient, is_local, join, local_path, parent
 
 FORMAT = "m3i-index-3"
-_READABLE = {FORMAT, "m3i-index-2"}  # 2: without `check` and `fingerprint`
+_SEVERAL = "m3i-index-4"  # with several captions of a sample
+_READABLE = {FORMAT, _SEVERAL, "m3i-index-2"}  # 2: without `check` and `fingerprint`
 _GROUP_SAMPLES = 65_536
-LARGEST_MEMBER = 1 << 28  # 256 MiB: a member is read as a whole
-LARGEST_SAMPLE = 1 << 30  # from its first member's header to the end of its last one
 _LISTS = (
     "image_offset",
     "image_size",
@@ -66,6 +68,7 @@ _LISTS = (
     "category_offset",
     "category_size",
 )
+_MORE = ("more_offset", "more_size")
 _SUMMARY = ("shard", "bytes", "samples", "text_member", "category_member")
 # Name, size, kind and leading folders in a tar header: what must stay the same.  Owner and times
 # may change: a copy of a shard is as good as the shard.
@@ -77,7 +80,7 @@ SCHEMA = pa.schema(
         ("samples", pa.int32()),
         *(
             (name, pa.list_(pa.int64() if name.endswith("offset") else pa.int32()))
-            for name in _LISTS
+            for name in (*_LISTS, *_MORE)
         ),
         ("check", pa.list_(pa.uint32())),
         ("text_member", pa.string()),
@@ -123,7 +126,7 @@ def header_identity(block: bytes) -> bytes:
 
 
 def check_of(identities: Iterable[bytes]) -> int:
-    """Checksum over the `header_identity` of a sample's image, caption and category."""
+    """Checksum over the `header_identity` of image, caption, category and further captions."""
     return zlib.crc32(b"".join(identities))
 
 
@@ -139,8 +142,10 @@ class ShardIndex:
     text_size: list[int] = field(default_factory=list)
     category_offset: list[int] = field(default_factory=list)
     category_size: list[int] = field(default_factory=list)
+    more_offset: list[int] = field(default_factory=list)
+    more_size: list[int] = field(default_factory=list)
     check: list[int] = field(default_factory=list)
-    text_member: str | None = None
+    text_member: str | None = None  # by `spell_places`
     category_member: str | None = None
     problems: list[dict[str, str]] = field(default_factory=list)
 
@@ -161,7 +166,8 @@ def write_index(
 
     `notes` about all shards together are read when the last row is written: see Index.notes.
     """
-    encoding = {f"{name}.list.element": "DELTA_BINARY_PACKED" for name in _LISTS}
+    encoding = {f"{name}.list.element": "DELTA_BINARY_PACKED" for name in (*_LISTS, *_MORE)}
+    several = False
     options = {"use_dictionary": False, "compression": "zstd", "write_statistics": False,
                "write_page_checksum": True}  # fmt: skip
     summaries = []
@@ -169,6 +175,8 @@ def write_index(
         for number, group in enumerate(_groups(rows)):
             table = pa.concat_tables(group).cast(SCHEMA).combine_chunks()
             writer.write_table(table)
+            several |= any((member or "").startswith("[")
+                           for member in table.column("text_member").to_pylist())  # fmt: skip
             added = {
                 "group": pa.array([number] * len(group), pa.int32()),
                 "row": pa.array(range(len(group)), pa.int32()),
@@ -179,7 +187,11 @@ def write_index(
                 summary = summary.append_column(name, values)
             summaries.append(summary)
         summary = pa.concat_tables(summaries).combine_chunks()
-        footer = {"format": FORMAT, "summary": _pack(summary), "notes": json.dumps(notes or {})}
+        footer = {
+            "format": _SEVERAL if several else FORMAT,
+            "summary": _pack(summary),
+            "notes": json.dumps(notes or {}),
+        }
         footer["check"] = _footer_check(footer)
         writer.add_key_value_metadata(footer)
 
@@ -265,6 +277,10 @@ class Index:
         self.category_member: list[str | None] = table.column("category_member").to_pylist()
         known = "fingerprint" in table.column_names
         self._fingerprint = table.column("fingerprint").to_numpy() if known else None
+        several = footer.get("format") == _SEVERAL
+        self.places = [read_places(member, several) for member in self.text_member]
+        # Further members with captions, of the shard that has most.
+        self.more = max((len(kinds_of(places)) - 1 for places in self.places if places), default=0)
         self._columns = [*_LISTS, "check"] if known else list(_LISTS)
         self._where = np.stack([table.column(c).to_numpy() for c in ("group", "row")], axis=1)
         self.samples = int(self.counts.sum())
@@ -319,23 +335,36 @@ class Index:
 
     def members(self, shard: int, start: int, stop: int) -> NDArray[np.int64]:
         """Offset and size of image, caption and category, and check, of samples
-        [start, stop): int64 (n, 7).
+        [start, stop), and offset and size of each of `more` captions: int64 (n, 7 + 2 * more).
 
-        -1 where a member is not part of the source, or the index has no checks.
+        -1 where a member is not part of the source or the sample, or the index has no checks.
         """
         group, row = self._where[shard].tolist()
-        members = np.full((stop - start, len(_LISTS) + 1), -1, dtype=np.int64)
+        members = np.full((stop - start, 7 + 2 * self.more), -1, dtype=np.int64)
         with damage_named(self.path):
             table = self._group(group)
+            self._add_more(members, table, row, shard, start, stop)
             for column, name in enumerate(self._columns):
                 found = _slice(table.column(name), row, start, stop)
                 if len(found) != stop - start:
                     raise ValueError(f"shard {self.shards[shard]} has not {stop} of {name}")
                 members[:, column] = found
-            if self.checked and (members[:, -1] < 0).any():
+            if self.checked and (members[:, 6] < 0).any():
                 raise ValueError(f"shard {self.shards[shard]} has no checksums")
-            _require_within(members, int(self.shard_bytes[shard]), self.shards[shard])
+            require_within(members, int(self.shard_bytes[shard]), self.shards[shard])
         return members
+
+    def _add_more(
+        self, members: NDArray[np.int64], table: pa.Table, row: int, shard: int, start: int,
+        stop: int,
+    ) -> None:  # fmt: skip
+        """Fill in the columns of further captions."""
+        count = len(kinds_of(self.places[shard])) - 1
+        for column, name in enumerate(_MORE) if count > 0 else ():
+            values = table.column(name)[row].values[count * start : count * stop].to_numpy()
+            if len(values) != count * (stop - start):
+                raise ValueError(f"shard {self.shards[shard]} has not {count * stop} of {name}")
+            members[:, 7 + column : 7 + column + 2 * count : 2] = values.reshape(-1, count)
 
     def problems(self) -> Iterator[tuple[str, str, str]]:
         """(shard, key, cause) of every sample that was left out."""
@@ -352,7 +381,7 @@ class Index:
     def _group(self, group: int) -> pa.Table:
         if group not in self._groups:
             self._groups[group] = self._open().read_row_group(
-                group, columns=self._columns, use_threads=False
+                group, columns=[*self._columns, *(_MORE if self.more else ())], use_threads=False
             )
             while len(self._groups) > 4:
                 self._groups.popitem(last=False)
@@ -414,21 +443,6 @@ def _require_sound(index: Index) -> None:
         if isinstance(number, bool) or not isinstance(number, int):
             raise TypeError(f"the class {name!r} has the number {number!r}")
     index.largest_category  # noqa: B018  (raises)
-
-
-def _require_within(members: NDArray[np.int64], length: int, shard: str) -> None:
-    """Raise ValueError unless members (n, 7) lie within a shard of `length` bytes.
-
-    The image must be there; the others may be absent (-1, -1).
-    """
-    offset, size = members[:, 0:6:2], members[:, 1:6:2]
-    absent = (offset == -1) & (size == -1)
-    absent[:, 0] = False
-    inside = (offset >= BLOCK) & (size >= 0) & (size <= LARGEST_MEMBER) & (offset <= length - size)
-    first = np.where(absent, np.iinfo(np.int64).max, offset).min(axis=1, initial=length)
-    last = np.where(absent, 0, offset + size).max(axis=1, initial=0)
-    if not (absent | inside).all() or (last - first > LARGEST_SAMPLE).any():
-        raise ValueError(f"it has samples that lie beyond their shard {shard}")
 
 
 def _slice(column: pa.ChunkedArray, row: int, start: int, stop: int) -> NDArray[np.int64]:

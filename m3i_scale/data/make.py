@@ -16,7 +16,9 @@ from m3i_scale.config import Data, Source
 from m3i_scale.data import decode, views
 from m3i_scale.data.bad_sample import BadSample, OfOneRank, explain, remedy
 from m3i_scale.data.batch import PHOTOMETRIC_FIELDS, Batch
+from m3i_scale.data.caption_choice import Draw, choose
 from m3i_scale.data.index import Index
+from m3i_scale.data.members import kinds_of
 from m3i_scale.data.order import Order
 from m3i_scale.data.reader import Raw, ReadCount, ShardReader
 
@@ -71,7 +73,8 @@ class Fault:
     shard: str
     key: str
     detail: str
-    outcome: str  # "replaced", "repaired", or "passed over" as a substitute
+    # "replaced", "repaired", "passed over" as a substitute, or "used other captions of"
+    outcome: str
 
     def __str__(self) -> str:
         return (
@@ -149,19 +152,40 @@ class Sample:
     text: str | None
     category: int
     key: str
+    others: tuple[str, ...] = ()  # its further captions, where all were asked for
 
 
 def decode_sample(
-    raw: Raw, source: Source, index: Index, *, max_pixels: int, faults: list[Fault]
+    raw: Raw,
+    source: Source,
+    index: Index,
+    *,
+    max_pixels: int,
+    faults: list[Fault],
+    draw: Draw | None = None,
+    every: bool = False,
 ) -> Sample:
-    """Decode what the kind of the source asks for; repairs go to `faults`, BadSample is raised."""
+    """Decode what the kind of the source asks for; repairs go to `faults`, BadSample is raised.
+
+    `draw` decides among several captions (`caption_choice`); `every` reads all of them.
+    """
     if raw.problem is not None:
         raise raw.problem
     shard = f"{source.name}/{raw.shard_name}"
-    text, category = None, -1
+    text, others, category = None, list[str](), -1
     if source.has_text:
-        member = index.text_member[raw.shard] or "txt"
-        text, repaired = decode.decode_text(raw.text or b"", member)
+        places = index.places[raw.shard] or ("txt",)
+        found = dict(zip(kinds_of(places), (raw.text, *raw.more), strict=False))
+        if source.captions is None and len(places) == 1:
+            captions, repaired = decode.decode_captions(raw.text or b"", places[0])
+            text, others = captions[0], captions[1:] if every else []
+        else:
+            weights = source.captions or dict.fromkeys(places, 1.0)
+            drawn = None if source.captions is None else draw
+            text, repaired, gaps, others = choose(found, weights, drawn, every=every)
+            for gap in gaps:
+                faults.append(Fault(raw.position, gap.cause, shard, raw.key, str(gap),
+                                    "used other captions of"))  # fmt: skip
         if repaired:
             detail = "bad UTF-8: JSON spells half a character"
             faults.append(Fault(raw.position, "bad UTF-8", shard, raw.key, detail, "repaired"))
@@ -169,7 +193,7 @@ def decode_sample(
         member = index.category_member[raw.shard] or "cls"
         category = decode.decode_category(raw.category or b"", member, index.classes)
     image = decode.decode_image(raw.image, max_pixels=max_pixels)
-    return Sample(image, text, category, f"{shard}/{raw.key}")
+    return Sample(image, text, category, f"{shard}/{raw.key}", tuple(others))
 
 
 class SampleBuilder:
@@ -190,6 +214,7 @@ class SampleBuilder:
         self.sources, self.augmentation = data.sources, data.augmentation
         self.random = views.Randomness(seed)
         self.tokenize, self.mask_sampler = tokenize, mask_sampler
+        self._draws_captions = any(source.captions for source in data.sources)
 
     def parts(
         self, blocks: Iterable[NDArray[np.int64]], buffers: Tensor | None = None
@@ -218,14 +243,14 @@ class SampleBuilder:
         """Decode and augment raw samples; the views are written to `pixels` (views, b, S, S, 3)."""
         position = np.array([raw.position for raw in raws], dtype=np.int64)
         # Drawn for all samples first: between the large work on pixels it would take twice as long.
-        draws, mask = self._draw(position)
+        draws, mask, captions = self._draw(position)
         texts, categories, keys = list[str | None](), list[int](), list[str]()
         faults = list[Fault]()
         crops: list[list[views.Crop]] = [[] for _ in pixels]
         targets = [views.channels_first(view) for view in pixels]
         crop_draws = draws[:, :, : views.CROP_DRAWS].tolist()
         for i, raw in enumerate(raws):
-            sample = self.sample(raw, faults)
+            sample = self.sample(raw, faults, captions[i])
             for v, target in enumerate(targets):
                 crops[v].append(self._view(target[i], sample.image, crop_draws[v][i]))
             texts.append(sample.text)
@@ -241,16 +266,23 @@ class SampleBuilder:
         }
         return Part(pixels, 0, arrays, keys, faults)
 
-    def _draw(self, position: NDArray[np.int64]) -> tuple[NDArray[np.float64], NDArray[np.bool_]]:
-        """What is random at each of b positions: draws (views, b, DRAWS_PER_VIEW), and masks."""
+    def _draw(
+        self, position: NDArray[np.int64]
+    ) -> tuple[NDArray[np.float64], NDArray[np.bool_], list[Draw | None]]:
+        """What is random at each of b positions: draws (views, b, DRAWS_PER_VIEW), masks, captions.
+
+        Captions are drawn last, so that the rest is the same with one of them and with several.
+        """
         draws = np.empty((len(position), 2, views.DRAWS_PER_VIEW))
         masks = []
+        captions: list[Draw | None] = []
         for row, at in zip(draws, position.tolist(), strict=True):
             rng = self.random.at(at)
             rng.random(out=row)
             masks.append(self.mask_sampler(rng))
+            captions.append((rng.random(), rng.random()) if self._draws_captions else None)
         mask = np.stack(masks) if masks else self.mask_sampler(self.random.at(0))[None][:0]
-        return draws.swapaxes(0, 1)[: self.augmentation.views], mask
+        return draws.swapaxes(0, 1)[: self.augmentation.views], mask, captions
 
     def _new_views(self, count: int) -> Tensor:
         size = self.data.image_size
@@ -263,7 +295,7 @@ class SampleBuilder:
         views.resize_into(out, image, crop, self.augmentation.interpolation)
         return crop
 
-    def sample(self, raw: Raw, faults: list[Fault]) -> Sample:
+    def sample(self, raw: Raw, faults: list[Fault], draw: Draw | None = None) -> Sample:
         """Decode one sample or the first usable substitute of it; findings go to `faults`."""
         for attempt in range(_MOST_SUBSTITUTES):
             try:
@@ -273,6 +305,7 @@ class SampleBuilder:
                     self.indexes[raw.source],
                     max_pixels=self.data.max_pixels,
                     faults=faults,
+                    draw=draw,
                 )
             except BadSample as bad:
                 name = f"{self.sources[raw.source].name}/{raw.shard_name}"

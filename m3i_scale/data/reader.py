@@ -25,6 +25,7 @@ from webdataset.tariterators import base_plus_ext
 
 from m3i_scale.data.bad_sample import BadSample
 from m3i_scale.data.index import Index, check_of, header_identity
+from m3i_scale.data.members import offsets_and_sizes
 from m3i_scale.data.order import Located
 from m3i_scale.data.retry import cause_of
 from m3i_scale.data.storage import StorageClient
@@ -47,6 +48,7 @@ class Raw:
     image: bytes | memoryview = b""  # a part of a whole read, not a copy of it
     text: bytes | None = None
     category: bytes | None = None
+    more: tuple[bytes | None, ...] = ()  # further captions, None where there is none
     problem: BadSample | None = None
 
 
@@ -64,7 +66,7 @@ class ReadCount:
 class Plan:
     """The reads of one window of n samples."""
 
-    members: NDArray[np.int64]  # (n, 7), as Index.members
+    members: NDArray[np.int64]  # (n, 7 + 2 * more), as Index.members
     start: NDArray[np.int64]  # (n,) first byte of each sample: the header of its first member
     stop: NDArray[np.int64]  # (n,) end of its last member
     read: NDArray[np.int64]  # (n,) which read covers it
@@ -115,7 +117,7 @@ class ShardReader:
     def plan(self, located: Located) -> Plan:
         """The reads that fetch `located`."""
         members = self._members(located)
-        offset, size = members[:, 0:6:2], members[:, 1:6:2]  # (n, 3): image, caption, category
+        offset, size = offsets_and_sizes(members)
         start = np.where(offset < 0, np.iinfo(np.int64).max, offset).min(axis=1) - BLOCK
         stop = (offset + size).max(axis=1)
         read, reads = _join(located, start, stop)
@@ -135,14 +137,15 @@ class ShardReader:
             yield window
 
     def _members(self, located: Located) -> NDArray[np.int64]:
-        members = np.empty((len(located.position), 7), dtype=np.int64)
+        more = max(index.more for index in self.indexes)
+        members = np.full((len(located.position), 7 + 2 * more), -1, dtype=np.int64)
         part = located.sample // _SLICE
         where = np.stack([located.source, located.shard, part], axis=1)
         groups, group_of = np.unique(where, axis=0, return_inverse=True)
         for number, (source, shard, piece) in enumerate(groups.tolist()):
             at = group_of.reshape(-1) == number
             rows = self._slice(source, shard, piece)
-            members[at] = rows[located.sample[at] - piece * _SLICE]
+            members[at, : rows.shape[1]] = rows[located.sample[at] - piece * _SLICE]
         return members
 
     def _slice(self, source: int, shard: int, piece: int) -> NDArray[np.int64]:
@@ -201,16 +204,19 @@ class ShardReader:
 
 def _cut(raw: Raw, data: bytes, base: int, members: list[int]) -> None:
     """Cut the members of one sample out of a read that begins at byte `base` of the shard."""
-    offset, size, text, text_size, category, category_size, check = members
+    offset, size, text, text_size, category, category_size, check, *others = members
+    more = list(zip(others[::2], others[1::2], strict=True))
     raw.image = memoryview(data)[offset - base : offset - base + size]
     if text >= 0:
         raw.text = data[text - base : text - base + text_size]
     if category >= 0:
         raw.category = data[category - base : category - base + category_size]
-    for part, expected in ((raw.image, size), (raw.text, text_size), (raw.category, category_size)):
+    raw.more = tuple(data[at - base : at - base + n] if at >= 0 else None for at, n in more)
+    places = ((offset, size), (text, text_size), (category, category_size), *more)
+    parts = (raw.image, raw.text, raw.category, *raw.more)
+    for part, (_, expected) in zip(parts, places, strict=True):
         if part is not None and len(part) < expected:
             raw.problem = BadSample("truncated shard", f"{len(part)} of {expected} bytes")
-    places = ((offset, size), (text, text_size), (category, category_size))
     headers = [data[at - base - BLOCK : at - base] for at, _ in places if at >= 0]
     sizes = [expected for at, expected in places if at >= 0]
     found = _header_sizes(headers, sizes, check)

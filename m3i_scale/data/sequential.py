@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -95,10 +97,16 @@ def walk(
     storage: StorageClient | None = None,
     max_pixels: int = MAX_PIXELS,
     faults: list[Fault] | None = None,
+    index: Index | None = None,
+    threads: int = 1,
 ) -> Iterator[tuple[Raw, Sample | BadSample]]:
-    """Every sample of a source in index order, decoded, or the reason why it cannot be."""
+    """Every sample of a source in index order, decoded, or the reason why it cannot be.
+
+    Of several captions a sample's `text` is the first one, and `others` are the others.
+    `index` is the source's, if it is open already; so many `threads` decode.
+    """
     storage = storage or StorageClient()
-    index = open_index(source, storage)
+    index = index or open_index(source, storage)
     stop = index.samples if limit is None else min(index.samples, start + limit)
     reader = ShardReader([index], storage, window_bytes=16 * MIB, threads=2)
     found = faults if faults is not None else []
@@ -112,9 +120,18 @@ def walk(
             zero = np.zeros_like(number)
             yield Located(number, zero, zero, shard, sample)
 
-    for raws in reader.stream(blocks()):
-        for raw in raws:
-            try:
-                yield raw, decode_sample(raw, source, index, max_pixels=max_pixels, faults=found)
-            except BadSample as bad:
-                yield raw, bad
+    def decode(raw: Raw) -> tuple[Raw, Sample | BadSample]:
+        try:
+            return raw, decode_sample(
+                raw, source, index, max_pixels=max_pixels, faults=found, every=True
+            )
+        except BadSample as bad:
+            return raw, bad
+
+    raws = itertools.chain.from_iterable(reader.stream(blocks()))
+    if threads == 1:
+        yield from map(decode, raws)
+        return
+    with ThreadPoolExecutor(threads, thread_name_prefix="m3i-decode") as pool:
+        while some := list(itertools.islice(raws, threads)):  # no more images than that at once
+            yield from pool.map(decode, some)

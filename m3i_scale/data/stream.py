@@ -23,9 +23,11 @@ from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from m3i_scale.config import Data, Source
+from m3i_scale.data.bad_sample import NO_CAPTION_IN
 from m3i_scale.data.batch import Batch
 from m3i_scale.data.index import Index
 from m3i_scale.data.make import BadSampleLimit, Part, SampleBuilder, collate
+from m3i_scale.data.members import kinds_of
 from m3i_scale.data.order import Mixture, Order, SourceOrder, chunk_samples, integer_weights
 from m3i_scale.data.reader import ShardReader
 from m3i_scale.data.storage import StorageClient, StorageError
@@ -197,11 +199,26 @@ def open_index(source: Source, storage: StorageClient) -> Index:
                 f"source {source.name!r} is of kind {source.kind!r} but its index was made without "
                 f"a {name} member: index it again with --kind {source.kind}"
             )
+    _require_places(source, index)
     for shard in index.shards:
         storage.check(shard)
     if index.samples == 0:
         raise ValueError(f"source {source.name!r}: its index {source.index!r} holds no sample")
     return index
+
+
+def _require_places(source: Source, index: Index) -> None:
+    """Raise ValueError where `captions` names a member that the index has not."""
+    for shard in np.flatnonzero(index.counts).tolist() if source.captions else ():
+        places = index.places[shard]
+        missing = [p for p in source.captions or () if kinds_of([p])[0] not in kinds_of(places)]
+        if missing:
+            wanted = " ".join(f"--caption {place}" for place in source.captions or ())
+            raise ValueError(
+                f"source {source.name!r}: its captions are to come from {', '.join(missing)}, and "
+                f"the index {source.index!r} has those of {', '.join(places)} only: index it again "
+                f"with {wanted}"
+            )
 
 
 def _build_order(data: Data, indexes: Sequence[Index], seed: int, lanes: int) -> Order:
@@ -324,6 +341,9 @@ class Loader:
     def _note(self, part: Part) -> None:
         self.read.update(part.read)
         for fault in part.faults:
-            log.warning("position %d: %s", fault.position, fault)
+            if not fault.cause.startswith(NO_CAPTION_IN):
+                log.warning("position %d: %s", fault.position, fault)
+            elif not self.faults[fault.cause]:  # of many samples, as a rule
+                log.warning("position %d: %s; said once, and counted", fault.position, fault)
             self._limit.note(fault.cause, str(fault), replaced=fault.outcome == "replaced")
         self._limit.passed(len(part))

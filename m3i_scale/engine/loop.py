@@ -115,7 +115,7 @@ def _train(run: Run, stop: StopFlag, metrics: MetricLog, watchdog: Watchdog) -> 
             if run.world.is_main:
                 log.warning("step %d: %s", progress.step, warning)
         if _evaluation_is_due(run) and _is_sound(run):
-            values |= evaluate(run)
+            values |= _timed_evaluation(run)
         metrics.write(progress.step, values, show=progress.step % config.logging.every == 0)
         watchdog.beat()
         _require_sound(run)
@@ -197,6 +197,11 @@ def _evaluation_is_due(run: Run) -> bool:
         return False
     done, every = run.progress.step + 1, run.evaluate_every
     return done == run.schedule.total or (every is not None and done % every == 0)
+
+
+def _timed_evaluation(run: Run) -> Values:
+    started = time.perf_counter()
+    return evaluate(run) | {"evaluation_seconds": time.perf_counter() - started}
 
 
 def evaluate(run: Run) -> Values:

@@ -136,6 +136,7 @@ def open_run(
     spec = config.optimizer
     split = split_batch(spec.global_batch_size, spec.max_micro_batch, world.size, even=task.even)
     schedule = make_schedule(spec, epoch_samples)
+    task.require(world.size)
 
     def steps(length: Duration) -> int:
         return length.steps(batch=spec.global_batch_size, epoch_samples=epoch_samples)

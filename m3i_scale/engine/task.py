@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from m3i_scale.cluster.launch import World
 from m3i_scale.config import RunConfig
-from m3i_scale.config.transfer import Evaluation
+from m3i_scale.config.evaluation import Evaluation
 from m3i_scale.engine.schedules import BatchSplit, Schedule
 from m3i_scale.objective.figures import figure
 
@@ -135,6 +135,13 @@ class Task(ABC):
     @abstractmethod
     def flops(self) -> float:
         """FLOPs of one sample of a step, without recomputation."""
+
+    def require(self, ranks: int) -> None:  # noqa: B027  (most tasks run on any number)
+        """Refuse a number of ranks that the task cannot run on.
+
+        Raises:
+            ConfigError: it is such a number.
+        """
 
     def facts(self, split: BatchSplit, ranks: int) -> dict[str, Any]:
         """What a checkpoint says besides, as JSON."""

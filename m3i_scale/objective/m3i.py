@@ -24,6 +24,7 @@ from m3i_scale.models.layers import XavierLinear, residual_blocks
 from m3i_scale.models.stochastic_depth import hash_keys
 from m3i_scale.models.text_tower import TextTower
 from m3i_scale.objective.balance import GradientProbe
+from m3i_scale.objective.clean import Asked, answer
 from m3i_scale.objective.contrastive import Candidates, gather_candidates
 from m3i_scale.objective.encoder import Encoder, Encoding
 from m3i_scale.objective.figures import Term, mean_term, student_figures
@@ -155,7 +156,11 @@ class M3I(Predictors):
         return [block for part in parts if part for _, block in residual_blocks(part)]
 
     def forward(
-        self, mixed: MixedBatch, supervised_weight: float = 1.0, *, step: StepLoss | None = None
+        self,
+        mixed: MixedBatch | Asked,
+        supervised_weight: float = 1.0,
+        *,
+        step: StepLoss | None = None,
     ) -> dict[str, Tensor]:
         """The loss of one micro-batch of this rank, under "loss", and figures as (sum, count).
 
@@ -163,7 +168,10 @@ class M3I(Predictors):
         are those of the loss of the global batch. In training mode queues take in the new keys.
         `step` is what the micro-batches of an optimiser step have in common, where samples are
         compared across them; while it collects, it gets the embeddings, and nothing is returned.
+        For what evaluation asks the result is `clean.answer`'s.
         """
+        if isinstance(mixed, Asked):
+            return answer(self, mixed)
         if step is not None and step.collecting:
             self._collect(mixed, step)
             return {}

@@ -43,7 +43,8 @@ def run(options: argparse.Namespace) -> int:
     text = page.markdown(report, "report.png")
     _replace(out / "report.json", lambda path: path.write_text(json.dumps(report, indent=1)))
     _replace(
-        out / "report.png", lambda path: picture.save_picture(path, accounts, report["shares"])
+        out / "report.png",
+        lambda path: picture.save_picture(path, accounts, report["shares"], report["evaluations"]),
     )
     _replace(out / "report.md", lambda path: path.write_text(text))
     print(text, end="")

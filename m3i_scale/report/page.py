@@ -10,6 +10,7 @@ SHARE_NAMES = {
     "training": "effective training",
     "data": "waits for data",
     "checkpoint": "waits for checkpoints",
+    "evaluation": "evaluation",
     "start_up": "start-up",
     "lost": "steps made again",
     "stalls": "stalls",
@@ -25,6 +26,7 @@ def markdown(report: dict[str, Any], picture: str) -> str:
     sections = (
         _head(report, picture),
         _shares(report),
+        _evaluations(report),
         _start_up(report),
         _attempts(report),
         _interruptions(report),
@@ -102,6 +104,22 @@ def _shares(report: dict[str, Any]) -> Iterator[str]:
     if report["queued_before"]:
         before = duration(report["queued_before"])
         yield f"Before the first launch the job was queued for {before}.\n"
+
+
+def _evaluations(report: dict[str, Any]) -> Iterator[str]:
+    rows = [
+        (
+            name,
+            len(points),
+            *(f"{value:.4g} ({int(step)})" for step, value in (points[0], points[-1])),
+            *(f"{end(value for _, value in points):.4g}" for end in (min, max)),
+        )
+        for name, points in report["evaluations"].items()
+    ]
+    if rows:
+        yield "## Evaluation while training\n"
+        head = ("figure", "evaluations", "first (step)", "last (step)", "smallest", "largest")
+        yield from _table(head, rows)
 
 
 def _start_up(report: dict[str, Any]) -> Iterator[str]:

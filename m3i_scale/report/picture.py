@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ COLOURS = {
     "training": "#2563a8",
     "data": "#7fb3e6",
     "checkpoint": "#1a7f37",
+    "evaluation": "#59b8a9",
     "start_up": "#e0a100",
     "lost": "#c2570c",
     "stalls": "#b01030",
@@ -25,18 +26,28 @@ COLOURS = {
     "down": "#d0d0d0",
     "other": "#7a3e9d",
 }
+_NOT_DRAWN = {"images", "left_out"}  # of evaluations
 MOST_POINTS = 4000  # of a curve
 
 
-def save_picture(path: Path, accounts: Sequence[Account], shares: dict[str, float]) -> None:
-    """Draw three panels over each other as a PNG."""
-    figure = Figure(figsize=(10, 9), layout="constrained")
+def save_picture(
+    path: Path,
+    accounts: Sequence[Account],
+    shares: dict[str, float],
+    evaluations: Mapping[str, Sequence[Sequence[float]]],
+) -> None:
+    """Draw three panels over each other as a PNG, and a fourth where there are evaluations."""
+    learned = {name: points for name, points in evaluations.items() if name not in _NOT_DRAWN}
+    heights = (3, 2, 2, 3) if learned else (3, 2, 2)
+    figure = Figure(figsize=(10, 1.3 * sum(heights)), layout="constrained")
     FigureCanvasAgg(figure)
-    loss, time, slow = figure.subplots(3, 1, height_ratios=(3, 2, 2))
-    _loss(loss, accounts)
-    _time(time, accounts, shares)
-    _slow(slow, accounts)
-    for axis in (loss, time, slow):
+    axes = figure.subplots(len(heights), 1, height_ratios=heights)
+    _loss(axes[0], accounts)
+    _time(axes[1], accounts, shares)
+    _slow(axes[2], accounts)
+    if learned:
+        _learned(axes[3], learned)
+    for axis in axes:
         axis.tick_params(labelsize=8)
         axis.grid(alpha=0.25)
     figure.savefig(path, dpi=110, format="png")
@@ -87,3 +98,13 @@ def _slow(axis: Any, accounts: Sequence[Account]) -> None:
         axis.figure.colorbar(points, ax=axis, label="rank")
     axis.set_title("slowest rank before the networks start, times the median", fontsize=9)
     axis.set_xlabel("step", fontsize=8)
+
+
+def _learned(axis: Any, evaluations: Mapping[str, Sequence[Sequence[float]]]) -> None:
+    """Figures of evaluations by step."""
+    for name, points in evaluations.items():
+        steps, values = zip(*points, strict=True)
+        axis.plot(steps, values, "o-", ms=3, lw=1, label=name.replace("_", " "))
+    axis.set_title("evaluation by step", fontsize=9)
+    axis.set_xlabel("step", fontsize=8)
+    axis.legend(fontsize=7, frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))

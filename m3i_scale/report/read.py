@@ -26,6 +26,7 @@ FIGURES: dict[str, tuple[str, ...]] = {
     "step_seconds": ("step_seconds",),
     "data_wait": ("machine/longest_data_wait_seconds", "data_wait_seconds"),
     "checkpoint_wait": ("checkpoint_wait_seconds",),
+    "evaluation": ("evaluation_seconds",),
     "loss": ("loss/total",),
     "slowest_rank": ("machine/slowest_rank",),
     "slowest_seconds": ("machine/slowest_rank_seconds",),
@@ -34,6 +35,7 @@ FIGURES: dict[str, tuple[str, ...]] = {
     "device_seconds": ("machine/slowest_device_seconds",),
     "device_ratio": ("machine/slowest_device_ratio",),
 }
+EVALUATION = "evaluation/"  # what the names of an evaluation's figures begin with
 COLUMN = {name: number for number, name in enumerate(FIGURES)}
 # Where the Slurm templates keep what srun said of an attempt, and how it says that a rank failed.
 LAUNCHER_LOG, MOST_BYTES = "srun.log", 1 << 16
@@ -57,6 +59,8 @@ class Trace:
     events: list[dict[str, Any]] = field(default_factory=list)  # of rank 0, in their order
     errors: list[dict[str, Any]] = field(default_factory=list)  # of other ranks
     rows: dict[str, Rows] = field(default_factory=dict)  # by attempt; "": does not say which
+    # Figures of evaluations, by step and name; of a step that was made again, the last ones.
+    evaluations: dict[int, dict[str, float]] = field(default_factory=dict)
     damaged: dict[str, list[int]] = field(default_factory=dict)  # numbers of lines, by file
     owner: tuple[float, bool] | None = None  # last sign of life, and whether it lives
 
@@ -86,8 +90,10 @@ def read_trace(folder: Path) -> Trace:
             trace.errors += ({**e, "rank": int(rank[1])} for e in _lines(path, trace, _event))
     found: dict[str, array[float]] = {}
     for path in filter(Path.is_file, files):
-        for attempt, figures in _lines(path, trace, _step):
+        for attempt, figures, evaluation in _lines(path, trace, _step):
             found.setdefault(attempt, array("d")).extend(figures)
+            if evaluation and path.parent == folder:  # not of a branch that was set aside
+                trace.evaluations[int(figures[0])] = evaluation
     for attempt, values in found.items():
         rows = np.array(values).reshape(-1, len(FIGURES))
         # A branch's file begins with a copy of the lines before it.
@@ -144,15 +150,21 @@ def _moment(value: Any) -> float:
     return float(value)
 
 
-def _step(values: Any) -> tuple[str, list[float]]:
-    """Attempt and figures of a line of metrics.jsonl."""
+def _step(values: Any) -> tuple[str, list[float], dict[str, float]]:
+    """Attempt, figures, and those of an evaluation, of a line of metrics.jsonl."""
     step, _ = _number(values["step"]), _moment(values["time"])
     if step < 0 or step != int(step):
         raise ValueError(step)
     attempt = values.get("attempt", "")
     if not isinstance(attempt, str):
         raise TypeError(attempt)
-    return attempt, [_figure(values, keys) for keys in FIGURES.values()]
+    evaluation = {
+        name.removeprefix(EVALUATION): _figure(values, (name,))
+        for name in values
+        if name.startswith(EVALUATION)
+    }
+    known = {name: value for name, value in evaluation.items() if math.isfinite(value)}
+    return attempt, [_figure(values, keys) for keys in FIGURES.values()], known
 
 
 def _figure(values: dict[str, Any], keys: tuple[str, ...]) -> float:

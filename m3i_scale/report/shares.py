@@ -3,6 +3,7 @@
     training     steps that count: made once, or the last time
     data         in them, waits of the slowest rank for its batches
     checkpoint   in them, waits for checkpoints
+    evaluation   in them, evaluation while training
     start_up     of an attempt until its steps take their usual time, by part (`events.PARTS`)
     lost         steps made again after a restart or a rollback, with their waits, and the step that
                  an interruption cut short
@@ -29,8 +30,8 @@ from numpy.typing import NDArray
 from m3i_scale.report.attempts import RUNNING, Attempt
 from m3i_scale.report.steps import Steps, Usual, has_stalled, split_steps, usual_steps
 
-SHARES = ("training", "data", "checkpoint", "start_up", "lost", "stalls", "queueing", "down",
-          "other")  # fmt: skip
+SHARES = ("training", "data", "checkpoint", "evaluation", "start_up", "lost", "stalls", "queueing",
+          "down", "other")  # fmt: skip
 COSTS = ("lost", "stalls", "queueing", "down", "start_up")
 FIRST_STEPS = "first steps"
 
@@ -120,7 +121,7 @@ def _start_up(account: Account, steps: Steps) -> float:
 def _training(account: Account, steps: Steps, lost: NDArray[np.bool_]) -> None:
     account.lost_steps = int(lost.sum())
     account.start_up(FIRST_STEPS, float(steps.first.sum()))
-    for share in ("training", "data", "checkpoint", "stalls", "other"):
+    for share in ("training", "data", "checkpoint", "evaluation", "stalls", "other"):
         seconds = getattr(steps, share)
         account.add(share, float(seconds[~lost].sum()))
         account.add("lost", float(seconds[lost].sum()))

@@ -24,7 +24,7 @@ Column = NDArray[np.float64]
 class Usual(NamedTuple):
     """Seconds of a usual step: the median."""
 
-    step: float  # without waits for checkpoints
+    step: float  # without evaluations and waits for checkpoints
     work: float  # without waits for data, either
 
 
@@ -38,6 +38,7 @@ class Steps:
     training: Column
     data: Column
     checkpoint: Column
+    evaluation: Column
     stalls: Column
     other: Column
     restoring: list[float]  # before the beginning of each segment but the first
@@ -46,7 +47,8 @@ class Steps:
     @property
     def all_but_first(self) -> Column:
         """Everything but the excess of the first steps."""
-        return self.training + self.data + self.checkpoint + self.stalls + self.other
+        waits = self.data + self.checkpoint + self.evaluation
+        return self.training + waits + self.stalls + self.other
 
 
 class _Raw(NamedTuple):
@@ -58,8 +60,14 @@ class _Raw(NamedTuple):
     steps: Column  # how many these are: lines between may be damaged
     data: Column
     checkpoint: Column
+    evaluation: Column
     own: Column  # `step_seconds`
     ends: Column  # time of day
+
+    @property
+    def left(self) -> Column:
+        """Seconds without evaluations and waits for checkpoints."""
+        return self.taken - self.checkpoint - self.evaluation
 
 
 def usual_steps(attempts: Sequence[Attempt]) -> list[Usual]:
@@ -77,7 +85,7 @@ def usual_steps(attempts: Sequence[Attempt]) -> list[Usual]:
 def _samples(attempt: Attempt) -> NDArray[np.float64]:
     """Seconds of the steps beyond the first ones: (steps, 2), as `Usual`."""
     raw = _raw(attempt)
-    step = raw.taken - raw.checkpoint
+    step = raw.left
     good = (raw.steps == 1) & (np.arange(len(step)) >= WARM_UP)
     return np.stack([step, np.clip(step - raw.data, 0, None)], axis=1)[good]
 
@@ -87,7 +95,7 @@ def _least(attempts: Sequence[Attempt]) -> Usual:
     every = [_raw(attempt) for attempt in attempts if len(attempt.rows)]
     if not every:
         return Usual(0.0, 0.0)
-    step = np.concatenate([(raw.taken - raw.checkpoint) / raw.steps for raw in every])
+    step = np.concatenate([raw.left / raw.steps for raw in every])
     data = np.concatenate([raw.data / raw.steps for raw in every])
     best = int(step.argmin())
     return Usual(float(step[best]), max(0.0, float(step[best] - data[best])))
@@ -98,7 +106,7 @@ def _raw(attempt: Attempt) -> _Raw:
     step = rows[:, COLUMN["step"]].astype(np.int64)
     if not begins:
         empty = np.empty(0)
-        return _Raw(step, step, empty, empty, empty, empty, empty, empty)
+        return _Raw(step, step, empty, empty, empty, empty, empty, empty, empty)
     starts = np.array([time for _, time in begins])
     ends = np.maximum(rows[:, COLUMN["time"]], starts[0])
     segment = np.searchsorted(starts, ends, side="right") - 1
@@ -108,15 +116,16 @@ def _raw(attempt: Attempt) -> _Raw:
     number = np.where(before, step - np.roll(step, 1), step - firsts[segment] + 1)
     taken = ends - since
     wait = np.clip(np.nan_to_num(rows[:, COLUMN["checkpoint_wait"]]), 0, taken)
-    data = np.clip(np.nan_to_num(rows[:, COLUMN["data_wait"]]), 0, taken - wait)
+    tested = np.clip(np.nan_to_num(rows[:, COLUMN["evaluation"]]), 0, taken - wait)
+    data = np.clip(np.nan_to_num(rows[:, COLUMN["data_wait"]]), 0, taken - wait - tested)
     own = rows[:, COLUMN["step_seconds"]]
-    return _Raw(step, segment, taken, np.maximum(number, 1.0), data, wait, own, ends)
+    return _Raw(step, segment, taken, np.maximum(number, 1.0), data, wait, tested, own, ends)
 
 
 def split_steps(attempt: Attempt, usual: Usual) -> Steps:
     """Divide each step's time; the columns of a step sum up to the time since the one before."""
     raw = _raw(attempt)
-    left = raw.taken - raw.checkpoint
+    left = raw.left
     early = np.arange(len(left)) < WARM_UP
     first = np.where(early, np.clip(left - raw.steps * usual.step, 0, None), 0.0)
     left = left - first
@@ -131,8 +140,8 @@ def split_steps(attempt: Attempt, usual: Usual) -> Steps:
     known = ~early & ~stalled & (raw.steps == 1) & ~np.isnan(raw.own)
     other = np.where(known, np.clip(work - np.clip(raw.own - data, 0, None), 0, None), 0.0)
     return Steps(
-        raw.step, raw.segment, first, work - other, data, raw.checkpoint, stalls, other,
-        *_restoring(attempt, raw),
+        raw.step, raw.segment, first, work - other, data, raw.checkpoint, raw.evaluation,
+        stalls, other, *_restoring(attempt, raw),
     )  # fmt: skip
 
 

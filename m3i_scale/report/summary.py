@@ -53,6 +53,7 @@ def summarise(trace: Trace, now: float) -> tuple[dict[str, Any], list[Account]]:
             p._asdict() | {"worst": p.worst._asdict()} for p in device_periods
         ],
         "slow_spells": [spell._asdict() for spell in spells(attempts)],
+        "evaluations": _evaluations(trace),
         "faults": [fault for attempt in attempts for fault in attempt.faults],
         "checkpoint_faults": [
             {"attempt": number, **one}
@@ -93,6 +94,15 @@ def _steps(accounts: Sequence[Account]) -> dict[str, Any]:
     made = sum(len(account.attempt.rows) for account in accounts)
     again = sum(account.lost_steps for account in accounts)
     return {"last": every[-1] if every else None, "made": made, "made_again": again}
+
+
+def _evaluations(trace: Trace) -> dict[str, list[list[float]]]:
+    """By figure: step and value of every evaluation, in the order of the steps."""
+    found: dict[str, list[list[float]]] = {}
+    for step, values in sorted(trace.evaluations.items()):
+        for name, value in values.items():
+            found.setdefault(name, []).append([step, value])
+    return found
 
 
 def _start_up(accounts: Sequence[Account]) -> dict[str, dict[str, float]]:

@@ -100,7 +100,10 @@ def _add_index(actions: Subparsers) -> None:
         "which data.sources of the configuration will name this index",
     )
     parser.add_argument(
-        "--caption", help="member with the caption, by default found: txt, json:caption, ..."
+        "--caption",
+        action="append",
+        help="member with the caption, by default found: txt, json:caption, ...; several times for "
+        "samples with several captions, of which each needs one",
     )
     parser.add_argument(
         "--category", help="member with the category, by default found: cls, json:label, ..."
@@ -328,8 +331,8 @@ def _captions(source: Source, limit: int | None) -> list[str]:
     from m3i_scale.data.make import Sample
     from m3i_scale.data.sequential import walk
 
-    samples = (sample for _, sample in walk(source, limit=limit))
-    return [sample.text for sample in samples if isinstance(sample, Sample) and sample.text]
+    found = [sample for _, sample in walk(source, limit=limit) if isinstance(sample, Sample)]
+    return [text for sample in found for text in (sample.text, *sample.others) if text]
 
 
 def _add_class_list(parser: argparse.ArgumentParser) -> None:

@@ -31,7 +31,7 @@ from m3i_scale.shards.scan import Findings, Wanted, index_shard, wanted_for
 from m3i_scale.shards.sources import check_name, find_files, last_change, missing
 from m3i_scale.shards.workers import process_map
 
-_SCAN = 2  # version of the scan: parts of another one are not used
+_SCAN = 3  # version of the scan: parts of another one are not used
 _MOST_NAMED = 10
 
 
@@ -50,6 +50,7 @@ class IndexSummary:
     examples: dict[str, str] = field(default_factory=dict)  # by cause: a shard and sample
     largest_category: int = -1
     classes: int = 0  # labels that are class names
+    gaps: dict[str, int] = field(default_factory=dict)  # samples without one of several captions
 
     def __str__(self) -> str:
         lines = [f"{self.samples:,} samples in {self.shards:,} shards, {self.bytes / 1e9:,.2f} GB"]
@@ -59,6 +60,10 @@ class IndexSummary:
                 f"  categories up to {self.largest_category:,}{named}: "
                 f"model.categories must be {self.largest_category + 1:,} or more"
             )
+        lines += [
+            f"  {count:,} samples have no caption in {place}: their others are used"
+            for place, count in self.gaps.items()
+        ]
         return "\n".join([*lines, *describe_problems(self.problems, self.examples, "left out")])
 
 
@@ -78,7 +83,7 @@ def index_shards(
     output: str,
     *,
     kind: SourceKind,
-    text_member: str | None = None,
+    text_member: str | Sequence[str] | None = None,
     category_member: str | None = None,
     classes: Mapping[str, int] | None = None,
     processes: int = 1,
@@ -91,7 +96,8 @@ def index_shards(
     Args:
         shards: paths, URLs, folders, globs, or WebDataset's braces (`sources.find_files`).
         kind: what a sample must have: "text", "category" or "both".
-        text_member: where captions are, e.g. "txt" or "json:caption"; found by itself if None.
+        text_member: where captions are, e.g. "txt" or "json:caption"; found by itself if None. Of
+            several, a sample needs one, and `data.sources.N.captions` says how often each is shown.
         category_member: likewise, e.g. "cls" or "json:label".
         classes: numbers of the labels that are class names, as another index or a class list has
             them; by default names are numbered (labels.number_names) and written to
@@ -201,6 +207,7 @@ def _save(path: Path, shard: ShardIndex, findings: Findings) -> Path:
         "largest": findings.largest,
         "names": sorted(findings.names),
         "examples": findings.examples,
+        "gaps": findings.gaps,
     }
     with written(path) as temporary:
         write_index(str(temporary), [shard.table()], notes)
@@ -213,10 +220,11 @@ def _merge(
     """Join the parts in the order of `urls`; paths below the index become relative to it."""
     problems, totals = Counter[str](), Counter[str]()
     examples = dict[str, str]()
-    names, largest = set[str](), -1
+    names, largest, gaps = set[str](), -1, Counter[str]()
     for part, url in zip(parts, urls, strict=True):
         found = read_notes(part)
         names.update(found["names"])
+        gaps.update(found["gaps"])
         largest = max(largest, found["largest"])
         for cause, example in found["examples"].items():
             examples.setdefault(cause, ", ".join(text for text in (url, example) if text))
@@ -235,7 +243,8 @@ def _merge(
 
     whole = folder / "whole.index"
     with written(whole) as temporary:
-        write_index(str(temporary), tables(), {"classes": classes, "largest_category": largest})
+        notes = {"classes": classes, "largest_category": largest, "gaps": gaps}
+        write_index(str(temporary), tables(), notes)
     if totals["samples"] == 0:
         raise ValueError(
             "\n".join(
@@ -249,8 +258,9 @@ def _merge(
         labels.write_classes(class_list(output), classes)
     os.replace(whole, output)
     return IndexSummary(
-        len(urls), totals["samples"], totals["bytes"], dict(problems), examples, largest, len(names)
-    )
+        len(urls), totals["samples"], totals["bytes"], dict(problems), examples, largest,
+        len(names), dict(gaps),
+    )  # fmt: skip
 
 
 def class_list(output: str) -> str:

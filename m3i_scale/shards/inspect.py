@@ -43,6 +43,9 @@ class CheckReport:
         self.bad.append((cause, shard, key))
 
 
+_OUTCOMES = {"repaired": " (repaired)", "used other captions of": " (other captions are used)"}
+
+
 def check(
     index: str,
     *,
@@ -70,7 +73,7 @@ def check(
         if categories is not None and sample.category >= categories:
             cause = f"category {sample.category}, not below {categories}"
             report.add(cause, raw.shard_name, raw.key)
-    report.causes.update(f"{fault.cause} (repaired)" for fault in repairs)
+    report.causes.update(f"{fault.cause}{_OUTCOMES[fault.outcome]}" for fault in repairs)
     return report
 
 
@@ -138,6 +141,8 @@ def _title(sample: Sample, classes: Mapping[int, str]) -> str:
     if sample.category >= 0:
         words.append(classes.get(sample.category, f"{sample.category}"))
     words.append(sample.text or "")
+    if sample.others:
+        words.append(f"and {len(sample.others)} more")
     lines = textwrap.wrap(": ".join(word for word in words if word), 28)[:3]
     return "\n".join(lines).replace("$", r"\$")
 

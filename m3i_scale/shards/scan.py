@@ -13,19 +13,20 @@ from __future__ import annotations
 import json
 import tarfile
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import IO, Any, get_args
 
 from m3i_scale.config import SourceKind
 from m3i_scale.data import captions, labels
 from m3i_scale.data.bad_sample import BadSample
-from m3i_scale.data.index import (
+from m3i_scale.data.index import ShardIndex, check_of, header_identity
+from m3i_scale.data.members import (
     LARGEST_MEMBER,
     LARGEST_SAMPLE,
-    ShardIndex,
-    check_of,
-    header_identity,
+    kinds_of,
+    read_places,
+    spell_places,
 )
 from m3i_scale.data.text import read_text
 from m3i_scale.shards.groups import Group, Member, group_members, last_part
@@ -146,21 +147,30 @@ class Wanted:
 
     text: bool
     category: bool
-    text_member: str | None = None  # e.g. "txt", "json:caption"
+    text_members: tuple[str, ...] = ()  # e.g. ("txt", "json:caption"): one of them is enough
     category_member: str | None = None  # e.g. "cls", "json:label"
     classes: Mapping[str, int] | None = None  # the class list; None: any name is a class
 
 
 def wanted_for(
     kind: SourceKind,
-    text_member: str | None = None,
+    text_member: str | Sequence[str] | None = None,
     category_member: str | None = None,
     classes: Mapping[str, int] | None = None,
 ) -> Wanted:
-    """What samples of a source of `kind` text, category or both must have."""
+    """What samples of a source of `kind` text, category or both must have.
+
+    Raises:
+        ValueError: there is no such kind, or a member of captions has no name or is named twice.
+    """
     if kind not in get_args(SourceKind):
         raise ValueError(f"kind is {kind!r}: it must be one of {', '.join(get_args(SourceKind))}")
-    return Wanted(kind != "category", kind != "text", text_member, category_member, classes)
+    texts = (text_member,) if isinstance(text_member, str) else tuple(text_member or ())
+    if not all(texts) or len(set(texts)) < len(texts):
+        raise ValueError(
+            f"captions in {', '.join(texts)}: name each member once, as txt or json:caption"
+        )
+    return Wanted(kind != "category", kind != "text", texts, category_member, classes)
 
 
 @dataclass
@@ -170,6 +180,7 @@ class Findings:
     largest: int = -1  # integer label
     names: set[str] = field(default_factory=set)  # labels that are class names
     examples: dict[str, str] = field(default_factory=dict)  # of every cause, one sample
+    gaps: Counter[str] = field(default_factory=Counter)  # samples without one of several captions
 
     def note(self, cause: str, key: str, detail: str) -> None:
         """Remember the first sample that has a cause."""
@@ -186,7 +197,9 @@ def index_shard(
     groups = find_groups(file, length, kept)
     index = ShardIndex(name, length)
     if wanted.text:
-        index.text_member = wanted.text_member or _offered_text(groups)
+        index.text_member = spell_places(wanted.text_members) or _offered_text(groups)
+    places = wanted.text_members or read_places(index.text_member, several=False)
+    places = places if wanted.text else ()
     if wanted.category:
         index.category_member = wanted.category_member or _offered_category(groups)
     if not groups:
@@ -195,18 +208,20 @@ def index_shard(
     seen: set[str] = set()
     times = Counter(group.key for group in groups)
     for group in groups:
-        cause, detail = _problem(group, index, wanted) or (None, "")
+        cause, detail = _problem(group, index, wanted, places) or (None, "")
         if cause is None and group.key in seen:
             cause = "repeated key"
         if cause is not None and cause.startswith("no ") and times[group.key] > 1:
             cause = APART
         if cause is None and wanted.text:
-            cause = _text_problem(group, index)
+            gaps = _gaps(group, places)
+            cause = next(iter(gaps.values())) if len(gaps) == len(places) else None
         if cause is None and wanted.category:
             cause, detail = _category_problem(group, index, wanted, file, found)
         seen.add(group.key)
         if cause is None:
-            _append(index, group)
+            _append(index, group, places)
+            found.gaps.update(list(_gaps(group, places)))
         else:
             index.problems.append({"key": group.key, "cause": cause})
             found.note(cause, group.key, detail or f"which has {', '.join(sorted(group.members))}")
@@ -293,37 +308,56 @@ def content(file: IO[bytes], member: Member) -> bytes:
     return bytes(file.read(min(member.size, _LARGEST_KEPT)))
 
 
-def _problem(group: Group, index: ShardIndex, wanted: Wanted) -> tuple[str, str] | None:
+def _problem(
+    group: Group, index: ShardIndex, wanted: Wanted, places: Sequence[str]
+) -> tuple[str, str] | None:
     """Why a sample cannot be used, and details, or None."""
     if not group.key:
         return "corrupt tar header", f"at byte {group.members[''].offset:,}"
     if group.extra:
         return "second picture under one key", ""
-    used = [group.image()]
-    if used[0] is None:
+    image = group.image()
+    if image is None:
         return "no image", ""
-    if wanted.text:
-        used.append(group.of(index.text_member))
-    if wanted.category:
-        used.append(group.of(index.category_member))
-    if None in used:
-        missing = index.text_member if wanted.text and used[1] is None else index.category_member
-        return f"no {missing or ('caption' if wanted.text else 'category')}", ""
-    if any(member.size == 0 for member in used if member):
+    texts = _texts(group, places)
+    if wanted.text and not texts:
+        return f"no {places[0] if len(places) == 1 else 'caption'}", ""
+    category = group.of(index.category_member)
+    if wanted.category and category is None:
+        return f"no {index.category_member or 'category'}", ""
+    return _range_problem([image, *texts, *([category] if category else [])], index, group)
+
+
+def _range_problem(there: list[Member], index: ShardIndex, group: Group) -> tuple[str, str] | None:
+    """What is wrong with where the members of a sample lie, or None."""
+    if any(member.size == 0 for member in there):
         return "empty member", ""
-    if any(member.offset + member.size > index.bytes for member in used if member):
+    if any(member.offset + member.size > index.bytes for member in there):
         return "truncated", f"the shard ends at byte {index.bytes:,}"
-    there = [member for member in used if member]
     span = max(m.offset + m.size for m in there) - min(m.offset for m in there)
     if span > LARGEST_SAMPLE or any(member.size > LARGEST_MEMBER for member in there):
         return "absurd size", ""
     return ("repeated member", "") if group.repeated else None
 
 
-def _text_problem(group: Group, index: ShardIndex) -> str | None:
-    """What is wrong with a caption inside a JSON document that the scan has kept, or None."""
-    member, where = group.of(index.text_member), index.text_member or ""
-    if member is None or member.data is None or not where.startswith("json"):
+def _texts(group: Group, places: Sequence[str]) -> list[Member]:
+    """The members of a sample that hold captions; of several, those that hold something."""
+    texts = [member for kind in kinds_of(places) if (member := group.of(kind))]
+    return [member for member in texts if member.size or len(places) == 1]
+
+
+def _gaps(group: Group, places: Sequence[str]) -> dict[str, str]:
+    """Places that have no caption, and why, as far as the scan has looked."""
+    problems = {place: _text_problem(group, place) for place in places}
+    return {place: problem for place, problem in problems.items() if problem is not None}
+
+
+def _text_problem(group: Group, where: str) -> str | None:
+    """What is wrong with a caption: it is not there, or not in the JSON that the scan has kept."""
+    member = group.of(where)
+    if member is None or not member.size:
+        return f"no {where}"
+    if member.data is None or not where.startswith("json"):
         return None
     document = parse_json(member.data, _NOTHING)
     if ":" in where:
@@ -362,14 +396,17 @@ def _category_problem(
     return None, ""
 
 
-def _append(index: ShardIndex, group: Group) -> None:
-    chosen = {
-        "image": group.image(),
-        "text": group.of(index.text_member),
-        "category": group.of(index.category_member),
-    }
-    for name, member in chosen.items():
-        if member is not None:
-            getattr(index, f"{name}_offset").append(member.offset)
-            getattr(index, f"{name}_size").append(member.size)
-    index.check.append(check_of(member.header for member in chosen.values() if member))
+def _append(index: ShardIndex, group: Group, places: Sequence[str]) -> None:
+    texts = [_with_data(group.of(kind)) for kind in kinds_of(places)]
+    category = group.of(index.category_member)
+    chosen = [("image", group.image()), *(("text", text) for text in texts[:1]),
+              *([("category", category)] if category else []),
+              *(("more", text) for text in texts[1:])]  # fmt: skip
+    for name, member in chosen:
+        getattr(index, f"{name}_offset").append(member.offset if member else -1)
+        getattr(index, f"{name}_size").append(member.size if member else -1)
+    index.check.append(check_of(member.header for _, member in chosen if member))
+
+
+def _with_data(member: Member | None) -> Member | None:
+    return member if member and member.size else None

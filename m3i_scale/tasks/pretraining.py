@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 
 from m3i_scale.cluster.launch import World
 from m3i_scale.config import Config, Objective, PretrainingOptimizer
+from m3i_scale.config.evaluation import FeatureEvaluation
 from m3i_scale.data import Stream
 from m3i_scale.data.bad_sample import OfOneRank
 from m3i_scale.engine.agreement import flat
@@ -27,6 +29,7 @@ from m3i_scale.objective.momentum import ema_coefficient, momentum_by_length, tu
 from m3i_scale.objective.step_loss import StepLoss
 from m3i_scale.profiling.flops import step_flops
 from m3i_scale.tasks.health import Health
+from m3i_scale.tasks.learned import Learned
 from m3i_scale.tasks.mixes import save_mixes
 from m3i_scale.tasks.samples import build_stream
 from m3i_scale.tasks.task import SampledTask
@@ -104,11 +107,18 @@ class Pretraining(SampledTask):
         stated |= flat("data.augmentation", data["augmentation"])
         for number, source in enumerate(data["sources"]):
             own = {key: value for key, value in source.items() if key not in ("name", "index")}
+            if source["captions"] is None:  # as in checkpoints of runs before there were several
+                del own["captions"]
             identity = sources[number] if number < len(sources) else {}
             stated |= flat(f"data.sources.{number}", own | {"index": dict(identity)})
         objective = dict(tree["objective"])
         targets = {target["name"]: target for target in objective.pop("targets")}
         return stated | flat("objective", objective | {"targets": targets})
+
+    def require(self, ranks: int) -> None:
+        """Evaluation sets are shared by the ranks."""
+        if self.learned is not None:
+            self.learned.require(ranks)
 
     @property
     def workers(self) -> int:
@@ -151,8 +161,13 @@ class Pretraining(SampledTask):
         return {f"student.backbone.{name}": name for name in names}
 
     def open_stream(self) -> Stream:
-        """Image-text pairs and categorised images from WebDataset shards."""
-        return build_stream(self.config)
+        """Image-text pairs and categorised images from WebDataset shards.
+
+        The indexes of the evaluation are opened, too, so that a fault is found now.
+        """
+        stream = build_stream(self.config)
+        self.learned  # noqa: B018
+        return stream
 
     def notes(self, networks: M3I, split: BatchSplit, ranks: int, total: int) -> Iterator[str]:
         """Where negatives come from, and how far the teacher moves."""
@@ -172,6 +187,8 @@ class Pretraining(SampledTask):
                 f"the teacher forgets its start {times:.3g} times (momentum {start:.6g} to "
                 f"{final:.6g}); {100 * remaining:.3g} % of the initial weights remain in it"
             )
+        if self.learned is not None:
+            yield self.learned.describe()
 
     # ------------------------------------------------------------------------------ around a step
 
@@ -250,6 +267,27 @@ class Pretraining(SampledTask):
         """Compute the losses between them."""
         assert self._step is not None
         self._step.close(networks.queues, networks.running_centres)
+
+    # ---------------------------------------------------------------------------------- evaluation
+
+    @functools.cached_property
+    def learned(self) -> Learned | None:
+        """The evaluation, with its indexes open; None: there is none.
+
+        Raises:
+            ConfigError: an index cannot be used.
+        """
+        return None if self.config.evaluation is None else Learned(self.config)
+
+    @property
+    def evaluation(self) -> FeatureEvaluation | None:
+        """`evaluation`."""
+        return self.config.evaluation
+
+    def evaluate(self, networks: nn.Module, world: World) -> Values:
+        """What the encoder has learned."""
+        assert self.learned is not None
+        return self.learned.figures(networks, world)
 
     def state_dict(self) -> dict[str, Any]:
         """The averages of the balance, and the rank that features started with."""

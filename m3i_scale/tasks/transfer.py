@@ -7,7 +7,8 @@ from typing import Any
 
 from torch import nn
 
-from m3i_scale.config.transfer import Evaluation, TransferRun
+from m3i_scale.config.evaluation import Evaluation
+from m3i_scale.config.transfer import TransferRun
 from m3i_scale.data.map_stream import MapDataset, MapStream, Placed
 from m3i_scale.engine.schedules import Schedule
 from m3i_scale.integrations.initial import Initial, open_initial

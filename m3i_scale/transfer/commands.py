@@ -144,7 +144,13 @@ def evaluate_run(options: argparse.Namespace) -> int:
         _draw_evaluation(options.folder, config, result)
     track_evaluation(options.folder, config, reader.state["step"], result.rows)
     print(evaluation.markdown(result.rows), end="")
-    print(f"\n{options.which} of {reader.path}, computed in {precision} on {device.type}; "
+    ranks = ", ".join(f"{value:.1f} {name}" for name, value in result.ranks.items())
+    print(f"\neffective rank of the queries' features: {ranks}")
+    for sample in result.left_out[:10]:
+        print(f"left out: {sample}")
+    if len(result.left_out) > 10:
+        print(f"left out: {len(result.left_out) - 10} more")
+    print(f"{options.which} of {reader.path}, computed in {precision} on {device.type}; "
           f"written to {options.folder / 'eval.json'}")  # fmt: skip
     return 0
 
@@ -164,6 +170,8 @@ def _write_evaluation(
         "queries": {"indexes": options.queries, "images": len(result.queries)},
         "neighbours": options.neighbours,
         "limit": options.limit,
+        "effective_rank": result.ranks,
+        "left_out": len(result.left_out),
         "rows": [row._asdict() for row in result.rows],
     }
     (options.folder / "eval.json").write_text(json.dumps(content, indent=1) + "\n")

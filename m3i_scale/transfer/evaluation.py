@@ -1,33 +1,41 @@
 """Every evaluation task for the trained networks, the untrained ones, and chance.
 
 Nearest neighbours and the linear probe learn from the gallery; all figures are accuracies on the
-queries. No image of the gallery may be a query.
+queries. No image of the gallery may be a query. `measure` does the work for any networks, on all
+ranks of a run that trains, too; `evaluate` makes the table of `m3i eval`.
 """
 
 from __future__ import annotations
 
+import functools
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from typing import Literal, NamedTuple, get_args
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
-from m3i_scale.config import Config, Source
+from m3i_scale.config import Config
+from m3i_scale.config.evaluation import FeatureTask
 from m3i_scale.data import StorageClient
 from m3i_scale.models.tokenizer import Tokenizer, load_tokenizer
-from m3i_scale.objective.m3i import M3I
+from m3i_scale.objective.collapse import SAMPLE, effective_rank
 from m3i_scale.transfer import knn, labels, linear_probe, zero_shot
 from m3i_scale.transfer.features import (
     Encoded,
     Known,
+    Opened,
     Pixels,
     encode_captions,
     encode_sources,
     open_source,
     open_storage,
 )
+from m3i_scale.transfer.parts import sum_of_all
 
 TRAINED, UNTRAINED = "trained", "untrained"
+_CHUNK = 1024  # queries that are judged at once
+Scorer = Callable[[Tensor], Tensor]  # something of n queries -> scores (n, C)
 
 
 class Options(NamedTuple):
@@ -39,6 +47,21 @@ class Options(NamedTuple):
     limit: int | None = None  # most images of each index
     subject: str = "caption subject"  # what a caption names, in the table
     category: str = "category"  # what a category is, in the table
+    tasks: Collection[FeatureTask] = get_args(FeatureTask)
+    encoder: Literal["student", "teacher"] = "student"  # of networks that have both
+    threads: int = 1  # images decoded at once
+    progress: bool = True  # show bars
+
+
+class Score(NamedTuple):
+    """The accuracy of several networks in one task."""
+
+    task: str  # as the table calls it
+    key: str  # as metrics call it
+    accuracy: dict[str, float]  # share of the queries, by the networks' names
+    chance: float
+    queries: int
+    labels: int
 
 
 class TaskScore(NamedTuple):
@@ -52,10 +75,37 @@ class TaskScore(NamedTuple):
     labels: int
 
 
+class Sets(NamedTuple):
+    """What is evaluated on."""
+
+    gallery: list[Opened]
+    queries: list[Opened]
+    storage: StorageClient
+
+
+class Measured(NamedTuple):
+    """All scores of some networks, and the features that they were made from."""
+
+    scores: list[Score]
+    ranks: dict[str, float]  # effective rank of the queries' features, by the networks' names
+    gallery: Known
+    queries: Known
+    gallery_encoded: dict[str, Encoded]  # empty without a gallery
+    query_encoded: dict[str, Encoded]
+    captions: list[str]  # the candidates of zero-shot; empty where there is none
+    embeddings: dict[str, Tensor]  # theirs, (M, T); empty likewise
+
+    @property
+    def left_out(self) -> list[str]:
+        """Images that cannot be used, and why."""
+        return [*self.gallery.left_out, *self.queries.left_out]
+
+
 class Evaluation(NamedTuple):
     """The table, and the features that the pictures need."""
 
     rows: list[TaskScore]
+    ranks: dict[str, float]  # effective rank of the queries' features
     gallery: Known
     queries: Known
     gallery_features: Tensor  # (N, E) of the trained networks
@@ -64,11 +114,12 @@ class Evaluation(NamedTuple):
     captions: list[str]  # the candidates of zero-shot, empty without a text tower
     caption_embeddings: Tensor | None  # (M, T)
     storage: StorageClient  # where the images can be read again
+    left_out: list[str]  # images that cannot be used, and why
 
 
 def evaluate(
     config: Config,
-    networks: Mapping[str, M3I],
+    networks: Mapping[str, nn.Module],
     gallery_paths: Sequence[str],
     query_paths: Sequence[str],
     options: Options,
@@ -86,35 +137,10 @@ def evaluate(
         ValueError: an index cannot be used, is both gallery and queries, there is nothing to
             compare, or a category is outside the classifier.
     """
-    storage = open_storage(config.data)
-    gallery_sources, query_sources = _open(gallery_paths, query_paths, storage)
-
-    def encode(sources: list[Source], title: str) -> tuple[Known, dict[str, Encoded]]:
-        return encode_sources(
-            networks,
-            sources,
-            Pixels.of(config.data),
-            batch=options.batch,
-            limit=options.limit,
-            storage=storage,
-            progress=title,
-        )
-
-    gallery, gallery_encoded = encode(gallery_sources, "gallery")
-    queries, query_encoded = encode(query_sources, "queries")
-    candidates = sorted({c for c in (*gallery.captions, *queries.captions) if c})
-    embeddings: dict[str, Tensor] = {}
-    text = config.model.text
-    if candidates and text and query_encoded[TRAINED].text is not None:
-        tokenizer: Tokenizer = load_tokenizer(text.tokenizer)
-        embeddings = {
-            name: encode_captions(model, tokenizer, candidates, text.max_length)
-            for name, model in networks.items()
-        }
+    sets = open_sets(config, gallery_paths, query_paths)
+    found = measure(config, networks, sets, options)
     rows = [
-        *_zero_shot_rows(queries, query_encoded, candidates, embeddings, options),
-        *_classifier_rows(queries, query_encoded, options),
-        *_gallery_rows(gallery, gallery_encoded, queries, query_encoded, options),
+        TaskScore(s.task, s.accuracy[TRAINED], s.accuracy[UNTRAINED], *s[3:]) for s in found.scores
     ]
     if not rows:
         raise ValueError(
@@ -123,14 +149,79 @@ def evaluate(
         )
     return Evaluation(
         rows,
+        found.ranks,
+        found.gallery,
+        found.queries,
+        found.gallery_encoded[TRAINED].pooled,
+        found.query_encoded[TRAINED].pooled,
+        found.query_encoded[TRAINED].text if found.embeddings else None,
+        found.captions,
+        found.embeddings.get(TRAINED),
+        sets.storage,
+        found.left_out,
+    )
+
+
+def measure(
+    config: Config, networks: Mapping[str, nn.Module], sets: Sets, options: Options
+) -> Measured:
+    """Encode and judge, on this process alone or, each a part, on all ranks (a collective).
+
+    Args:
+        config: of the run; says how images and captions are prepared.
+        networks: `M3I`, or on several ranks the engine that drives it, by name.
+        sets: from `open_sets`; a gallery may be absent.
+        options: see Options.
+
+    Raises:
+        UnreadableSetError: no image can be used, or they cannot be read; on all ranks.
+        ValueError: a category is outside the classifier; on all ranks.
+    """
+
+    def encode(sources: list[Opened], title: str, heads: bool) -> tuple[Known, dict[str, Encoded]]:
+        if not sources:
+            return Known([], torch.zeros(0, dtype=torch.int64), [], []), {}
+        return encode_sources(
+            networks,
+            sources,
+            Pixels.of(config.data),
+            batch=options.batch,
+            limit=options.limit,
+            storage=sets.storage,
+            progress=title if options.progress else None,
+            encoder=options.encoder,
+            heads=heads,
+            threads=options.threads,
+        )
+
+    gallery, gallery_encoded = encode(sets.gallery, "gallery", False)
+    queries, query_encoded = encode(sets.queries, "queries", True)
+    candidates = sorted({c for c in (*gallery.captions, *queries.captions) if c})
+    embeddings: dict[str, Tensor] = {}
+    text, one = config.model.text, next(iter(query_encoded.values()))
+    if candidates and text and one.text is not None and "zero_shot" in options.tasks:
+        tokenizer: Tokenizer = load_tokenizer(text.tokenizer)
+        embeddings = {
+            name: encode_captions(model, tokenizer, candidates, text.max_length)
+            for name, model in networks.items()
+        }
+    device = next(next(iter(networks.values())).parameters()).device
+    judge = _Judge(query_encoded, device)
+    scores = [
+        *_zero_shot_scores(judge, queries, query_encoded, candidates, embeddings, options),
+        *_classifier_scores(judge, queries, query_encoded, options),
+        *_gallery_scores(judge, gallery, gallery_encoded, queries, query_encoded, options),
+    ]
+    ranks = {name: _rank(each.pooled) for name, each in query_encoded.items()}
+    return Measured(
+        scores,
+        ranks if "rank" in options.tasks else {},
         gallery,
         queries,
-        gallery_encoded[TRAINED].pooled,
-        query_encoded[TRAINED].pooled,
-        query_encoded[TRAINED].text if embeddings else None,
+        gallery_encoded,
+        query_encoded,
         candidates if embeddings else [],
-        embeddings.get(TRAINED),
-        storage,
+        embeddings,
     )
 
 
@@ -150,9 +241,13 @@ def markdown(rows: Sequence[TaskScore]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _open(
-    gallery: Sequence[str], queries: Sequence[str], storage: StorageClient
-) -> tuple[list[Source], list[Source]]:
+def open_sets(config: Config, gallery: Sequence[str], queries: Sequence[str]) -> Sets:
+    """Open index files.
+
+    Raises:
+        ValueError: one cannot be used, or is gallery and queries at once.
+    """
+    storage = open_storage(config.data)
     both = set(map(os.path.realpath, gallery)) & set(map(os.path.realpath, queries))
     if both:
         raise ValueError(
@@ -160,93 +255,155 @@ def _open(
             "name an index of other images"
         )
     first, second = ([open_source(path, storage) for path in paths] for paths in (gallery, queries))
-    return first, second
+    return Sets(first, second, storage)
 
 
-def _row(
-    task: str, scores: Mapping[str, Tensor], truth: Tensor, names: int, *, k: int = 1
-) -> TaskScore:
-    trained, untrained = (labels.accuracy(scores[name], truth, k) for name in (TRAINED, UNTRAINED))
-    return TaskScore(task, trained, untrained, labels.chance(truth, k), len(truth), names)
+class _Judge:
+    """Counts right answers over all ranks, each of which judges the queries it has encoded."""
+
+    def __init__(self, encoded: Mapping[str, Encoded], device: torch.device) -> None:
+        self._own = next(iter(encoded.values())).own
+        self._device = device
+
+    def shares(
+        self,
+        scores_of: Scorer,
+        wanted: Tensor,
+        truth: Tensor,
+        depths: Sequence[int] = (1,),
+    ) -> list[float]:
+        """Share of queries whose label is among the k best, for each k (a collective).
+
+        Args:
+            scores_of: rows of own queries, int64 (n,), numbered among all -> scores (n, C).
+            wanted: int64 (M,): the queries with a label.
+            truth: int64 (M,): their labels.
+            depths: k.
+        """
+        own = (wanted >= self._own.start) & (wanted < self._own.stop)
+        counts = torch.zeros(len(depths), dtype=torch.int64)
+        parts = zip(wanted[own].split(_CHUNK), truth[own].split(_CHUNK), strict=True)
+        for rows, answers in parts if own.any() else ():
+            scores = scores_of(rows)
+            counts += torch.stack([labels.hits(scores, answers, k).sum() for k in depths])
+        return [count / len(truth) for count in sum_of_all(counts, self._device).tolist()]
 
 
-def _zero_shot_rows(
+def _rank(features: Tensor) -> float:
+    """Effective rank of features (N, E), estimated from samples evenly apart."""
+    step = -(-len(features) // SAMPLE)
+    return float(effective_rank(features[::step]))
+
+
+def _zero_shot_scores(
+    judge: _Judge,
     queries: Known,
     encoded: Mapping[str, Encoded],
     candidates: Sequence[str],
     embeddings: Mapping[str, Tensor],
     options: Options,
-) -> Iterator[TaskScore]:
+) -> Iterator[Score]:
     wanted = labels.rows_with(labels.subjects(queries))
     if not embeddings or not len(wanted):
         return
-    kinds = (
-        (labels.subject, options.subject, (1, 5)),
-        (str, "whole caption", (1,)),
+    kinds: tuple[tuple[Callable[[str], str], str, dict[int, str]], ...] = (
+        (labels.subject, options.subject, {1: "zero_shot_top1", 5: "zero_shot_top5"}),
+        (str, "whole caption", {1: "zero_shot_caption"}),
     )
     for label_of, name, depths in kinds:
         label_of_each = [label_of(caption) for caption in candidates]
         number = labels.Numbering(label_of_each)
+        candidate_label = number(label_of_each)
         truth = number(label_of(queries.captions[i]) for i in wanted.tolist())
-        scores = {
-            who: zero_shot.label_scores(
-                _given(encoded[who].text)[wanted], captions, number(label_of_each), len(number)
+
+        shares = {}
+        for who, one in encoded.items():
+            scorer = functools.partial(
+                zero_shot.label_scores,
+                captions=embeddings[who],
+                caption_label=candidate_label,
+                labels=len(number),
             )
-            for who, captions in embeddings.items()
-        }
-        for k in depths:
-            yield _row(f"zero-shot {name}, top-{k}", scores, truth, len(number), k=k)
+            scores_of = functools.partial(_of_own_rows, scorer, _given(one.text), one.own)
+            shares[who] = judge.shares(scores_of, wanted, truth, list(depths))
+        for place, (k, key) in enumerate(depths.items()):
+            accuracy = {who: found[place] for who, found in shares.items()}
+            title = f"zero-shot {name}, top-{k}"
+            chance = labels.chance(truth, k)
+            yield Score(title, key, accuracy, chance, len(truth), len(number))
 
 
-def _classifier_rows(
-    queries: Known, encoded: Mapping[str, Encoded], options: Options
-) -> Iterator[TaskScore]:
+def _classifier_scores(
+    judge: _Judge, queries: Known, encoded: Mapping[str, Encoded], options: Options
+) -> Iterator[Score]:
     wanted = labels.rows_with(labels.categories(queries))
-    if encoded[TRAINED].category is None or not len(wanted):
+    one = next(iter(encoded.values())).category
+    if "classifier" not in options.tasks or one is None or not len(wanted):
         return
-    scores = {who: _given(e.category)[wanted] for who, e in encoded.items()}
-    truth = queries.category[wanted]
-    known = scores[TRAINED].shape[1]
+    truth, known = queries.category[wanted], one.shape[1]
     if int(truth.max()) >= known:
         raise ValueError(
             f"a query is of category {int(truth.max())} and the pre-trained classifier knows 0 to "
             f"{known - 1}; the queries are numbered otherwise than the training data"
         )
-    yield _row(f"pre-trained classifier, {options.category}", scores, truth, known)
+
+    accuracy = {}
+    for who, each in encoded.items():
+        scores_of = functools.partial(_of_own_rows, _as_they_are, _given(each.category), each.own)
+        accuracy[who] = judge.shares(scores_of, wanted, truth)[0]
+    title = f"pre-trained classifier, {options.category}"
+    yield Score(title, "classifier", accuracy, labels.chance(truth), len(truth), known)
 
 
-def _gallery_rows(
+def _gallery_scores(
+    judge: _Judge,
     gallery: Known,
     gallery_encoded: Mapping[str, Encoded],
     queries: Known,
     query_encoded: Mapping[str, Encoded],
     options: Options,
-) -> Iterator[TaskScore]:
+) -> Iterator[Score]:
     """kNN and the linear probe, for every kind of label that both sides carry."""
-
-    def nearest(q: Tensor, g: Tensor, label: Tensor, names: int) -> Tensor:
-        return knn.label_scores(q, g, label, names, k=options.neighbours)
-
-    methods: list[tuple[str, Callable[..., Tensor]]] = [("kNN", nearest)]
-    methods += [("linear probe", linear_probe.label_scores)] if options.probe else []
-    kinds = ((labels.subjects, options.subject), (labels.categories, options.category))
-    for method, scores_of in methods:
-        for labelling, name in kinds:
+    methods: list[tuple[str, str, Callable[[Tensor, Tensor, int], Scorer]]] = []
+    if "knn" in options.tasks:
+        methods.append(("kNN", "knn", functools.partial(_nearest, options.neighbours)))
+    if options.probe:
+        methods.append(("linear probe", "probe", linear_probe.fit))
+    kinds = (
+        (labels.subjects, options.subject, "caption"),
+        (labels.categories, options.category, "category"),
+    )
+    for method, short, fit in methods:
+        for labelling, name, kind in kinds:
             known, asked = labelling(gallery), labelling(queries)
             have, wanted = labels.rows_with(known), labels.rows_with(asked)
             if not len(have) or not len(wanted):
                 continue
             number = labels.Numbering([*known, *asked])
-            scores = {
-                who: scores_of(
-                    query_encoded[who].pooled[wanted],
-                    gallery_encoded[who].pooled[have],
-                    number(known),
-                    len(number),
-                )
-                for who in query_encoded
-            }
-            yield _row(f"{method} {name}", scores, number(asked), len(number))
+            accuracy = {}
+            for who, encoded in query_encoded.items():
+                scorer = fit(gallery_encoded[who].pooled[have], number(known), len(number))
+                scores_of = functools.partial(_of_rows, scorer, encoded.pooled)
+                accuracy[who] = judge.shares(scores_of, wanted, number(asked))[0]
+            truth = number(asked)
+            key, chance = f"{short}_{kind}", labels.chance(truth)
+            yield Score(f"{method} {name}", key, accuracy, chance, len(truth), len(number))
+
+
+def _nearest(k: int, gallery: Tensor, label: Tensor, count: int) -> Scorer:
+    return lambda queries: knn.label_scores(queries, gallery, label, count, k=k)
+
+
+def _of_rows(scorer: Scorer, values: Tensor, rows: Tensor) -> Tensor:
+    return scorer(values[rows])
+
+
+def _of_own_rows(scorer: Scorer, values: Tensor, own: range, rows: Tensor) -> Tensor:
+    return scorer(values[rows - own.start])
+
+
+def _as_they_are(scores: Tensor) -> Tensor:
+    return scores
 
 
 def _given(value: Tensor | None) -> Tensor:

@@ -52,14 +52,14 @@ class Numbering:
         return torch.tensor([self._number[x] for x in labels if x is not None], dtype=torch.int64)
 
 
-def accuracy(scores: Tensor, truth: Tensor, k: int = 1) -> float:
-    """Share of rows of scores (N, C) whose true column is among the k best.
+def hits(scores: Tensor, truth: Tensor, k: int = 1) -> Tensor:
+    """Whether the true column of each row of scores (N, C) is among the k best: bool (N,).
 
     A tie counts as wrong, so that equal scores for everything are not a success.
     """
     own = scores.gather(1, truth[:, None])  # (N, 1)
     at_least = (scores >= own).sum(1)  # itself among them
-    return float((at_least <= k).float().mean())
+    return at_least <= k
 
 
 def chance(truth: Tensor, k: int = 1) -> float:

@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 
-def label_scores(
-    queries: Tensor,
+def fit(
     gallery: Tensor,
     gallery_label: Tensor,
     labels: int,
     *,
     penalty: float = 1e-3,
     iterations: int = 100,
-) -> Tensor:
-    """Fit a linear classifier on the gallery and score the queries.
+) -> Callable[[Tensor], Tensor]:
+    """Fit a linear classifier on the gallery.
 
     Features are standardised with the gallery's statistics. The loss is convex and all of the
     gallery is seen at once (L-BFGS with a line search, from zero), so the result depends on no
@@ -25,7 +26,6 @@ def label_scores(
         mean cross-entropy + penalty / 2 * |W|^2
 
     Args:
-        queries: (Q, E).
         gallery: (N, E).
         gallery_label: int64 (N,).
         labels: C, their number.
@@ -33,7 +33,7 @@ def label_scores(
         iterations: at most so many steps of L-BFGS.
 
     Returns:
-        (Q, C) scores.
+        A function from queries (Q, E) to scores (Q, C).
     """
     mean, std = gallery.mean(0), gallery.std(0).clamp(min=1e-6)
     x = (gallery - mean) / std
@@ -52,4 +52,5 @@ def label_scores(
 
     with torch.enable_grad():
         solver.step(loss)
-    return ((queries - mean) / std) @ weight.detach().T + bias.detach()
+    weight, bias = weight.detach(), bias.detach()
+    return lambda queries: ((queries - mean) / std) @ weight.T + bias

@@ -21,6 +21,12 @@ from m3i_scale.transfer.labels import categories, rows_with, subject, subjects
 RIGHT, WRONG = "#1a7f37", "#b42318"
 _PANELS = {
     "losses": ("loss/",),
+    "evaluation: accuracy, %": (
+        "evaluation/knn",
+        "evaluation/zero_shot",
+        "evaluation/classifier",
+    ),
+    "evaluation: effective rank of the features": ("evaluation/rank",),
     "accuracy within the batch": ("accuracy/",),
     "lambda and gradient norms at the features": ("balance/", "gradient/ssp", "gradient/sp"),
     "spread of the targets": ("spread/",),
@@ -158,7 +164,11 @@ def save_curves(path: Path, metrics: Path) -> None:
         for name in chosen:
             values = [float(line.get(name, math.nan)) for line in lines]
             label = name.split("/", 1)[-1].replace("_", " ")
-            axis.plot(steps, smooth(values), linewidth=1.2, label=label)
+            if name.startswith("evaluation/"):  # of some steps only
+                points = [(s, v) for s, v in zip(steps, values, strict=True) if math.isfinite(v)]
+                axis.plot(*zip(*points, strict=True), "o-", linewidth=1.2, ms=3, label=label)
+            else:
+                axis.plot(steps, smooth(values), linewidth=1.2, label=label)
         axis.set_title(title, fontsize=9)
         axis.tick_params(labelsize=8)
         axis.grid(alpha=0.25)

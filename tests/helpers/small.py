@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -81,7 +82,7 @@ def small_tree(text: str = SMALL, overrides: Mapping[str, Any] | None = None) ->
         *parents, last = path.split(".")
         for key in parents:
             node = node.setdefault(key, {})
-        node[last] = value
+        node[last] = copy.deepcopy(value)
     return tree
 
 

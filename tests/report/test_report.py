@@ -74,8 +74,8 @@ def recorder(tmp_path: Path) -> Recorder:
 
 
 def shares(**seconds: float) -> dict[str, Any]:
-    names = ("training", "data", "checkpoint", "start_up", "lost", "stalls", "queueing", "down",
-             "other")  # fmt: skip
+    names = ("training", "data", "checkpoint", "evaluation", "start_up", "lost", "stalls",
+             "queueing", "down", "other")  # fmt: skip
     return pytest.approx({name: seconds.get(name, 0.0) for name in names}, abs=1e-5)
 
 
@@ -385,6 +385,33 @@ def test_a_branch_that_was_set_aside_is_lost_time(recorder: Recorder):
     report = recorder.report()
     assert report["steps"]["made_again"] == 6
     assert report["shares"]["lost"] == pytest.approx(12)
+
+
+def test_evaluations_have_their_time_and_their_curves(recorder: Recorder, tmp_path: Path, capsys):
+    recorder.start("a")
+    recorder.begin(0)
+    for number in range(8):
+        if number % 2:
+            recorder.step(number)
+            continue
+        # Longer than a stall would be: half a minute after a step of two seconds.
+        figures = {"evaluation/knn_caption": 10.0 + number, "evaluation_seconds": 30.0}
+        recorder.step(number, taken=STEP + 30, own=STEP, **figures)
+    recorder.now += 100
+    recorder.start("b")
+    recorder.begin(6)
+    again = {"evaluation/knn_caption": 50.0, "evaluation_seconds": 30.0}
+    recorder.step(6, taken=STEP + 30, own=STEP, **again)
+    recorder.event("end", cause="finished", words="", checkpoint_wait_seconds=0.0)
+    report = recorder.report()
+    first, second = report["attempts"]
+    assert first["shares"]["evaluation"] == pytest.approx(3 * 30)  # that of step 6 is lost
+    assert second["shares"]["evaluation"] == pytest.approx(30)
+    assert first["shares"]["training"] == pytest.approx(6 * 1.5)
+    assert report["evaluations"]["knn_caption"] == [[0, 10], [2, 12], [4, 14], [6, 50]]
+    assert cli.main(["report", str(recorder.folder), "--out", str(tmp_path / "out")]) == 0
+    assert "| knn_caption | 4 | 10 (0) | 50 (6) | 10 | 50 |" in capsys.readouterr().out
+    assert (tmp_path / "out" / "report.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_the_command_writes_page_picture_and_numbers(recorder: Recorder, tmp_path, capsys):

@@ -69,7 +69,7 @@ def test_one_pass_over_several_sources(folder, config, made):
         write_images(folder, "second", range(20, 25), "category"),
     ]
     sources = [features.open_source(path) for path in paths]
-    assert [source.kind for source in sources] == ["text", "category"]
+    assert [opened.source.kind for opened in sources] == ["text", "category"]
     pixels = Pixels.of(config.data)
     both = {"one": made, "other": networks(config, seed=1)}
     known, encoded = encode_sources(both, sources, pixels, batch=5)

@@ -18,7 +18,7 @@ def test_subject(caption, wanted):
 
 
 def test_images_without_a_label_are_left_out():
-    known = Known(["a, x", "", "b"], torch.tensor([-1, 4, 0]), [])
+    known = Known(["a, x", "", "b"], torch.tensor([-1, 4, 0]), [], [])
     assert labels.subjects(known) == ["a", None, "b"]
     assert labels.categories(known) == [None, "4", "0"]
     assert labels.rows_with(labels.subjects(known)).tolist() == [0, 2]
@@ -32,21 +32,21 @@ def test_numbering():
         number(["c"])
 
 
-def test_accuracy():
+def test_hits():
     scores = torch.tensor([[0.1, 0.9, 0.5], [0.7, 0.2, 0.1], [0.3, 0.2, 0.1]])
     truth = torch.tensor([1, 1, 2])
-    assert labels.accuracy(scores, truth) == pytest.approx(1 / 3)
-    assert labels.accuracy(scores, truth, k=2) == pytest.approx(2 / 3)
-    assert labels.accuracy(scores, truth, k=3) == 1
+    assert labels.hits(scores, truth).tolist() == [True, False, False]
+    assert labels.hits(scores, truth, k=2).tolist() == [True, True, False]
+    assert labels.hits(scores, truth, k=3).all()
 
 
 def test_equal_scores_for_everything_are_not_right():
-    assert labels.accuracy(torch.ones(4, 3), torch.zeros(4, dtype=torch.int64)) == 0
+    assert not labels.hits(torch.ones(4, 3), torch.zeros(4, dtype=torch.int64)).any()
 
 
 def test_no_score_at_all_is_not_right():
     scores = torch.tensor([[-torch.inf, 0.2]])
-    assert labels.accuracy(scores, torch.tensor([0])) == 0
+    assert not labels.hits(scores, torch.tensor([0])).any()
 
 
 def test_chance_is_the_best_answer_that_ignores_the_image():

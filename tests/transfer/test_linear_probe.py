@@ -1,7 +1,7 @@
 import torch
 from torch.nn import functional as F
 
-from m3i_scale.transfer.linear_probe import label_scores
+from m3i_scale.transfer.linear_probe import fit
 
 
 def blobs(count, seed):
@@ -16,14 +16,14 @@ def blobs(count, seed):
 def test_it_separates_what_a_line_separates_at_any_scale():
     gallery, label = blobs(60, seed=0)
     queries, truth = blobs(30, seed=1)
-    scores = label_scores(queries, gallery, label, 3, iterations=50)
+    scores = fit(gallery, label, 3, iterations=50)(queries)
     assert torch.equal(scores.argmax(1), truth)
 
 
 def test_it_is_the_minimum_of_its_loss():
     torch.manual_seed(0)
     gallery, label = torch.randn(40, 4, dtype=torch.float32), torch.randint(0, 3, (40,))
-    scores = label_scores(gallery, gallery, label, 3, penalty=0.1, iterations=200)
+    scores = fit(gallery, label, 3, penalty=0.1, iterations=200)(gallery)
     x = (gallery - gallery.mean(0)) / gallery.std(0)
     design = torch.cat([x, torch.ones(40, 1)], dim=1)
     solution = torch.linalg.lstsq(design, scores).solution  # (5, 3): weights and bias
@@ -37,6 +37,6 @@ def test_it_is_the_minimum_of_its_loss():
 def test_it_depends_on_no_seed():
     gallery, label = blobs(30, seed=0)
     torch.manual_seed(1)
-    first = label_scores(gallery, gallery, label, 3)
+    first = fit(gallery, label, 3)(gallery)
     torch.manual_seed(2)
-    assert torch.equal(first, label_scores(gallery, gallery, label, 3))
+    assert torch.equal(first, fit(gallery, label, 3)(gallery))

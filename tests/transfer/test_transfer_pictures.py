@@ -47,6 +47,8 @@ def test_a_resumed_run_is_read_once_per_step(tmp_path):
     assert [(line["step"], line["loss/total"]) for line in read_metrics(path)] == [
         (0, 9.0), (1, 5.0), (2, 7.0),
     ]  # fmt: skip
+    with path.open("a") as file:
+        file.write('\n{"step": 4, "loss/total": 4.0, "evaluation/knn_caption": 12.5}')
     save_curves(tmp_path / "curves.png", path)
     with Image.open(tmp_path / "curves.png") as image:
         assert image.width > 500
