@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import functools
+import gc
 import sys
 from typing import TYPE_CHECKING
 
@@ -90,6 +91,7 @@ def run(options: argparse.Namespace, config: RunConfig, start: Start) -> int:
         accept=[key for keys in options.accept_change for key in keys.split(",")],
         sources=stream.identities(),
     )
+    gc.freeze()  # DeepSpeed collects garbage; what the libraries hold takes it most of a second
     if options.dry_run:
         ready = open_run(write=False)
         if world.is_main:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import importlib
 
 import m3i_scale.engine.session  # noqa: F401  with PyTorch, DeepSpeed and transformers
@@ -19,3 +20,5 @@ LATE = (
 for name in LATE:
     with contextlib.suppress(ImportError):
         importlib.import_module(f"deepspeed.{name}")
+
+gc.freeze()  # a collection in a rank would copy all that has been imported
