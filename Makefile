@@ -49,9 +49,9 @@ h-on-cpu: setup
 test: setup
 	$(ONE_THREAD) $(PYTEST)
 
-# For the loop of work: no Slurm, no groups of processes.
+# For the loop of work: no Slurm, no groups of processes, nothing that takes long.
 test-fast: setup
-	$(ONE_THREAD) $(PYTEST) -m "not distributed and not slurm"
+	$(ONE_THREAD) $(PYTEST) -m "not distributed and not slurm and not slow"
 
 test-gpu: setup
 	$(BIN)/python -m pytest tests/kernels -n 4 -m "not cpu_only"

@@ -25,7 +25,7 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # Seconds of a test by its marker, about: files are given to workers in the order of their sums.
-SECONDS = {"slurm": 40.0, "distributed": 10.0}
+SECONDS = {"slurm": 40.0, "slow": 20.0, "distributed": 10.0}
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -37,6 +37,7 @@ def run(*arguments: object, **environment: str) -> subprocess.CompletedProcess[s
     )
 
 
+@pytest.mark.slow
 def test_a_part_that_fails_or_hangs_does_not_keep_the_next_from_running(tmp_path: Path):
     python = tmp_path / "python"
     python.write_text(STAND_IN)
@@ -156,6 +157,7 @@ def test_report_of_what_was_measured(tmp_path: Path):
     assert {p.name for p in tmp_path.glob("*.png")} == {"planned.png", "kernels.png"}
 
 
+@pytest.mark.slow
 def test_the_audit_tells_what_differs_and_what_is_missing(tmp_path: Path):
     path = [SESSION, ROOT, ROOT / "kernels", ROOT / "tests"]
     environment = {"PYTHONPATH": os.pathsep.join(map(str, path)), "M3I_REHEARSE": "1"}
@@ -181,6 +183,7 @@ def test_the_audit_tells_what_differs_and_what_is_missing(tmp_path: Path):
     assert "not started" in found["agreement"]["error"]
 
 
+@pytest.mark.slow
 def test_rows_of_what_other_programs_print(tmp_path: Path):
     path = [SESSION, ROOT, ROOT / "kernels", ROOT / "kernels" / "bench", ROOT / "tests"]
     environment = {"PYTHONPATH": os.pathsep.join(map(str, path)), "M3I_REHEARSE": "1"}

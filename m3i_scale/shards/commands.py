@@ -277,6 +277,14 @@ def _add_pasted(subparsers: Subparsers) -> None:
     parser.add_argument(
         "--objects", type=count, default=recipe.objects, help="most in an image (%(default)s)"
     )
+    parser.add_argument(
+        "--sizes",
+        type=float,
+        nargs=2,
+        default=recipe.sizes,
+        metavar=("LEAST", "MOST"),
+        help="of a character, as shares of the image's side (%(default)s)",
+    )
     parser.add_argument("--seed", type=count_or_zero, default=recipe.seed)
     parser.set_defaults(run=_pasted)
 
@@ -285,7 +293,8 @@ def _pasted(args: argparse.Namespace) -> int:
     from m3i_scale.shards.pasted import SPLITS, Recipe, build
 
     names = ("image_size", "train", "val", "characters", "objects", "seed")
-    data = build(args.out, Recipe(**{name: getattr(args, name) for name in names}))
+    settings = {name: getattr(args, name) for name in names}
+    data = build(args.out, Recipe(**settings, sizes=tuple(args.sizes)))
     for split in SPLITS:
         content = json.loads(data.annotations(split).read_text())
         objects = len(content["annotations"])

@@ -67,7 +67,8 @@ Coverage = npt.NDArray[np.uint8]
 class Recipe:
     """What the images are made of, and how many there are.
 
-    `characters`: one category each, numbered from 1. `objects`: most in an image.
+    `characters`: one category each, numbered from 1. `objects`: most in an image. `sizes`: least
+    and most of a character, as shares of the image's side.
     """
 
     image_size: int = 128
@@ -75,6 +76,7 @@ class Recipe:
     val: int = 200
     characters: str = "ABEKRSW8"
     objects: int = 4
+    sizes: tuple[float, float] = (0.2, 0.5)
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -85,6 +87,12 @@ class Recipe:
             )
         if self.image_size < 32:
             raise ValueError(f"images of {self.image_size} pixels hold no letters; 32 is the least")
+        least, most = self.sizes
+        if not 0.1 <= least <= most <= 1:
+            raise ValueError(
+                f"characters of {least:g} to {most:g} of the image's side: give two shares from 0.1 "
+                "to 1, the smaller one first"
+            )
 
 
 @dataclass(frozen=True)
@@ -132,7 +140,7 @@ def build(folder: str | Path, recipe: Recipe | None = None) -> Pasted:
     """
     folder, recipe = Path(folder), recipe or Recipe()
     note = folder / "pasted.json"
-    state = {"recipe": asdict(recipe), "complete": True}
+    state = {"recipe": {**asdict(recipe), "sizes": list(recipe.sizes)}, "complete": True}
     if note.exists():
         if json.loads(note.read_text()) == state:
             return Pasted(folder)
@@ -279,7 +287,7 @@ def _characters(
     for _ in range(count):
         category = rng.randrange(len(recipe.characters)) + 1
         character, face = recipe.characters[category - 1], rng.choice(faces)
-        font = fitted_font(face, ord(character), size * rng.uniform(0.2, 0.5))
+        font = fitted_font(face, ord(character), size * rng.uniform(*recipe.sizes))
         canvas = Image.new("L", (size, size))
         if font is not None:
             left, top, right, bottom = (int(edge) for edge in font.getbbox(character))

@@ -32,6 +32,7 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("variable", [None, "cuda"])
 def test_a_cpu_run_leaves_the_machines_gpu_alone(tmp_path: Path, variable: str | None):
     sources = [

@@ -6,7 +6,12 @@ import contextlib
 import gc
 import importlib
 
-import m3i_scale.engine.session  # noqa: F401  with PyTorch, DeepSpeed and transformers
+import pytest  # noqa: F401  the ranks import the tests' modules
+
+import helpers.training  # noqa: F401  with PyTorch, DeepSpeed and transformers
+import m3i_scale.tasks.classification.task
+import m3i_scale.tasks.detection.task
+import m3i_scale.tasks.segmentation.task  # noqa: F401
 
 # Imported by every start of an engine, in versions of DeepSpeed that have them; the first brings
 # all of torch.compile along.

@@ -34,6 +34,7 @@ def import_command(monkeypatch: pytest.MonkeyPatch) -> None:
     importlib.import_module("run")
 
 
+@pytest.mark.slow
 @pytest.mark.cpu_only
 def test_kernels_compile_for_every_target_without_spills(tmp_path: pathlib.Path) -> None:
     chosen = ("bfloat16 forward", "bfloat16 backward", "bfloat16 channels_last")
@@ -50,6 +51,7 @@ def test_kernels_compile_for_every_target_without_spills(tmp_path: pathlib.Path)
         assert float(row["requested_bytes"]) > float(row["minimal_bytes"]) > 0, row
 
 
+@pytest.mark.slow
 def test_matrix_kernels_stay_within_their_instructions() -> None:
     """At 12 x 12: at most 50 instructions a result forward and 110 backward, nothing spilled."""
     pytest.importorskip("triton", "3.8", reason="the matrix kernels need Triton 3.8")

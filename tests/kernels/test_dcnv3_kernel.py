@@ -129,6 +129,7 @@ SIDES = st.sampled_from([1, 3])
 ODD = {"size": (2, 3, 2), "channels": 7, "groups": 3, "stride": (2, 1), "dilation": 2, "seed": 0}
 
 
+@pytest.mark.slow
 @settings(max_examples=5, **FEW)
 @example(**ODD, kernel_size=(5, 3), remove_center=True, offset_scale=1.3, mask_is_logits=True,
          gated=False, layout="part of the channels")  # fmt: skip

@@ -24,6 +24,7 @@ def fitted() -> list[float]:
     return host_fit.fit(host_fit.rows(host_fit.RESULTS))
 
 
+@pytest.mark.slow
 def test_seconds_are_those_of_the_measurements(fitted: list[float]):
     assert list(host.SECONDS) == pytest.approx(fitted, rel=0.01)
 

@@ -86,6 +86,16 @@ def test_a_built_set_stays_and_another_recipe_replaces_it(data, tmp_path):
     assert Image.open(image).size == (40, 40)
 
 
+def test_characters_are_as_large_as_the_recipe_says(tmp_path):
+    out = str(tmp_path / "set")
+    options = ["--train", "40", "--val", "1", "--objects", "1", "--sizes", "0.4", "0.6"]
+    assert main(["pasted", "--out", out, *options]) == 0
+    made = content(Pasted(tmp_path / "set"), "train")["annotations"]
+    longer = [max(thing["bbox"][2:]) / 128 for thing in made]
+    assert 0.36 < min(longer) < 0.45
+    assert 0.55 < max(longer) < 0.64
+
+
 def test_run_lengths_begin_with_zeros():
     assert run_lengths(np.array([[True, False], [False, False]])) == [0, 1, 3]
     assert run_lengths(np.zeros((2, 2), bool)) == [4]
@@ -104,6 +114,7 @@ def test_the_folder_of_somebody_else_is_refused(tmp_path, capsys):
         (["--characters", "AA"], "different ones"),
         (["--characters", "漢"], "no typeface of train"),
         (["--image-size", "8"], "32 is the least"),
+        (["--sizes", "0.5", "0.2"], "the smaller one first"),
     ],
 )
 def test_impossible_recipes_end_in_a_sentence(tmp_path, capsys, options, message):

@@ -205,6 +205,7 @@ def test_slurm_script_is_of_what_is_left(tmp_path: Path, capsys: pytest.CaptureF
     subprocess.run(["bash", "-n", script], check=True)
 
 
+@pytest.mark.slow
 def test_a_real_sweep_of_two_cells(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):

@@ -239,6 +239,7 @@ def intern_image_t() -> nn.Module:
     return build_backbone("intern_image_t", depths=[1, 1, 1, 1])
 
 
+@pytest.mark.slow
 @needs_onnx
 @pytest.mark.parametrize(("build", "samplings"), [(intern_image_t, 4), (Layer, 1)])
 def test_intern_image_in_onnx(tmp_path, build, samplings):
