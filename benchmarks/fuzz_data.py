@@ -45,6 +45,7 @@ from fuzzing import files, pool, shards
 from fuzzing.damage import MIB, NAMED, REFUSED, UNHARMED
 from fuzzing.pool import Kind, Result
 from fuzzing.samples import MAX_PIXELS
+from origin import origin
 
 # Bytes that one input may take beyond what the process had before.
 BOUNDS = {
@@ -168,6 +169,7 @@ def main() -> int:
         "cpu_seconds": round(sum(result.seconds for result in results), 1),
         "wall_seconds": round(time.time() - begun, 1),
         "kinds": table(results),
+        "origin": origin(),
     }
     print(markdown(report), end="")
     if args.out:

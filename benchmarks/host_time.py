@@ -32,13 +32,9 @@ stack of modules grows in a micro-step, which must be 0. `--json` prints one obj
 from __future__ import annotations
 
 import argparse
-import contextlib
-import datetime
 import functools
 import json
 import os
-import platform
-import re
 import statistics
 import sys
 import tempfile
@@ -47,6 +43,8 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
+
+from origin import origin
 
 ROOT = Path(__file__).resolve().parents[1]
 CONFIG = ROOT / "configs" / "pretrain_internimage_h.yaml"
@@ -410,27 +408,6 @@ def measure(options: argparse.Namespace, folder: Path) -> Finding:
         overrides=options.overrides,
         origin=origin(),
     )
-
-
-def origin() -> dict[str, str]:
-    """Where the figures come from."""
-    import deepspeed
-    import torch
-
-    from m3i_scale.engine.metrics import git_commit
-
-    processor = platform.processor() or platform.machine()
-    with contextlib.suppress(OSError):
-        known = re.findall(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())
-        processor = known[0] if known else processor
-    return {
-        "processor": processor,
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "deepspeed": deepspeed.__version__,
-        "commit": git_commit() or "unknown",
-        "date": datetime.date.today().isoformat(),
-    }
 
 
 def settle(device: Any) -> None:

@@ -1,6 +1,7 @@
 """kill -9, again and again: a run that is killed at random must end like one that was left alone.
 
     python benchmarks/kill.py [--kills 20] [--ranks 2] [--seed 0] [--folder /tmp/m3i-kill]
+                              [--out FILE.json]
     python benchmarks/kill.py --elastic       another number of ranks (1, 2 or 3) at every restart
 
 Trains a small network with the whole loop (data, ZeRO-3, momentum, checkpoints after every step) on
@@ -21,6 +22,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import gc
 import json
 import os
 import random
@@ -35,6 +37,7 @@ from typing import Any, NamedTuple
 
 import yaml
 from forks import Ranks, wait_for
+from origin import origin
 
 from m3i_scale.engine.lines import of_training
 
@@ -114,8 +117,10 @@ def import_everything() -> None:
 
     torch.set_num_threads(1)
     from m3i_scale import train  # noqa: F401
-    from m3i_scale.data import Stream  # noqa: F401
     from m3i_scale.engine import session  # noqa: F401
+    from m3i_scale.tasks import pretraining  # noqa: F401
+
+    gc.freeze()  # a collection in a rank would copy all of it
 
 
 # ----------------------------------------------------------------------------------------- killing
@@ -227,6 +232,23 @@ def deviation(run: Path, whole: Path) -> float:
     return max(abs(float(a[n][name]) / float(b[n][name]) - 1) for n in b for name in names)
 
 
+class Outcome(NamedTuple):
+    """What the comparison with the undisturbed run has come to."""
+
+    passed: bool
+    words: list[str]
+
+
+def compare(run: Path, whole: Path, tolerance: float | None) -> Outcome:
+    """Within a tolerance of all losses, or bit for bit."""
+    if tolerance is not None:
+        found = deviation(run, whole)
+        words = f"largest relative difference of a loss {found:.1e} (allowed {tolerance:g})"
+        return Outcome(found <= tolerance, [words])
+    problems = list(differences(run, whole))
+    return Outcome(not problems, problems or ["equal to the undisturbed run, bit for bit"])
+
+
 # ----------------------------------------------------------------------------------------- program
 
 
@@ -241,6 +263,7 @@ def main() -> int:
     parser.add_argument("--tolerance", type=float, default=1e-3)
     parser.add_argument("--seed", type=int, default=0, help="of the kills")
     parser.add_argument("--folder", type=Path, default=Path("/tmp/m3i-kill"))
+    parser.add_argument("--out", type=Path, metavar="FILE", help="for kills and outcome, as JSON")
     args = parser.parse_args()
     args.folder.mkdir(parents=True, exist_ok=True)
     whole, run = args.folder / "whole", args.folder / "killed"
@@ -269,14 +292,20 @@ def main() -> int:
         )
     start(configuration, run, args.ranks).finish(3 * PATIENCE)
 
+    outcome = compare(run, whole, args.tolerance if args.elastic else None)
     print(f"{len(kills)} kills, {sum(k.saving for k in kills)} of them while saving", end="; ")
-    if args.elastic:
-        found = deviation(run, whole)
-        print(f"largest relative difference of a loss {found:.1e} (allowed {args.tolerance:g})")
-        return int(not found <= args.tolerance)
-    problems = list(differences(run, whole))
-    print(*problems or ["equal to the undisturbed run, bit for bit"], sep="\n")
-    return int(bool(problems))
+    print(*outcome.words, sep="\n")
+    if args.out:
+        report = {
+            "command": "python benchmarks/kill.py" + " --elastic" * args.elastic
+            + f" --kills {args.kills} --ranks {args.ranks} --seed {args.seed}",
+            "passed": outcome.passed,
+            "outcome": outcome.words,
+            "kills": [kill._asdict() for kill in kills],
+            "origin": origin(),
+        }  # fmt: skip
+        args.out.write_text(json.dumps(report, indent=1) + "\n")
+    return int(not outcome.passed)
 
 
 if __name__ == "__main__":

@@ -188,7 +188,9 @@ class Engine(Node):
     spike_factor: Annotated[float, Field(gt=1)] | None = None
     """A loss above this multiple of its average makes a run unstable; null: never."""
     stall_minutes: Positive = 30.0
-    """Minutes without a step after which each rank writes its stacks and exits with 87."""
+    """Minutes without a step, or a forward pass of an evaluation, after which each rank writes its
+    stacks and exits with 87.
+    """
     timeout_minutes: Positive = 60.0
     """Of collectives."""
     verify: Verify = Verify()

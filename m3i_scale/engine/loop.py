@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -115,7 +115,7 @@ def _train(run: Run, stop: StopFlag, metrics: MetricLog, watchdog: Watchdog) -> 
             if run.world.is_main:
                 log.warning("step %d: %s", progress.step, warning)
         if _evaluation_is_due(run) and _is_sound(run):
-            values |= _timed_evaluation(run)
+            values |= _timed_evaluation(run, watchdog.beat)
         metrics.write(progress.step, values, show=progress.step % config.logging.every == 0)
         watchdog.beat()
         _require_sound(run)
@@ -199,15 +199,20 @@ def _evaluation_is_due(run: Run) -> bool:
     return done == run.schedule.total or (every is not None and done % every == 0)
 
 
-def _timed_evaluation(run: Run) -> Values:
+def _timed_evaluation(run: Run, alive: Callable[[], None]) -> Values:
     started = time.perf_counter()
-    return evaluate(run) | {"evaluation_seconds": time.perf_counter() - started}
+    return evaluate(run, alive) | {"evaluation_seconds": time.perf_counter() - started}
 
 
-def evaluate(run: Run) -> Values:
+def evaluate(run: Run, alive: Callable[[], None] = lambda: None) -> Values:
     """The task's figures of the networks as they are, or of their averages (a collective).
 
     Random generators are left as they were, so that training continues as if nothing had happened.
+
+    Args:
+        run: what is trained.
+        alive: called whenever the networks begin a forward pass: an evaluation may take longer
+            than a rank may stall.
     """
     sharded, states = run.sharded, generator_states(run.world)
     if run.checks is not None:
@@ -216,11 +221,13 @@ def evaluate(run: Run) -> Values:
     in_use: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
     if isinstance(sharded.teacher, WeightAverages):
         in_use = sharded.teacher.in_use()
+    sign = sharded.engine.register_forward_pre_hook(lambda *_: alive())
     with torch.no_grad(), sharded.first_pass(), in_use, module_stack_kept():
         sharded.engine.eval()
         try:
             found = run.task.evaluate(sharded.engine, run.world)
         finally:
+            sign.remove()
             sharded.engine.train()
             set_generator_states(states, run.world)
     if run.checks is not None:

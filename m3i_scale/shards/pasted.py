@@ -90,8 +90,8 @@ class Recipe:
         least, most = self.sizes
         if not 0.1 <= least <= most <= 1:
             raise ValueError(
-                f"characters of {least:g} to {most:g} of the image's side: give two shares from 0.1 "
-                "to 1, the smaller one first"
+                f"characters of {least:g} to {most:g} of the image's side: give two shares from "
+                "0.1 to 1, the smaller one first"
             )
 
 

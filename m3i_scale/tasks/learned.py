@@ -33,7 +33,7 @@ class Learned:
         except (ValueError, PermissionError, FileNotFoundError, IsADirectoryError) as error:
             raise ConfigError(f"evaluation: {error}") from error
         self._require_labels()
-        self._named: set[str] = set()  # samples left out, of which was said so
+        self._named: set[str] = set()  # samples left out that the log has named
 
     def require(self, ranks: int) -> None:
         """Refuse sets that are smaller than the number of ranks, which share them.

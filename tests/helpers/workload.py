@@ -11,7 +11,7 @@ from helpers.small import small_targets
 from m3i_scale.config import SourceKind, dump_config
 from m3i_scale.engine.lines import of_training
 
-STEPS = 24
+STEPS = 32
 OVERRIDES = {
     "run": "unnamed",
     "model.backbone": {

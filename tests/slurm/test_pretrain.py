@@ -69,55 +69,55 @@ def robbed_of_a_rank(pretraining, job: str) -> None:
 
 
 def test_a_night_of_interruptions(pretraining, undisturbed):
-    """Preemption, signal, requeue, a killed rank, one after the other: the curve is the same."""
-    run = "night"
+    """One after the other; the curve is the same.
+
+    Preemption, signal, requeue, a killed rank, and last a frozen node: its slurmd gone and its rank
+    standing still until Slurm gives it up. It is the node of rank 0, where the batch script
+    survives the attempt that it belongs to, and must leave the job alone.
+    """
+    run, cluster = "night", pretraining.cluster
     job = pretraining.submit(run)
     for number, disturb in enumerate((preempted, signalled, requeued, robbed_of_a_rank), start=1):
-        reached = pretraining.attempts_begun(run, number)[-1] + 2
-        pretraining.wait_step(run, reached)
+        reached = one_step_further(pretraining, run, number)
         disturb(pretraining, job)
         begun = pretraining.attempts_begun(run, number + 1)
         if disturb is not robbed_of_a_rank:  # all steps done are saved, wherever the job stood
             assert begun[-1] >= reached
             assert pretraining.log(run).count("was asked to stop and has saved") == number
     assert "task 1: Killed" in pretraining.log(run)
-    assert pretraining.finish(job)["Restarts"] == "4"
-    assert curve(pretraining.folder / run) == undisturbed
-
-
-def test_killed_slurmd(pretraining, undisturbed):
-    """A node freezes, its slurmd gone and its rank standing still, until Slurm gives it up.
-
-    It is the node of rank 0, where the batch script survives the attempt that it belongs to, and
-    must leave the job alone.
-    """
-    run, cluster = "frozen", pretraining.cluster
-    job = pretraining.submit(run)
-    pretraining.wait_step(run, 6)  # beyond a checkpoint, so that the next attempt begins there
+    one_step_further(pretraining, run, 5)
     node, frozen = pretraining.nodes(job)[0], pretraining.rank(job, 0)
     cluster.kill_node(node)
     os.kill(frozen, signal.SIGSTOP)
-    assert pretraining.attempts_begun(run, 2)[-1] >= 4
+    begun = pretraining.attempts_begun(run, 6)
+    assert begun[-1] >= begun[-2]
     assert node not in pretraining.nodes(job)
     os.kill(frozen, signal.SIGCONT)  # the rank of the lost attempt comes back, too late
     cluster.start_node(node)
     pretraining.wait(
-        lambda: "restart 0] Slurm has already ended this attempt" in pretraining.log(run),
+        lambda: "restart 4] Slurm has already ended this attempt" in pretraining.log(run),
         "the script of the lost attempt",
     )
-    assert pretraining.finish(job)["Restarts"] == "1"
+    assert pretraining.finish(job)["Restarts"] == "5"
     assert curve(pretraining.folder / run) == undisturbed
     cluster.wait_idle()
+
+
+def one_step_further(pretraining, run: str, attempt: int) -> int:
+    """Wait until an attempt has begun and made a step; the number of steps done by then."""
+    reached = pretraining.attempts_begun(run, attempt)[-1] + 1
+    pretraining.wait_step(run, reached)
+    return reached
 
 
 def test_resume_on_one_node(pretraining, undisturbed):
     """A checkpoint of two nodes goes on on one; but for rounding the curve is the same."""
     before, run = pretraining.folder / "undisturbed", pretraining.folder / "one-node"
-    middle = "step-00000016"
+    middle = f"step-{STEPS - 8:08d}"
     shutil.copytree(before / "checkpoints" / middle, run / "checkpoints" / middle)
     pretraining.finish(pretraining.submit("one-node", nodes=1))
     found = curve(run)
-    assert sorted(found) == list(range(16, STEPS))
+    assert sorted(found) == list(range(STEPS - 8, STEPS))
     for step in found:
         names = [name for name in undisturbed[step] if not name.startswith(WITHIN_A_RANK)]
         whole = {name: float(undisturbed[step][name]) for name in names}

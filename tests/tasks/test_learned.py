@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -82,7 +83,9 @@ def train_and_evaluate(
         run = open_small(world, folder / kind, overrides | STEPS | own, "never")
         loop.train_step(run, loop.open_batches(run))
         run.progress.step, before = 1, end_of(run)
-        found[kind] = loop.evaluate(run)
+        alive = mock.Mock()
+        found[kind] = loop.evaluate(run, alive)
+        found[f"{kind}, signs of life"] = alive.call_count
         found[f"{kind}, state"] = same(before, end_of(run))
         loop.save(run)
         run.saver.finish()
@@ -123,6 +126,8 @@ def test_figures_are_those_of_eval_and_the_run_is_as_without(tmp_path: Path, set
         assert rank["with"]
         assert rank["resumed"]
         assert all(rank[f"{kind}, state"] for kind in KINDS)
+        # Queries and gallery in batches of 4, each rank its half.
+        assert all(rank[f"{kind}, signs of life"] >= 2 + 3 for kind in KINDS)
     found, resumed = figures(tmp_path / "with"), figures(tmp_path / "resumed")
     assert list(found) == [0, 1, 2]
     assert resumed == {2: found[2]}
