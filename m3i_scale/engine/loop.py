@@ -221,13 +221,17 @@ def evaluate(run: Run, alive: Callable[[], None] = lambda: None) -> Values:
     in_use: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
     if isinstance(sharded.teacher, WeightAverages):
         in_use = sharded.teacher.in_use()
-    sign = sharded.engine.register_forward_pre_hook(lambda *_: alive())
+
+    def begin_forward(*_: Any) -> None:  # what a hook returns would be the networks' input
+        alive()
+
+    hook = sharded.engine.register_forward_pre_hook(begin_forward)
     with torch.no_grad(), sharded.first_pass(), in_use, module_stack_kept():
         sharded.engine.eval()
         try:
             found = run.task.evaluate(sharded.engine, run.world)
         finally:
-            sign.remove()
+            hook.remove()
             sharded.engine.train()
             set_generator_states(states, run.world)
     if run.checks is not None:
