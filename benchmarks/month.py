@@ -45,6 +45,7 @@ from typing import Any
 import yaml
 from forks import wait_for
 from kill import differences, prepare
+from origin import origin
 from simulated import page
 from simulated.inject import Injected, inject
 from simulated.matching import GOAL, effective_ratio, match, unexpected
@@ -278,7 +279,7 @@ def main() -> int:
         kinds = ("--kinds " + " ".join(f'"{kind}"' for kind in args.kinds)) if args.kinds else ""
         words = kinds or f"--hours {args.hours:g}"
         command = f"python benchmarks/month.py {words} --seed {args.seed}"
-        tree = page.tree(found, month, command, time.time() - begun)
+        tree = page.tree(found, month, command, time.time() - begun) | {"origin": origin()}
         print(page.markdown(tree), end="")
         if args.out:
             page.write(args.out, tree, found)
