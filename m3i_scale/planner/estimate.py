@@ -185,6 +185,8 @@ def make_plan(
         "block being recomputed": acts.inside * batch.micro,
         memory.GATHERED: flow.live * widths.compute,
     }
+    if traced.running:
+        passing["frozen backbone, running"] = traced.running * batch.micro
     wait = two_passes.waiting(config, traced, cluster.ranks, batch)
     kept = {"embeddings of the batch": wait.embeddings, "teacher's encodings": wait.encodings}
     passing |= {name: size for name, size in kept.items() if size}

@@ -67,11 +67,8 @@ def _head(plan: Plan, traced: Trace) -> Iterator[str]:
 
 def _memory(plan: Plan, traced: Trace) -> Iterator[str]:
     yield f"{f'memory per GPU, {plan.config.engine.precision}':42s}{'GiB':>8s}"
-    for kind, size in plan.state.items():
-        if size:
-            yield _row(kind, size / GIB)
-    for kind, size in plan.passing.items():
-        yield _row(f"{kind} (in a step)", size / GIB)
+    rows = plan.state | {f"{kind} (in a step)": size for kind, size in plan.passing.items()}
+    yield from (_row(kind, size / GIB) for kind, size in rows.items() if size)
     yield _row("device context, libraries", plan.assumed.workspace / GIB)
     yield _row("at most", plan.peak_memory / GIB)
     for kind, size in plan.offloaded.items():

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -76,6 +76,7 @@ class Trace:
     blocks: list[Block] = field(default_factory=list)
     leaves: set[str] = field(default_factory=set)  # modules that ZeRO gathers as one
     outside: float = 0.0  # bytes per sample that autograd keeps outside of blocks
+    running: float = 0.0  # bytes per sample of images and a block of a backbone that is frozen
     frozen: dict[str, Frozen] = field(default_factory=dict)
     width: int = 0  # of the features
     tokens: int = 0  # of one image
@@ -85,11 +86,6 @@ class Trace:
     title: str = ""  # the networks and their input in a few words
     checkpointing: str = "checkpoint_blocks: true"  # what makes all blocks be recomputed
     notes: tuple[str, ...] = ()  # what the pass stands for
-
-    @property
-    def has_teacher(self) -> bool:
-        """Whether there is a copy of the student that follows it."""
-        return any(weight.of_teacher for weight in self.weights)
 
 
 @dataclass(frozen=True)
@@ -143,9 +139,15 @@ def trace_sketch(sketch: Sketch, *, precision: str, kernels: bool) -> Trace:
                 leaves=sketch.leaves(networks),
             )
             record.run(lambda: sketch.run(networks))
-    record.trace.title, record.trace.notes = sketch.title, sketch.notes
-    record.trace.checkpointing = sketch.checkpointing
-    return record.trace
+    found = record.trace
+    found.title, found.notes = sketch.title, sketch.notes
+    found.checkpointing = sketch.checkpointing
+    if not found.blocks and not all(weight.trained for weight in found.weights):
+        # Nothing is kept of a frozen backbone, and it runs all the same.
+        trained = replace(sketch, build=lambda: sketch.build().requires_grad_(True))
+        kept = trace_sketch(trained, precision=precision, kernels=kernels)
+        found.running = kept.outside + max((block.inside for block in kept.blocks), default=0)
+    return found
 
 
 class Record:
