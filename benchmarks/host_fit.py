@@ -26,7 +26,7 @@ from m3i_scale.config import Config, load_config
 from m3i_scale.planner.estimate import Cluster, make_plan, trace_of
 from m3i_scale.planner.gpus import gpu
 from m3i_scale.planner.host import Work
-from m3i_scale.profiling.trace import Trace
+from m3i_scale.profiling.record import Trace
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = Path(__file__).parent / "results" / "host_time"

@@ -40,6 +40,7 @@ ALLOWED: dict[str, set[str]] = {
         "cluster",
         "engine",
         "integrations",
+        "tasks",
         "m3i_kernels",
     }
     | LEAVES,
@@ -70,7 +71,7 @@ ALLOWED: dict[str, set[str]] = {
 ENTRY_POINTS = {"train", "cli"}  # import everything, and nobody imports them
 ALLOWED |= {entry: set(ALLOWED) for entry in ENTRY_POINTS}
 # A package's `commands.py` joins what the package's other modules do not know.
-JOINED_BY_COMMANDS = {"transfer": {"cluster", "engine"}}
+JOINED_BY_COMMANDS = {"transfer": {"cluster", "engine"}, "planner": {"tasks"}}
 # Only these know DeepSpeed.
 DEEPSPEED = {"engine", "cluster"}
 

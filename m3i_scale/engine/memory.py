@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator
 from torch import Tensor, nn
 
 from m3i_scale.engine import shards
-from m3i_scale.engine.task import UsesFrozen
+from m3i_scale.engine.task import StudentTeacher, UsesFrozen
 from m3i_scale.engine.zero import Sharded
 
 PARAMETERS = "parameters"
@@ -15,8 +15,10 @@ MASTER = "master weights"
 MOMENTS = "Adam moments"
 GRADIENTS = "gradients"
 ENCODER = "teacher"
+UNTRAINED = "frozen weights"  # where there is no teacher
 FROZEN = "frozen teachers"
 AVERAGES = "teacher averages"
+WEIGHT_AVERAGES = "averages of the weights"  # likewise
 BUFFERS = "reduce buckets"
 GATHERED = "gathered parameters"
 
@@ -29,14 +31,17 @@ def held_memory(sharded: Sharded) -> dict[str, int]:
     precision at stage 3, "gathered" parameters of a single rank) count as 0 there.
     """
     own, model = sharded.shards, sharded.model
+    followed = isinstance(model, StudentTeacher)
     kinds = {
         PARAMETERS: own.compute_weights(model),
         MASTER: own.masters,
         MOMENTS: _moments(sharded),
         GRADIENTS: own.gradients(),
-        ENCODER: _frozen(sharded),
+        ENCODER if followed else UNTRAINED: _frozen(sharded),
         FROZEN: _outside(model),
-        AVERAGES: sharded.teacher.averages.values() if sharded.teacher else [],
+        AVERAGES if followed else WEIGHT_AVERAGES: (
+            sharded.teacher.averages.values() if sharded.teacher else []
+        ),
         BUFFERS: own.buckets(),
         GATHERED: own.gathered_weights(model),
     }

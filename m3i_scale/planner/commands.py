@@ -7,7 +7,9 @@ from collections.abc import Iterator
 from typing import Any
 
 from m3i_scale.arguments import count, local_path, positive, share
-from m3i_scale.config import Config, ConfigError, load_config
+from m3i_scale.config import Config, ConfigError, RunConfig
+from m3i_scale.config.load import load_run
+from m3i_scale.config.tasks import TASKS
 from m3i_scale.paths import require_writable
 from m3i_scale.planner.gpus import GPUS, gpu
 
@@ -15,6 +17,15 @@ DESCRIPTION = """Plan a run: memory, communication, FLOPs, time and data of a co
 
 Needs no GPU. Memory and communication follow from how the engine works; times rest on the
 assumptions printed with them. With --sweep also a table (and with --out a plot) over GPU counts."""
+
+# Bytes of a stored image: of image-text pairs as they are stored for training at 192 pixels, of
+# ImageNet-1k, COCO's train2017, and ADE20k with its mask.
+SAMPLE_BYTES = {
+    "pretraining": 30_000,
+    "classification": 110_000,
+    "detection": 160_000,
+    "segmentation": 50_000,
+}
 
 
 def register(commands: Any) -> None:
@@ -54,8 +65,9 @@ def register(commands: Any) -> None:
         "--network", type=positive, metavar="GBYTE_S", help="between nodes, per GPU (by GPU kind)"
     )
     parser.add_argument(
-        "--sample-bytes", type=positive, default=default.sample_bytes, metavar="N",
-        help="of a stored image with its caption (%(default)s)",
+        "--sample-bytes", type=positive, metavar="N",
+        help="of a stored image with its caption or labels (by task: "
+        f"{', '.join(f'{name} {size}' for name, size in SAMPLE_BYTES.items())})",
     )  # fmt: skip
     parser.add_argument("overrides", nargs="*", metavar="a.b=value", help="changes to the file")
     parser.set_defaults(run=run)
@@ -63,10 +75,10 @@ def register(commands: Any) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """`m3i plan`."""
-    from m3i_scale.planner.estimate import Assumptions, Cluster, make_plan, trace_of
+    from m3i_scale.planner.estimate import Assumptions, Cluster, make_plan
     from m3i_scale.planner.report import describe, run_length, scaling_plot, scaling_table
 
-    config = load_config(options.config, options.overrides)
+    config = load_run(options.config, options.overrides)
     counts = _node_counts(options.sweep, options.gpus_per_node) if options.sweep is not None else []
     if options.out:
         require_writable(options.out)
@@ -77,9 +89,9 @@ def run(options: argparse.Namespace) -> int:
     assumed = Assumptions(
         utilisation=options.utilisation,
         host=options.host_factor,
-        sample_bytes=options.sample_bytes,
+        sample_bytes=options.sample_bytes or SAMPLE_BYTES[_name(config)],
     )
-    traced = trace_of(config, kernels=config.engine.kernels != "reference")
+    traced = _traced(config)
     cluster = Cluster(unit, options.nodes, options.gpus_per_node)
     plan = make_plan(config, traced, cluster, assumed)
     advice = [] if plan.fits else list(remedies(config, traced, plan))
@@ -95,18 +107,37 @@ def run(options: argparse.Namespace) -> int:
     return 0
 
 
-def alternatives(config: Config, traced: Any, plan: Any) -> list[Any]:
+def _name(config: RunConfig) -> str:
+    return next(name for name, kind in TASKS.items() if isinstance(config, kind))
+
+
+def _traced(config: RunConfig) -> Any:
+    """What a pass of the networks shows; a transfer task says what its pass is."""
+    kernels = config.engine.kernels != "reference"
+    if isinstance(config, Config):
+        from m3i_scale.planner.estimate import trace_of
+
+        return trace_of(config, kernels=kernels)
+    from m3i_scale.tasks import task_of
+    from m3i_scale.tasks.transfer import TransferTask
+
+    task = task_of(config)
+    assert isinstance(task, TransferTask)
+    return task.trace(kernels=kernels)
+
+
+def alternatives(config: RunConfig, traced: Any, plan: Any) -> list[Any]:
     """The same plan with each of ZeRO's stages, and at stage 3 the teacher in both its places.
 
     The plan itself is among them. States that are offloaded, or copies on nodes (hpZ), need stage
-    3; a teacher has one place on a single rank.
+    3; a teacher has one place on a single rank, and only pre-training has one.
     """
     from m3i_scale.planner.estimate import make_plan
 
     zero, place = config.engine.zero, config.engine.teacher
     stages = (3,) if zero.offload_optimizer or zero.hpz_partition > 1 else (1, 2, 3)
-    choices = [(stage, "whole") for stage in stages]
-    if config.objective.has_teacher and plan.cluster.ranks > 1:
+    choices = [(stage, "whole" if isinstance(config, Config) else place) for stage in stages]
+    if isinstance(config, Config) and config.objective.has_teacher and plan.cluster.ranks > 1:
         choices.append((3, "sharded"))
     if (zero.stage, place) not in choices:
         choices.append((zero.stage, place))
@@ -118,22 +149,23 @@ def alternatives(config: Config, traced: Any, plan: Any) -> list[Any]:
     ]
 
 
-def remedies(config: Config, traced: Any, plan: Any) -> Iterator[str]:
+def remedies(config: RunConfig, traced: Any, plan: Any) -> Iterator[str]:
     """Changes, smallest first, each of which alone or together makes the plan fit."""
     from m3i_scale.planner.estimate import make_plan
 
-    def fits(changed: Config, checkpointed: bool | None, cluster: Any = plan.cluster) -> bool:
+    def fits(changed: RunConfig, checkpointed: bool | None, cluster: Any = plan.cluster) -> bool:
         return make_plan(changed, traced, cluster, plan.assumed, checkpointed=checkpointed).fits
 
+    pairs = isinstance(config, Config)
     yield from _another_way(config, traced, plan)
     all_recomputed = all(block.recomputed for block in traced.blocks)
-    options = [(None, "")] if all_recomputed else [(None, ""), (True, "checkpoint_blocks: true, ")]
+    options = [(None, "")] if all_recomputed else [(None, ""), (True, f"{traced.checkpointing}, ")]
     needed = "" if config.engine.zero.stage == 3 else "engine.zero.stage=3, "
     offload_words = f"{needed}engine.zero.offload_optimizer=true, "
     offloaded = _changed(config, zero={"offload_optimizer": True, "stage": 3})
     for checkpointed, words in options:
         if words and fits(config, checkpointed):
-            yield f"{words.rstrip(', ')} for all networks"
+            yield f"{words.rstrip(', ')}{' for all networks' if pairs else ''}"
         for changed, offload in ((config, ""), (offloaded, offload_words)):
             micro = _largest_micro_batch(plan, lambda c, k=checkpointed: fits(c, k), changed)
             if micro:
@@ -149,7 +181,7 @@ def remedies(config: Config, traced: Any, plan: Any) -> Iterator[str]:
             continue
 
 
-def _another_way(config: Config, traced: Any, plan: Any) -> Iterator[str]:
+def _another_way(config: RunConfig, traced: Any, plan: Any) -> Iterator[str]:
     """The first way to shard it that fits, in words of the command line."""
     for other in alternatives(config, traced, plan):
         if other.fits:
@@ -157,19 +189,20 @@ def _another_way(config: Config, traced: Any, plan: Any) -> Iterator[str]:
             return
 
 
-def _largest_micro_batch(plan: Any, fits: Any, config: Config) -> int | None:
+def _largest_micro_batch(plan: Any, fits: Any, config: RunConfig) -> int | None:
     share = config.optimizer.global_batch_size // plan.cluster.ranks
-    sizes = (m for m in range(plan.batch.micro, 0, -2) if m % 2 == 0 and share % m == 0)
+    step = 2 if isinstance(config, Config) else 1  # pre-training mixes pairs
+    sizes = (m for m in range(plan.batch.micro, 0, -1) if m % step == 0 and share % m == 0)
     return next((m for m in sizes if fits(_changed(config, max_micro_batch=m))), None)
 
 
-def _elsewhere(config: Config, stage: int, teacher: str) -> Config:
+def _elsewhere(config: RunConfig, stage: int, teacher: str) -> RunConfig:
     zero = config.engine.zero.model_copy(update={"stage": stage})
     engine = config.engine.model_copy(update={"teacher": teacher, "zero": zero})
     return config.model_copy(update={"engine": engine})
 
 
-def _differences(config: Config, other: Config) -> Iterator[str]:
+def _differences(config: RunConfig, other: RunConfig) -> Iterator[str]:
     """What to say on the command line to get the one from the other."""
     if other.engine.zero.stage != config.engine.zero.stage:
         yield f"engine.zero.stage={other.engine.zero.stage}"
@@ -177,7 +210,9 @@ def _differences(config: Config, other: Config) -> Iterator[str]:
         yield f"engine.teacher={other.engine.teacher}"
 
 
-def _changed(config: Config, *, zero: dict[str, Any] | None = None, **optimizer: Any) -> Config:
+def _changed(
+    config: RunConfig, *, zero: dict[str, Any] | None = None, **optimizer: Any
+) -> RunConfig:
     engine = config.engine
     changed = engine.model_copy(update={"zero": engine.zero.model_copy(update=zero or {})})
     optimiser = config.optimizer.model_copy(update=optimizer)

@@ -9,8 +9,8 @@ from torch import nn
 from m3i_scale.engine.loop import Run
 from m3i_scale.engine.task import StudentTeacher, UsesFrozen
 from m3i_scale.engine.zero import deepspeed_config
-from m3i_scale.planner.estimate import lasting_memory
-from m3i_scale.profiling.trace import Weight
+from m3i_scale.planner.state import lasting_memory
+from m3i_scale.profiling.record import Weight
 
 
 def describe(run: Run, sources: dict[str, dict[str, int | float | str]]) -> str:
@@ -50,7 +50,9 @@ def _memory(run: Run) -> Iterator[str]:
     ranks, spec = run.world.size, run.config.engine
     settings = deepspeed_config(spec, run.split, clip_norm=run.config.optimizer.clip_norm)
     frozen = sum(p.numel() for module in _frozen(run).values() for p in module.parameters())
-    device, host = lasting_memory(spec, _weights(run), ranks, settings, frozen)
+    device, host = lasting_memory(
+        spec, _weights(run), ranks, settings, frozen, averaged=run.task.averages
+    )
     yield f"memory per rank on {ranks} ranks in {spec.precision}, without activations"
     for kinds, where in ((device, ""), (host, " (host)")):
         for kind, size in kinds.items():

@@ -15,7 +15,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from m3i_scale.config import Config, Engine, Gaussian, Model, Objective
+from m3i_scale.config import Config, Gaussian, RunConfig
+from m3i_scale.config.transfer import TransferRun
 from m3i_scale.engine import memory
 from m3i_scale.engine.schedules import BatchSplit, split_batch
 from m3i_scale.engine.zero import deepspeed_config
@@ -23,12 +24,13 @@ from m3i_scale.integrations.frozen import make_skeletons
 from m3i_scale.planner import flat, host, two_passes
 from m3i_scale.planner.gpus import Gpu
 from m3i_scale.planner.sizes import Flow, Traffic, Widths, averaged_weights, shard
+from m3i_scale.planner.state import activations, lasting_memory, owned_elements, refresh_size
 from m3i_scale.planner.zero3_replay import Gathers, Replay, Settings, uses
 from m3i_scale.profiling.flops import Flops, flops_of
-from m3i_scale.profiling.trace import Trace, Weight, trace
+from m3i_scale.profiling.record import Trace
+from m3i_scale.profiling.trace import trace
 
 USABLE = 0.95  # of a GPU's memory; the driver and fragments have the rest
-HPZ = "node's copies (hpZ)"
 
 
 class Cluster(NamedTuple):
@@ -59,24 +61,18 @@ class Assumptions(NamedTuple):
     sample_bytes: float = 30e3  # of one stored image with its caption
 
 
-class Activations(NamedTuple):
-    """Bytes per sample between forward and backward."""
-
-    kept: float
-    inside: float  # of the one block that is being recomputed
-
-
 @dataclass(frozen=True)
 class Plan:
     """Everything about one configuration on one cluster."""
 
-    config: Config
+    config: RunConfig
     cluster: Cluster
     assumed: Assumptions
     batch: BatchSplit
     checkpointed: bool | None
     state: dict[str, float]  # bytes per GPU, as `memory.held_memory` measures them
     offloaded: dict[str, float]  # bytes per GPU in the host's memory
+    held: float  # bytes per GPU in the host's memory: the batch, where it is read twice
     passing: dict[str, float]  # bytes per GPU that live during a step
     update: float  # bytes per GPU of temporaries in the update, or where samples are compared
     waiting_parameters: float  # bytes per GPU, gathered, between forward and backward
@@ -151,7 +147,7 @@ def trace_of(config: Config, *, kernels: bool = False) -> Trace:
 
 
 def make_plan(
-    config: Config,
+    config: RunConfig,
     traced: Trace,
     cluster: Cluster,
     assumed: Assumptions = Assumptions(),  # noqa: B008  immutable
@@ -162,7 +158,7 @@ def make_plan(
 
     Args:
         config: the whole of it.
-        traced: what `trace_of` found out about its networks.
+        traced: what `trace_of`, or its task (`TransferTask.trace`), found out about its networks.
         cluster: where it is to run.
         assumed: figures that are not derived.
         checkpointed: all blocks or none; None as configured.
@@ -170,32 +166,36 @@ def make_plan(
     Raises:
         ConfigError: the batch cannot be spread over that many GPUs.
     """
-    batch = split_batch(
-        config.optimizer.global_batch_size, config.optimizer.max_micro_batch, cluster.ranks
-    )
+    spec, pairs = config.optimizer, isinstance(config, Config)
+    batch = split_batch(spec.global_batch_size, spec.max_micro_batch, cluster.ranks, even=pairs)
     engine, whole = config.engine, config.engine.teacher == "whole"
-    deepspeed = deepspeed_config(engine, batch, clip_norm=config.optimizer.clip_norm)
+    deepspeed = deepspeed_config(engine, batch, clip_norm=spec.clip_norm)
     widths = Widths.of(engine.precision, deepspeed)
     frozen = sum(encoder.elements for encoder in traced.frozen.values())
-    state, offloaded = lasting_memory(engine, traced.weights, cluster.ranks, deepspeed, frozen)
+    keeps_average = isinstance(config, TransferRun) and config.optimizer.average is not None
+    state, offloaded = lasting_memory(
+        engine, traced.weights, cluster.ranks, deepspeed, frozen, averaged=keeps_average
+    )
     flow = step_flow(config, traced, cluster.ranks, batch, deepspeed, checkpointed=checkpointed)
     acts = activations(traced, checkpointed)
     trained = sum(w.elements for w in traced.weights if w.trained)
-    averaged = sum(w.elements for w in averaged_weights(traced.weights))
+    averaged = sum(w.elements for w in averaged_weights(traced.weights)) + keeps_average * trained
     passing = {
         "activations": acts.kept * batch.micro,
         "block being recomputed": acts.inside * batch.micro,
         memory.GATHERED: flow.live * widths.compute,
     }
+    if traced.running:
+        passing["frozen backbone, running"] = traced.running * batch.micro
     wait = two_passes.waiting(config, traced, cluster.ranks, batch)
     kept = {"embeddings of the batch": wait.embeddings, "teacher's encodings": wait.encodings}
     passing |= {name: size for name, size in kept.items() if size}
-    flops, twice = flops_of(traced), two_passes.runs_twice(config, batch)
-    first_visits = two_passes.first_pass_visits(config, traced) if twice else 0
+    flops, twice = flops_of(traced), config if two_passes.runs_twice(config, batch) else None
+    first_visits = two_passes.first_pass_visits(twice, traced) if twice else 0
     if engine.zero.stage == 3:
         bucket = min(int(deepspeed["zero_optimization"]["reduce_bucket_size"]), trained)
         group = int(deepspeed["zero_optimization"].get("sub_group_size", 1e9))
-        owned = sum(shard(w.elements, cluster.ranks) for w in traced.weights if w.trained)
+        owned = owned_elements(engine, traced.weights, cluster.ranks, widths)
         reducing: dict[str, float] = {"gradients being reduced": bucket * widths.reduced}
         update: float = 0 if offloaded else min(group, owned) * widths.master
     else:
@@ -213,11 +213,12 @@ def make_plan(
         checkpointed=checkpointed,
         state=state,
         offloaded=offloaded,
+        held=two_passes.held(config, batch),
         passing=passing | reducing,
         update=max(update, refresh * widths.compute, sum(wait)),
         flow=flow,
         waiting_parameters=flow.waiting * widths.compute,
-        flops=two_passes.with_first_pass(flops, config) if twice else flops,
+        flops=two_passes.with_first_pass(flops, twice) if twice else flops,
         work=host.step_work(
             traced,
             ranks=cluster.ranks,
@@ -232,83 +233,11 @@ def make_plan(
     )
 
 
-# ------------------------------------------------------------------------------------------- memory
-
-
-def refresh_size(weights: list[Weight], ranks: int, *, whole: bool) -> int:
-    """Elements of all ranks' shards of a whole teacher, which stage 3 gathers after a step."""
-    if not whole or ranks == 1:
-        return 0
-    return sum(ranks * shard(w.elements, ranks) for w in averaged_weights(weights))
-
-
-def state_memory(
-    weights: list[Weight], ranks: int, widths: Widths, deepspeed: dict[str, Any], *, whole: bool
-) -> dict[str, float]:
-    """Stage 3: bytes per rank of what lives as long as the run, as `memory.held_memory` has them.
-
-    `whole`: the teacher is.
-    """
-    zero = deepspeed["zero_optimization"]
-    owned = sum(shard(w.elements, ranks) for w in weights if w.trained)
-    frozen = sum(
-        shard(w.elements, ranks) * (ranks if whole and w.of_teacher else 1)
-        for w in weights
-        if not w.trained
-    )
-    averaged = sum(shard(w.elements, ranks) for w in averaged_weights(weights))
-    threshold, hpz = zero["stage3_param_persistence_threshold"], zero["zero_hpz_partition_size"]
-    state: dict[str, float] = {
-        memory.PARAMETERS: owned * widths.compute,
-        memory.MASTER: owned * widths.master if widths.master != widths.compute else 0,
-        memory.MOMENTS: 2 * owned * widths.master,
-        memory.GRADIENTS: owned * widths.accumulated,
-        memory.ENCODER: frozen * widths.compute,
-        memory.AVERAGES: 4 * averaged,
-        memory.BUFFERS: zero["reduce_bucket_size"] * widths.reduced,
-    }
-    if hpz > 1:
-        gathered = (w for w in weights if not (whole and w.of_teacher))
-        large = (w.elements for w in gathered if w.elements > threshold)
-        state[HPZ] = sum(shard(elements, hpz) for elements in large) * widths.compute
-    return state
-
-
-def lasting_memory(
-    spec: Engine, weights: list[Weight], ranks: int, deepspeed: dict[str, Any], frozen: int = 0
-) -> tuple[dict[str, float], dict[str, float]]:
-    """Bytes per rank of what lives as long as the run, by kind: on the device, in the host.
-
-    `frozen`: elements of frozen teachers.
-    """
-    widths = Widths.of(spec.precision, deepspeed)
-    if spec.zero.stage == 3:
-        state = state_memory(weights, ranks, widths, deepspeed, whole=spec.teacher == "whole")
-    else:
-        state = flat.state_memory(weights, ranks, widths)
-    state[memory.FROZEN] = frozen * widths.compute
-    movable = (memory.MASTER, memory.MOMENTS, memory.GRADIENTS)
-    offloaded = {k: state.pop(k) for k in movable if spec.zero.offload_optimizer}
-    return state, offloaded
-
-
-def activations(traced: Trace, checkpointed: bool | None = None) -> Activations:
-    """Bytes per sample that wait for the backward pass; None: as configured."""
-    kept, inside = traced.outside, 0.0
-    for block in traced.blocks:
-        if block.recomputed if checkpointed is None else checkpointed:
-            kept += block.input
-            inside = max(inside, block.inside)
-        else:
-            kept += block.inside
-    return Activations(kept, inside)
-
-
 # -------------------------------------------------------------------------------------------- links
 
 
 def step_flow(
-    config: Config,
+    config: RunConfig,
     traced: Trace,
     ranks: int,
     batch: BatchSplit,
@@ -327,7 +256,7 @@ def step_flow(
         moving = flat.step_flow(
             traced.weights, config.engine.zero.stage, ranks, batch, widths, deepspeed
         )
-        losses = _contrast(config.model, config.objective, traced, ranks, batch)
+        losses = _contrast(config, traced, ranks, batch)
         return moving._replace(traffic=[*moving.traffic, *(t for t in losses if t.size)])
     settings, widths = Settings.of(deepspeed), Widths.of(config.engine.precision, deepspeed)
     hpz = deepspeed["zero_optimization"]["zero_hpz_partition_size"]
@@ -378,7 +307,7 @@ def step_flow(
     found.append(
         Traffic("reduce-scatter, gradients", size, size * (ranks - 1) / ranks, local=False)
     )
-    found += _contrast(config.model, config.objective, traced, ranks, batch)
+    found += _contrast(config, traced, ranks, batch)
     bucket = int(deepspeed["zero_optimization"]["reduce_bucket_size"])
     buckets = batch.accumulation * math.ceil(reduced / bucket)
     collectives = first.collectives + times * later.collectives + buckets + bool(refreshed)
@@ -391,10 +320,11 @@ def step_flow(
     )
 
 
-def _contrast(
-    model: Model, objective: Objective, traced: Trace, ranks: int, batch: BatchSplit
-) -> Iterator[Traffic]:
+def _contrast(config: RunConfig, traced: Trace, ranks: int, batch: BatchSplit) -> Iterator[Traffic]:
     """Targets that are gathered from all ranks to be told apart, and their gradients."""
+    if not isinstance(config, Config):
+        return
+    model, objective = config.model, config.objective
     gathered = reduced = 0.0
     texts = False  # were gathered for another group
     for target in objective.targets:

@@ -15,7 +15,7 @@ from m3i_scale.engine import memory
 from m3i_scale.engine.schedules import BatchSplit
 from m3i_scale.engine.shards import ALIGNMENT
 from m3i_scale.planner.sizes import Flow, Traffic, Widths, averaged_weights, shard
-from m3i_scale.profiling.trace import Weight
+from m3i_scale.profiling.record import Weight
 
 GRADIENTS = "gradients of a step"
 

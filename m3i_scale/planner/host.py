@@ -21,7 +21,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from m3i_scale.profiling.trace import Trace
+from m3i_scale.profiling.record import Trace
 
 
 class Work(NamedTuple):

@@ -6,9 +6,10 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from m3i_scale.config import Optimizer
-from m3i_scale.planner.estimate import USABLE, Plan, activations
-from m3i_scale.profiling.trace import Trace
+from m3i_scale.config import Config, Optimizer
+from m3i_scale.planner.estimate import USABLE, Plan
+from m3i_scale.planner.state import activations
+from m3i_scale.profiling.record import Trace
 
 GIB = 2**30
 
@@ -46,7 +47,7 @@ def describe(
     parts = (
         _head(plan, traced), _memory(plan, traced), _verdict(plan, remedies),
         _ways(plan, alternatives), _compute(plan), _traffic(plan), _time(plan, length),
-        _assumptions(plan),
+        _assumptions(plan, traced),
     )  # fmt: skip
     return "\n".join("\n".join(part) + "\n" for part in map(list, parts) if part)
 
@@ -55,10 +56,9 @@ def _head(plan: Plan, traced: Trace) -> Iterator[str]:
     cluster, batch = plan.cluster, plan.batch
     trained = sum(w.elements for w in traced.weights if w.trained)
     frozen = sum(w.elements for w in traced.weights if not w.trained)
-    yield (
-        f"{plan.config.run}: {plan.config.model.backbone.name}, {plan.config.data.image_size} "
-        f"pixels, {trained / 1e6:,.1f} M parameters trained, {frozen / 1e6:,.1f} M averaged"
-    )
+    kind = "averaged" if isinstance(plan.config, Config) else "frozen"
+    others = f", {frozen / 1e6:,.1f} M {kind}" if frozen or kind == "averaged" else ""
+    yield f"{plan.config.run}: {traced.title}, {trained / 1e6:,.1f} M parameters trained{others}"
     yield (
         f"{cluster.nodes} nodes x {cluster.per_node} {cluster.gpu.name}; batch {batch.batch:,} = "
         f"{batch.micro} x {batch.accumulation} accumulated x {cluster.ranks} GPUs"
@@ -67,14 +67,14 @@ def _head(plan: Plan, traced: Trace) -> Iterator[str]:
 
 def _memory(plan: Plan, traced: Trace) -> Iterator[str]:
     yield f"{f'memory per GPU, {plan.config.engine.precision}':42s}{'GiB':>8s}"
-    for kind, size in plan.state.items():
-        yield _row(kind, size / GIB)
-    for kind, size in plan.passing.items():
-        yield _row(f"{kind} (in a step)", size / GIB)
+    rows = plan.state | {f"{kind} (in a step)": size for kind, size in plan.passing.items()}
+    yield from (_row(kind, size / GIB) for kind, size in rows.items() if size)
     yield _row("device context, libraries", plan.assumed.workspace / GIB)
     yield _row("at most", plan.peak_memory / GIB)
     for kind, size in plan.offloaded.items():
         yield _row(f"on the host: {kind}", size / GIB)
+    if plan.held:
+        yield _row("on the host: the batch, for two passes", plan.held / GIB)
     for name, checkpointed in (("with", True), ("without", False)):
         acts = activations(traced, checkpointed)
         size = (acts.kept + acts.inside) * plan.batch.micro / GIB
@@ -99,12 +99,16 @@ def _ways(plan: Plan, alternatives: Sequence[Plan]) -> Iterator[str]:
     """What ZeRO's stages and the teacher's places need, and which of them is the fastest."""
     if len(alternatives) < 2:
         return
-    yield "engine.zero.stage  engine.teacher  GiB/GPU  fits  sent, GB  collectives  host, s  s/step"
+    column = "engine.teacher" if isinstance(plan.config, Config) else ""
+    yield (
+        f"{'engine.zero.stage':19s}{column}  GiB/GPU  fits  sent, GB  collectives  host, s  s/step"
+    )
     for one in alternatives:
         sent = sum(traffic.sent for traffic in one.flow.traffic) / 1e9
         word = "as configured" if one is plan else ""
+        place = one.config.engine.teacher.ljust(len(column)) if column else ""
         yield (
-            f"  {one.config.engine.zero.stage:<17d}{one.config.engine.teacher:14s}"
+            f"  {one.config.engine.zero.stage:<17d}{place}"
             f"{one.peak_memory / GIB:9.1f}{'yes' if one.fits else 'NO':>6s}{sent:10.2f}"
             f"{one.flow.collectives:13,d}{one.on_host:9.2f}{one.step:8.2f}  {word}".rstrip()
         )
@@ -113,8 +117,9 @@ def _ways(plan: Plan, alternatives: Sequence[Plan]) -> Iterator[str]:
         best = min(fitting, key=lambda one: (one.step, one.on_host))
         engine = best.config.engine
         yield (
-            f"Fastest of those that fit: engine.zero.stage={engine.zero.stage} "
-            f"engine.teacher={engine.teacher}{' (as configured)' if best is plan else ''}; "
+            f"Fastest of those that fit: engine.zero.stage={engine.zero.stage}"
+            f"{f' {column}={engine.teacher}' if column else ''}"
+            f"{' (as configured)' if best is plan else ''}; "
             "between equal steps the one that leaves Python more time."
         )
 
@@ -154,9 +159,10 @@ def _time(plan: Plan, length: Length) -> Iterator[str]:
     yield f"checkpoint {plan.checkpoint / 1e9:.1f} GB"
 
 
-def _assumptions(plan: Plan) -> Iterator[str]:
+def _assumptions(plan: Plan, traced: Trace) -> Iterator[str]:
     assumed, unit = plan.assumed, plan.cluster.gpu
     yield "assumed"
+    yield from (f"  {note}" for note in traced.notes)
     yield (
         f"  GPUs reach {100 * assumed.utilisation:.0f} % of {unit.peak / 1e12:,.0f} TFLOP/s while "
         "computing, recomputation included"

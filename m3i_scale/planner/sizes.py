@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 from m3i_scale.models.precision import DTYPES
-from m3i_scale.profiling.trace import Weight
+from m3i_scale.profiling.record import Weight
 
 
 class Traffic(NamedTuple):

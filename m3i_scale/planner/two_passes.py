@@ -2,20 +2,20 @@
 
 `objective.negatives: batch` (m3i_scale/objective/step_loss.py): every micro-batch runs without
 gradient first; embeddings, their derivatives and the teacher's encodings of all of a rank's
-micro-batches wait for the second pass.
+micro-batches wait for the second pass, and the micro-batches themselves in the host's memory.
 """
 
 from __future__ import annotations
 
 from collections import defaultdict
-from typing import NamedTuple
+from typing import NamedTuple, TypeGuard
 
-from m3i_scale.config import Boltzmann, Config, Model, Target
+from m3i_scale.config import Boltzmann, Config, Model, RunConfig, Target
 from m3i_scale.engine.schedules import BatchSplit
 from m3i_scale.models.precision import DTYPES
 from m3i_scale.planner.zero3_replay import Use
 from m3i_scale.profiling.flops import Flops
-from m3i_scale.profiling.trace import Trace
+from m3i_scale.profiling.record import Trace
 
 FLOAT = 4  # bytes: embeddings are compared in float32
 
@@ -28,9 +28,20 @@ class Waiting(NamedTuple):
     comparing: float  # most at once while the loss is computed, between the passes
 
 
-def runs_twice(config: Config, batch: BatchSplit) -> bool:
+def runs_twice(config: RunConfig, batch: BatchSplit) -> TypeGuard[Config]:
     """Whether a configuration's micro-batches do."""
-    return config.objective.runs_twice(batch.accumulation)
+    return isinstance(config, Config) and config.objective.runs_twice(batch.accumulation)
+
+
+def held(config: RunConfig, batch: BatchSplit) -> float:
+    """Bytes per GPU, page-locked in the host's memory: a step's views, texts and masks."""
+    if not runs_twice(config, batch):
+        return 0
+    data, text = config.data, config.model.text
+    views = data.augmentation.views * 3 * data.image_size**2
+    tokens = 9 * text.max_length if text else 0  # int64, and whether they are there
+    mask = (data.image_size // config.objective.input.patch) ** 2
+    return batch.micro * batch.accumulation * (views + tokens + mask)
 
 
 def target_width(model: Model, traced: Trace, target: Target) -> int:
@@ -83,7 +94,7 @@ def _again(config: Config, module: str) -> bool:
     return bool(again) and not never and parts.get(first, "backbone") in again
 
 
-def waiting(config: Config, traced: Trace, ranks: int, batch: BatchSplit) -> Waiting:
+def waiting(config: RunConfig, traced: Trace, ranks: int, batch: BatchSplit) -> Waiting:
     """What waits between the passes."""
     if not runs_twice(config, batch):
         return Waiting(0, 0, 0)

@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
-from m3i_scale.profiling.trace import Trace, Weight, is_teachers
+from m3i_scale.profiling.record import Trace, Weight, is_teachers
 
 
 class Settings(NamedTuple):

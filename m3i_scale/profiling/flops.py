@@ -15,7 +15,8 @@ from typing import NamedTuple
 
 from m3i_scale.config import Model, Objective
 from m3i_scale.models.frozen import FrozenEncoder
-from m3i_scale.profiling.trace import Trace, trace
+from m3i_scale.profiling.record import Trace
+from m3i_scale.profiling.trace import trace
 
 
 class PartFlops(NamedTuple):

@@ -11,7 +11,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from m3i_scale.config import Backbone
 from m3i_scale.models.backbone import build_backbone
-from m3i_scale.profiling.trace import count_flops, reference_operators, without_checkpointing
+from m3i_scale.profiling.counter import count_flops, reference_operators
+from m3i_scale.profiling.trace import without_checkpointing
 
 N = TypeVar("N", bound=nn.Module)
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from abc import abstractmethod
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from m3i_scale.config.evaluation import Evaluation
 from m3i_scale.config.transfer import TransferRun
@@ -13,8 +15,26 @@ from m3i_scale.data.map_stream import MapDataset, MapStream, Placed
 from m3i_scale.engine.schedules import Schedule
 from m3i_scale.integrations.initial import Initial, open_initial
 from m3i_scale.models.layers import residual_blocks
+from m3i_scale.models.precision import DTYPES
 from m3i_scale.models.stochastic_depth import hash_keys
+from m3i_scale.profiling.record import ROWS, Sketch, Trace, trace_sketch
 from m3i_scale.tasks.task import SampledTask
+
+PREFIX = "backbone."
+
+# The part of a step that a module belongs to, by the beginning of its name; all others are heads.
+_PARTS = {
+    "backbone.clip_projector": "heads",
+    "backbone.attention_pool": "heads",
+    "backbone": "backbone",
+    "neck": "neck",
+    "tokens": "neck",
+    "rpn": "proposals",
+    "encoder": "encoder",
+    "pixel_decoder": "encoder",
+    "decoder": "decoder",
+    "transformer": "decoder",
+}
 
 
 class TransferTask(SampledTask):
@@ -33,6 +53,48 @@ class TransferTask(SampledTask):
     def leaves(self, networks: Any) -> Iterable[nn.Module]:
         """The backbone's residual blocks, which run once."""
         return [block for _, block in residual_blocks(networks.backbone)]
+
+    @abstractmethod
+    def sketch(self) -> Sketch:
+        """Networks and one pass of them, for `m3i plan`.
+
+        Raises:
+            ConfigError: they cannot be built.
+        """
+
+    def trace(self, *, kernels: bool) -> Trace:
+        """What a pass shows; arguments as of `trace_sketch`.
+
+        Raises:
+            ValueError: the networks cannot be built, or there is no Triton for `kernels`.
+        """
+        precision = self.config.engine.precision
+        return trace_sketch(self.sketch(), precision=precision, kernels=kernels)
+
+    def sketched(
+        self,
+        title: str,
+        build: Callable[[], nn.Module],
+        run: Callable[[Any], object],
+        notes: Sequence[str] = (),
+    ) -> Sketch:
+        """A sketch in which the backbone's blocks may be checkpointed; arguments as of `Sketch`."""
+        checkpointed = self.config.model.backbone.options.get("checkpoint_blocks")
+        return Sketch(
+            title=title,
+            build=build,
+            run=run,
+            part=_part_of,
+            blocks=lambda networks: [
+                (name, block)
+                for name, block in residual_blocks(networks)
+                if name.startswith(PREFIX)
+            ],
+            recomputed=(PREFIX,) if checkpointed else (),
+            leaves=self.leaves,
+            checkpointing="model.backbone.options.checkpoint_blocks=true",
+            notes=tuple(notes),
+        )
 
     def stream_of(self, dataset: MapDataset) -> MapStream:
         """The stream over a training set, with the limits of the configuration."""
@@ -79,3 +141,12 @@ class TransferTask(SampledTask):
     def evaluation(self) -> Evaluation | None:
         """At the end, and at intervals."""
         return self.config.evaluation
+
+
+def _part_of(name: str) -> str:
+    return next((part for start, part in _PARTS.items() if name.startswith(start)), "heads")
+
+
+def empty_images(config: TransferRun, height: int, width: int) -> Tensor:
+    """`ROWS` images (B, 3, H, W) of a trace, in compute precision."""
+    return torch.empty(ROWS, 3, height, width, dtype=DTYPES[config.engine.precision])

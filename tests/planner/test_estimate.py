@@ -3,19 +3,15 @@
 from __future__ import annotations
 
 import functools
-import time
 from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-from torch.multiprocessing.reductions import StorageWeakRef
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
+from helpers.measured import Allocations, Wire
 from helpers.ranks import run_ranks
-from helpers.small import small_config
+from helpers.small import random_batch, small_config
 from helpers.training import open_small
 from m3i_scale.cluster.launch import World
 from m3i_scale.config import Config
@@ -76,63 +72,6 @@ CASES["two passes"] = CASES["bf16"] | {
     "objective.negatives": "batch",
     "optimizer.max_micro_batch": 2,
 }
-
-
-KINDS = {"allgather": "all-gather", "reduce_scatter": "reduce-scatter", "allreduce": "all-reduce"}
-
-
-class Wire(TorchDispatchMode):
-    """Bytes of the full tensors of all collectives, by kind."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.sizes: Counter[str] = Counter()
-
-    def __torch_dispatch__(self, function, types, arguments=(), named=None):  # type: ignore[no-untyped-def]
-        if function.namespace == "c10d":
-            kind = next((k for word, k in KINDS.items() if word in function.name()), "other")
-            # outputs first, inputs second; the larger one is the full tensor
-            self.sizes[kind] += max(_bytes(argument) for argument in arguments[:2])
-        return function(*arguments, **(named or {}))
-
-
-def _bytes(argument: Any) -> int:
-    if isinstance(argument, torch.Tensor):
-        return argument.nbytes
-    return sum(map(_bytes, argument)) if isinstance(argument, list | tuple) else 0
-
-
-class Allocations(TorchDispatchMode):
-    """The storages that operators have made in its context, and which of them are still alive."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self._made: dict[int, tuple[StorageWeakRef, int]] = {}
-
-    def __torch_dispatch__(self, function, types, arguments=(), named=None):  # type: ignore[no-untyped-def]
-        known = {t.untyped_storage()._cdata for t in _tensors((arguments, named))}
-        result = function(*arguments, **(named or {}))
-        for tensor in _tensors(result):
-            storage = tensor.untyped_storage()
-            if storage._cdata not in known:
-                self._made[storage._cdata] = (StorageWeakRef(storage), storage.nbytes())
-        return result
-
-    def alive(self, seconds: float = 1.0) -> int:
-        """Bytes of those that still have an owner.
-
-        gloo's threads let go of the buffers of finished collectives a little later: the smallest
-        figure within some seconds is what the training holds.
-        """
-        found, end = [], time.monotonic() + seconds
-        while time.monotonic() < end:
-            found.append(sum(size for ref, size in self._made.values() if not ref.expired()))
-            time.sleep(0.02)
-        return min(found)
-
-
-def _tensors(values: Any) -> list[torch.Tensor]:
-    return [leaf for leaf in tree_leaves(values) if isinstance(leaf, torch.Tensor)]
 
 
 def measure(world: World, folder: Path, cases: dict[str, dict[str, Any]]) -> dict[str, Any]:
@@ -207,6 +146,15 @@ def test_what_waits_for_the_backward_pass_is_what_a_forward_pass_allocates(
     waiting = plan.passing["activations"] + plan.waiting_parameters
     # The first micro-step's forward pass gathers the small parameters, which then stay.
     assert waiting == pytest.approx(max(measured[case]["turns"]), rel=0.1)
+
+
+def test_the_batch_waits_on_the_host_where_it_is_read_twice():
+    plan = plan_of("two passes")
+    sizes: list[int] = []
+    batch = random_batch(plan.batch.micro * plan.batch.accumulation)
+    batch.map(lambda tensor: sizes.append(tensor.nbytes) or tensor)  # type: ignore[func-returns-value]
+    assert plan.held == pytest.approx(sum(sizes), rel=0.02)
+    assert plan_of("bf16").held == 0
 
 
 @pytest.fixture(scope="module")

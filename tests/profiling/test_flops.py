@@ -12,8 +12,8 @@ from torch.nn import functional as F
 
 from helpers.small import small_config
 from m3i_scale.models.intern_image import intern_image
+from m3i_scale.profiling.counter import count_flops
 from m3i_scale.profiling.flops import Flops, step_flops
-from m3i_scale.profiling.trace import count_flops
 
 
 def flops_of(overrides: dict[str, Any], tmp_path: Any) -> Flops:

@@ -22,10 +22,12 @@ from m3i_scale.models.layer_decay import layer_scales
 from m3i_scale.models.precision import DTYPES
 from m3i_scale.models.stochastic_depth import hash_keys
 from m3i_scale.profiling.forward import backbone_flops
+from m3i_scale.profiling.record import ROWS, Sketch
+from m3i_scale.profiling.trace import without_checkpointing
 from m3i_scale.tasks.classification.evaluation import confusion
 from m3i_scale.tasks.classification.images import LabelledSet, Transform, open_images
 from m3i_scale.tasks.classification.networks import ClassificationNetworks, Inputs
-from m3i_scale.tasks.transfer import TransferTask
+from m3i_scale.tasks.transfer import TransferTask, empty_images
 
 
 class ClassificationTask(TransferTask):
@@ -60,6 +62,19 @@ class ClassificationTask(TransferTask):
         """Of the backbone: its forward pass three times, or once where it is frozen."""
         model, size = self.config.model, self.config.data.image_size
         return backbone_flops(model.backbone, size) * (1 if model.frozen else 3)
+
+    def sketch(self) -> Sketch:
+        """The whole loss."""
+        config, size = self.config, self.config.data.image_size
+        backbone = without_checkpointing(config.model.backbone)
+        model = config.model.model_copy(update={"backbone": backbone})
+
+        def run(networks: ClassificationNetworks) -> object:
+            keys, targets = torch.empty(ROWS, dtype=torch.int64), torch.empty(ROWS, model.classes)
+            return networks.forward(Inputs(empty_images(config, size, size), targets, keys))
+
+        title = f"{backbone.name}, {size} pixels"
+        return self.sketched(title, lambda: ClassificationNetworks(model), run)
 
     @functools.cached_property
     def test_set(self) -> LabelledSet:

@@ -75,7 +75,12 @@ class DinoDetector(nn.Module):
         if not self.training:
             return {"detections": self.detect(inputs)}
         targets = [_target(inputs, i) for i in range(len(inputs))]
-        chosen = self.loss.choose(targets, self.categories)
+        return self.losses(inputs, targets, self.loss.choose(targets, self.categories))
+
+    def losses(
+        self, inputs: Batch, targets: Sequence[Target], chosen: Tensor | None
+    ) -> dict[str, Tensor]:
+        """Losses of a batch with these objects; `chosen`: see `DinoLoss.choose`."""
         total, named = inputs.images.new_zeros((), dtype=torch.float32), {}
         sets = self._stages(inputs)
         for weight, stages in sets:  # the backbone that counts comes last

@@ -115,12 +115,17 @@ class DinoLoss:
         wanted = torch.zeros_like(predicted.logits)
         wanted[image, query, labels] = 1
         found = predicted.boxes[image, query]
-        corners = [box_convert(b, "cxcywh", "xyxy") for b in (found, boxes)]
         return Terms(
             config.class_weight * _focal(predicted.logits, wanted, chosen).sum() / count,
             config.box_weight * F.l1_loss(found, boxes, reduction="sum") / count,
-            config.giou_weight * generalized_box_iou_loss(*corners, reduction="sum") / count,
+            config.giou_weight * self.apart(found, boxes) / count,
         )
+
+    def apart(self, found: Tensor, wanted: Tensor) -> Tensor:
+        """Sum of 1 - generalised IoU of boxes (N, 4)."""
+        corners = [box_convert(boxes, "cxcywh", "xyxy") for boxes in (found, wanted)]
+        loss: Tensor = generalized_box_iou_loss(*corners, reduction="sum")
+        return loss
 
     def choose(self, targets: Sequence[Target], categories: int) -> Tensor | None:
         """Categories (K,) that the class loss of a batch counts: 1 or 0; None: all.

@@ -33,6 +33,8 @@ from m3i_scale.tasks.detection.detections import Detections, figures
 from m3i_scale.tasks.detection.vitdet import SimpleFeaturePyramid, WindowedViT
 
 _LEVELS = ["0", "1", "2", "3"]  # of the pyramid that regions are cut from; "pool" only proposes
+BOX_SIDE, MASK_SIDE = 7, 14  # of the regions that the heads see
+POSITIVE = 0.25  # share of the regions of the box loss that has an object, at most
 _LOSSES = {
     "loss_objectness": "objectness",
     "loss_rpn_box_reg": "proposal_box",
@@ -91,17 +93,22 @@ class MaskRcnnDetector(nn.Module):
     def _maps(self, inputs: Batch) -> tuple[ImageList, dict[str, Tensor]]:
         """The images with their sizes, and maps by level."""
         dtype = next(self.backbone.parameters()).dtype
-        images = normalised(inputs, self.mean, self.std, dtype)
-        if self.side is not None:
-            images = _square(images, self.side)
+        normal = normalised(inputs, self.mean, self.std, dtype)
+        images, named = self.maps(normal, inputs.keys)
         sizes = [(int(height), int(width)) for height, width in inputs.sizes.tolist()]
+        return ImageList(images, sizes), named
+
+    def maps(self, images: Tensor, keys: Tensor | None) -> tuple[Tensor, dict[str, Tensor]]:
+        """Normalised images, padded as the backbone needs them, and maps by level."""
         if isinstance(self.backbone, WindowedViT):
-            maps = self.neck(self.backbone.feature_map(images, inputs.keys))
+            assert self.side is not None
+            images = _square(images, self.side)
+            maps = self.neck(self.backbone.feature_map(images, keys))
         else:
-            maps = self.neck(self.backbone.forward_stages(images, inputs.keys))
+            maps = self.neck(self.backbone.forward_stages(images, keys))
         named = OrderedDict((name, found) for name, found in zip(_LEVELS, maps, strict=True))
         named["pool"] = F.max_pool2d(maps[-1], 1, 2)
-        return ImageList(images, sizes), named
+        return images, named
 
 
 class StagePyramid(nn.Module):
@@ -188,21 +195,22 @@ def _parts(head: MaskRcnn, categories: int, finest: float) -> Any:
         "rpn_post_nms_top_n_train": head.proposals,
         "rpn_post_nms_top_n_test": head.proposals,
         "rpn_batch_size_per_image": head.proposal_samples,
-        "box_roi_pool": _Regions(7, finest),
+        "box_roi_pool": _Regions(BOX_SIDE, finest),
         "box_head": FastRCNNConvFCHead(
-            (width, 7, 7), boxes, [head.box_hidden], norm_layer=LayerNorm2d
+            (width, BOX_SIDE, BOX_SIDE), boxes, [head.box_hidden], norm_layer=LayerNorm2d
         ),
         "box_predictor": _BoxPredictor(head.box_hidden, categories + 1),
         "box_score_thresh": head.score_threshold,
         "box_detections_per_img": head.detections,
         "box_batch_size_per_image": head.box_samples,
+        "box_positive_fraction": POSITIVE,
     }
     if not head.masks:
         return FasterRCNN(_Stub(width), **arguments)
     return MaskRCNN(
         _Stub(width),
         **arguments,
-        mask_roi_pool=_Regions(14, finest),
+        mask_roi_pool=_Regions(MASK_SIDE, finest),
         mask_head=MaskRCNNHeads(width, [width] * head.mask_convolutions, 1, LayerNorm2d),
         mask_predictor=_MaskPredictor(width, width, categories + 1),
     )

@@ -14,17 +14,18 @@ from torch import Tensor, nn
 
 from m3i_scale.cluster.launch import World, drawing, gather_objects
 from m3i_scale.config import ConfigError
-from m3i_scale.config.detection import Detection, Dino, Jitter
+from m3i_scale.config.detection import Detection, Dino
 from m3i_scale.data.map_stream import MapStream, Placed
 from m3i_scale.engine.agreement import flat
 from m3i_scale.engine.files import write_whole
 from m3i_scale.engine.task import Values
 from m3i_scale.models.stochastic_depth import hash_keys
 from m3i_scale.profiling.forward import forward_flops
+from m3i_scale.profiling.record import Sketch
 from m3i_scale.profiling.trace import without_checkpointing
-from m3i_scale.tasks.detection import pictures
+from m3i_scale.tasks.detection import pictures, sketch
 from m3i_scale.tasks.detection.backbones import build_backbone, layer_scales, pretrained_names
-from m3i_scale.tasks.detection.batch import DIVISOR, Batch
+from m3i_scale.tasks.detection.batch import Batch
 from m3i_scale.tasks.detection.dataset import TestImages, TrainingImages, open_test, open_training
 from m3i_scale.tasks.detection.dino import DinoDetector
 from m3i_scale.tasks.detection.evaluation import detect, measure
@@ -123,7 +124,7 @@ class DetectionTask(TransferTask):
         """
         model, data = self.config.model, self.config.data
         model = model.model_copy(update={"backbone": without_checkpointing(model.backbone)})
-        height, width = (-(-side // DIVISOR) * DIVISOR for side in largest_size(self.config))
+        height, width = sketch.padded_size(self.config)
 
         def run(backbone: Any) -> Any:
             images = torch.zeros(1, 3, height, width)
@@ -132,6 +133,17 @@ class DetectionTask(TransferTask):
             return backbone.forward_stages(images)
 
         return 3 * forward_flops(lambda: build_backbone(model, training_side(data)), run)
+
+    def sketch(self) -> Sketch:
+        """At fixed sizes (`sketch`)."""
+        config, head = self.config, self.config.model.head
+        found = self.sketched(
+            sketch.title(config),
+            functools.partial(sketch.build, config),
+            functools.partial(sketch.run, config),
+            sketch.notes(config),
+        )
+        return sketch.with_layers(found, head) if isinstance(head, Dino) else found
 
     def prepare(self, batch: Placed, world: World) -> Batch:
         """The batch on the device, with what stochastic depth draws from."""
@@ -168,11 +180,3 @@ class DetectionTask(TransferTask):
         pictures.save_detections(folder / "detections.png", images, results)
         pictures.save_mistakes(folder / "mistakes.png", images, results)
         pictures.save_curves(folder / "precision_recall.png", images.file, results, kinds)
-
-
-def largest_size(config: Detection) -> tuple[int, int]:
-    """Height and width of the largest training image."""
-    resize = config.data.resize
-    if isinstance(resize, Jitter):
-        return resize.size, resize.size
-    return max(resize.shorter), resize.longest

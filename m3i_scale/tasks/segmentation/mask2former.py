@@ -215,8 +215,13 @@ class Mask2FormerSegmenter(Segmenter):
         self, maps: Sequence[Tensor], masks: Tensor, keys: Tensor | None
     ) -> dict[str, Tensor]:
         """Of classes, masks and their overlap, after every layer; figures are sums over layers."""
+        return self.losses_of(maps, [split_mask(mask) for mask in masks])
+
+    def losses_of(
+        self, maps: Sequence[Tensor], labels: Sequence[tuple[Tensor, Tensor]]
+    ) -> dict[str, Tensor]:
+        """The same of masks as `split_mask` gives them, a pair for each image."""
         *before, last = self.predictions(maps)
-        labels = [split_mask(mask) for mask in masks]
         found = self.criterion(
             **last,
             mask_labels=[mask for mask, _ in labels],

@@ -12,6 +12,7 @@ import torch
 from m3i_scale.cluster.launch import World
 from m3i_scale.config import ConfigError
 from m3i_scale.config.segmentation import (
+    Mask2Former,
     MaskedImages,
     Segmentation,
     SegmentationEvaluation,
@@ -24,6 +25,8 @@ from m3i_scale.engine.task import Values
 from m3i_scale.models.layer_decay import layer_scales
 from m3i_scale.models.precision import DTYPES
 from m3i_scale.models.stochastic_depth import hash_keys
+from m3i_scale.profiling.record import Sketch
+from m3i_scale.tasks.segmentation import sketch
 from m3i_scale.tasks.segmentation.augmentation import TrainingCrop
 from m3i_scale.tasks.segmentation.build import build_networks, segmenter_flops
 from m3i_scale.tasks.segmentation.dataset import SegmentationSet, read_class_names
@@ -68,6 +71,19 @@ class SegmentationTask(TransferTask):
     def flops(self) -> float:
         """The forward pass three times."""
         return 3 * segmenter_flops(self.config.model, self.config.data.crop)
+
+    def sketch(self) -> Sketch:
+        """The whole loss; of Mask2Former with a fixed number of masks (`sketch`)."""
+        config, model = self.config, self.config.model
+        notes = []
+        if isinstance(model.head, Mask2Former):
+            notes.append(f"{sketch.masks_of(config)} masks of an image in the losses; no matching")
+        return self.sketched(
+            f"{model.head.kind} on {model.backbone.name}, {config.data.crop} pixels",
+            functools.partial(sketch.build, config),
+            functools.partial(sketch.run, config),
+            notes,
+        )
 
     # ---------------------------------------------------------------------------------- samples
 
