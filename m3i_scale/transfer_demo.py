@@ -24,6 +24,20 @@ quarter of an hour on two cores. The same command again goes on with an interrup
   m3i pasted; m3i export; six times deepspeed --module m3i_scale.train; a table and a picture"""
 
 DATA = Path("data_demo/pasted")
+# One character an image, as large in it as in pre-training: heads of so few steps see it whole.
+SET = (
+    "--image-size",
+    "64",
+    "--objects",
+    "1",
+    "--sizes",
+    "0.5",
+    "0.9",
+    "--train",
+    "3000",
+    "--val",
+    "300",
+)
 BACKBONE = Path("data_demo/backbone.safetensors")
 RUNS = Path("runs/transfer_demo")
 STARTS = ("pretrained", "untrained")
@@ -93,7 +107,7 @@ def folder(task: str, start: str) -> Path:
 
 def commands(source: Path, overrides: list[str]) -> Iterator[tuple[list[str], dict[str, str]]]:
     """The commands, and the variables that each needs."""
-    yield [*M3I, "pasted", "--out", str(DATA)], {}
+    yield [*M3I, "pasted", "--out", str(DATA), *SET], {}
     yield [*M3I, "export", "--run", str(source), "--out", str(BACKBONE)], {}
     for task in TASKS:
         for start in STARTS:
