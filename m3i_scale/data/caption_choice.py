@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 from m3i_scale.data.bad_sample import NO_CAPTION_IN, BadSample
 from m3i_scale.data.decode import decode_captions
+from m3i_scale.data.members import kind_of
 
 _ABSENT = ("no caption", "empty caption")  # causes that say that there is nothing
 Draw = tuple[float, float]  # uniform in [0, 1): the place, the caption in it
@@ -47,7 +48,7 @@ def choose(
     """
     left, gaps = dict(weights), list[BadSample]()
     for place in weights:  # what is not there is not drawn
-        if not found.get(_kind(place)):
+        if not found.get(kind_of(place)):
             del left[place]
             gaps.append(_gap(place))
     where, which = draw or (0.0, 0.0)
@@ -55,7 +56,7 @@ def choose(
         place, where = _drawn(left, where) if draw else (next(iter(left)), 0.0)
         del left[place]
         try:
-            captions, repaired = decode_captions(found[_kind(place)] or b"", place)
+            captions, repaired = decode_captions(found[kind_of(place)] or b"", place)
         except BadSample as bad:
             gaps.append(_gap(place, bad))
             continue
@@ -73,14 +74,10 @@ def _rest(
     captions = []
     for place in left:
         try:
-            captions += decode_captions(found[_kind(place)] or b"", place)[0]
+            captions += decode_captions(found[kind_of(place)] or b"", place)[0]
         except BadSample as bad:
             gaps.append(_gap(place, bad))
     return captions
-
-
-def _kind(place: str) -> str:
-    return place.split(":", 1)[0]
 
 
 def _drawn(weights: Mapping[str, float], draw: float) -> tuple[str, float]:

@@ -52,7 +52,7 @@ from numpy.typing import NDArray
 
 from m3i_scale.config import SourceKind
 from m3i_scale.data.bad_sample import OfOneRank
-from m3i_scale.data.members import kinds_of, read_places, require_within
+from m3i_scale.data.members import kinds_of, names_several, read_places, require_within
 from m3i_scale.data.retry import PERMANENT, StorageError
 from m3i_scale.data.storage import StorageClient, is_local, join, local_path, parent
 
@@ -175,8 +175,7 @@ def write_index(
         for number, group in enumerate(_groups(rows)):
             table = pa.concat_tables(group).cast(SCHEMA).combine_chunks()
             writer.write_table(table)
-            several |= any((member or "").startswith("[")
-                           for member in table.column("text_member").to_pylist())  # fmt: skip
+            several |= any(map(names_several, table.column("text_member").to_pylist()))
             added = {
                 "group": pa.array([number] * len(group), pa.int32()),
                 "row": pa.array(range(len(group)), pa.int32()),

@@ -18,13 +18,18 @@ def spell_places(places: Sequence[str]) -> str | None:
     return json.dumps(list(places)) if len(places) > 1 else next(iter(places), None)
 
 
+def names_several(member: str | None) -> bool:
+    """Whether `spell_places` has put several places into it."""
+    return (member or "").startswith("[")
+
+
 def read_places(member: str | None, several: bool) -> tuple[str, ...]:
     """The places of captions, e.g. ("txt", "json:caption"), of which the first counts most.
 
     Raises:
         ValueError, TypeError: `several` are said to be there, and it is no list of names.
     """
-    if not several or not (member or "").startswith("["):
+    if not several or not names_several(member):
         return (member,) if member else ()
     places = json.loads(member or "")
     if not places or not all(isinstance(place, str) and place for place in places):
@@ -32,9 +37,14 @@ def read_places(member: str | None, several: bool) -> tuple[str, ...]:
     return tuple(places)
 
 
+def kind_of(place: str) -> str:
+    """The member of a tar that a place is in: `json` for `json:caption`."""
+    return place.split(":", 1)[0]
+
+
 def kinds_of(places: Sequence[str]) -> tuple[str, ...]:
-    """The members of a tar that these places are in: `json` for `json:caption`."""
-    return tuple(dict.fromkeys(place.split(":", 1)[0] for place in places))
+    """The `kind_of` each of these places, once."""
+    return tuple(dict.fromkeys(map(kind_of, places)))
 
 
 def offsets_and_sizes(members: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:

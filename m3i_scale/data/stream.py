@@ -27,7 +27,7 @@ from m3i_scale.data.bad_sample import NO_CAPTION_IN
 from m3i_scale.data.batch import Batch
 from m3i_scale.data.index import Index
 from m3i_scale.data.make import BadSampleLimit, Part, SampleBuilder, collate
-from m3i_scale.data.members import kinds_of
+from m3i_scale.data.members import kind_of, kinds_of
 from m3i_scale.data.order import Mixture, Order, SourceOrder, chunk_samples, integer_weights
 from m3i_scale.data.reader import ShardReader
 from m3i_scale.data.storage import StorageClient, StorageError
@@ -211,7 +211,7 @@ def _require_places(source: Source, index: Index) -> None:
     """Raise ValueError where `captions` names a member that the index has not."""
     for shard in np.flatnonzero(index.counts).tolist() if source.captions else ():
         places = index.places[shard]
-        missing = [p for p in source.captions or () if kinds_of([p])[0] not in kinds_of(places)]
+        missing = [p for p in source.captions or () if kind_of(p) not in kinds_of(places)]
         if missing:
             wanted = " ".join(f"--caption {place}" for place in source.captions or ())
             raise ValueError(

@@ -18,19 +18,10 @@ DESCRIPTION = """Plan a run: memory, communication, FLOPs, time and data of a co
 Needs no GPU. Memory and communication follow from how the engine works; times rest on the
 assumptions printed with them. With --sweep also a table (and with --out a plot) over GPU counts."""
 
-# Bytes of a stored image: of image-text pairs as they are stored for training at 192 pixels, of
-# ImageNet-1k, COCO's train2017, and ADE20k with its mask.
-SAMPLE_BYTES = {
-    "pretraining": 30_000,
-    "classification": 110_000,
-    "detection": 160_000,
-    "segmentation": 50_000,
-}
-
 
 def register(commands: Any) -> None:
     """Add the command to an `ArgumentParser.add_subparsers()`."""
-    from m3i_scale.planner.estimate import Assumptions
+    from m3i_scale.planner.estimate import SAMPLE_BYTES, Assumptions
 
     default = Assumptions()
     parser = commands.add_parser(
@@ -75,7 +66,7 @@ def register(commands: Any) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """`m3i plan`."""
-    from m3i_scale.planner.estimate import Assumptions, Cluster, make_plan
+    from m3i_scale.planner.estimate import SAMPLE_BYTES, Assumptions, Cluster, make_plan
     from m3i_scale.planner.report import describe, run_length, scaling_plot, scaling_table
 
     config = load_run(options.config, options.overrides)

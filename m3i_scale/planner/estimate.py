@@ -31,6 +31,14 @@ from m3i_scale.profiling.record import Trace
 from m3i_scale.profiling.trace import trace
 
 USABLE = 0.95  # of a GPU's memory; the driver and fragments have the rest
+# Bytes of a stored image: of image-text pairs as they are stored for training at 192 pixels, of
+# ImageNet-1k, COCO's train2017, and ADE20k with its mask.
+SAMPLE_BYTES = {
+    "pretraining": 30_000,
+    "classification": 110_000,
+    "detection": 160_000,
+    "segmentation": 50_000,
+}
 
 
 class Cluster(NamedTuple):
@@ -58,7 +66,7 @@ class Assumptions(NamedTuple):
     # Times `host.SECONDS`: 1.4 to 1.7 on the host of an H100, launching included (docs/plan.md).
     host: float = 1.5
     workspace: float = 2.5e9  # bytes: device context, NCCL, cuBLAS, cuDNN
-    sample_bytes: float = 30e3  # of one stored image with its caption
+    sample_bytes: float = SAMPLE_BYTES["pretraining"]
 
 
 @dataclass(frozen=True)

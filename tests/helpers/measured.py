@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import time
 from collections import Counter
+from collections.abc import Mapping
 from typing import Any
 
+import pytest
 import torch
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -66,3 +68,10 @@ class Allocations(TorchDispatchMode):
 
 def _tensors(values: Any) -> list[torch.Tensor]:
     return [leaf for leaf in tree_leaves(values) if isinstance(leaf, torch.Tensor)]
+
+
+def require_state(planned: Mapping[str, float], held: Mapping[str, int]) -> None:
+    """Assert that a plan's state has the kinds that a rank holds, and their bytes within 2 %."""
+    assert {kind for kind, size in planned.items() if size} == {k for k, v in held.items() if v}
+    for kind, size in held.items():
+        assert planned.get(kind, 0) == pytest.approx(size, rel=0.02), kind

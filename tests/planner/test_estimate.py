@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from helpers.measured import Allocations, Wire
+from helpers.measured import Allocations, Wire, require_state
 from helpers.ranks import run_ranks
 from helpers.small import random_batch, small_config
 from helpers.training import open_small
@@ -115,10 +115,7 @@ def plan_of(name: str) -> Plan:
 @pytest.mark.distributed
 @pytest.mark.parametrize("case", CASES)
 def test_memory_is_what_ranks_hold(case: str, measured: dict[str, Any]):
-    plan, held = plan_of(case), measured[case]["held"]
-    assert {kind for kind, size in plan.state.items() if size} == {k for k, v in held.items() if v}
-    for kind, size in held.items():
-        assert plan.state.get(kind, 0) == pytest.approx(size, rel=0.02), kind
+    require_state(plan_of(case).state, measured[case]["held"])
 
 
 @pytest.mark.distributed

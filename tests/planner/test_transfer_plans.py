@@ -12,7 +12,7 @@ import pytest
 
 from helpers.classification import draw_images, small_classification
 from helpers.coco import content, small_detection, write
-from helpers.measured import Allocations
+from helpers.measured import Allocations, require_state
 from helpers.ranks import run_ranks
 from helpers.segmentation import MASK2FORMER, draw_squares, small_segmentation
 from m3i_scale import cli
@@ -146,10 +146,7 @@ def plan_of(name: str) -> Plan:
 @pytest.mark.distributed
 @pytest.mark.parametrize("case", CASES)
 def test_memory_is_what_ranks_hold(case: str, measured: dict[str, Any]):
-    plan, held = plan_of(case), measured[case]["held"]
-    assert {kind for kind, size in plan.state.items() if size} == {k for k, v in held.items() if v}
-    for kind, size in held.items():
-        assert plan.state.get(kind, 0) == pytest.approx(size, rel=0.02), kind
+    require_state(plan_of(case).state, measured[case]["held"])
 
 
 @pytest.mark.distributed
