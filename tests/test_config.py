@@ -392,7 +392,7 @@ def detection(folder: Path, text: str) -> Path:
     """A file over a detector whose training images have random sides."""
     (folder / "sides.yaml").write_text(
         "base: m3i:transfer/demo/detection\n"
-        "data: {resize: {kind: sides, shorter: [480, 800], longest: 1333}}\n"
+        "data: {resize: {kind: sides, shorter: [480, 800], longest: 1333}, test_side: 96}\n"
     )
     (folder / "own.yaml").write_text(f"base: sides.yaml\n{text}\n")
     return folder / "own.yaml"
@@ -402,7 +402,7 @@ def test_a_mapping_of_another_kind_replaces_the_one_below_it(tmp_path: Path):
     config = load_run(detection(tmp_path, "data: {resize: {kind: jitter, size: 128}}"))
     assert isinstance(config, Detection)
     assert config.data.resize == Jitter(kind="jitter", size=128)
-    assert config.data.test_side == 128
+    assert config.data.test_side == 96
 
 
 def test_a_mapping_of_the_same_kind_is_merged(tmp_path: Path):
