@@ -36,6 +36,9 @@ assert set(m3i_scale.__all__) <= set(dir(m3i_scale))
 assert not heavy & set(sys.modules), 'dir() imported'
 m3i_scale.load_config
 assert 'torch' not in sys.modules, 'a configuration needs no torch'
+import m3i_scale.data, m3i_scale.shards.commands
+slow = {'torchvision', 'torch._dynamo', 'transformers', 'timm', 'deepspeed'} & set(sys.modules)
+assert not slow, f'reading data needs none of {slow}'
 for name in m3i_scale.__all__:
     assert getattr(m3i_scale, name) is getattr(m3i_scale, name)
 assert 'torch' in sys.modules

@@ -8,11 +8,13 @@ reason to lose an image.
 
 from __future__ import annotations
 
+import importlib
 import io
 import re
 import struct
 from collections.abc import Mapping
 from functools import cache
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +22,6 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
-from torchvision.io import ImageReadMode  # registers the operators of torch.ops.image
 
 from m3i_scale.config import MAX_PIXELS
 from m3i_scale.data.bad_sample import BadSample
@@ -32,9 +33,26 @@ from m3i_scale.data.text import MAX_TEXT_BYTES, read_json, read_json_field, read
 __all__ = ["MAX_TEXT_BYTES", "BadSample", "decode_category", "decode_image",
            "decode_text", "image_format"]  # fmt: skip
 
+
+def _load_operators() -> None:
+    """Register torch.ops.image.
+
+    torchvision's library alone where its file is found, in a hundredth of a second: the package
+    imports torch.compile, half of the start of every `m3i` command and of every loader.
+    """
+    package = find_spec("torchvision")
+    folder = Path(package.origin).parent if package and package.origin else Path("absent")
+    library = next(folder.glob("image*.so"), None)
+    if library:
+        torch.ops.load_library(library)
+    else:
+        importlib.import_module("torchvision.io")
+
+
+_load_operators()
 # torchvision.io.decode_jpeg without its per-call logging and warning.
 _decode_jpeg = torch.ops.image.decode_jpeg.default
-_RGB = ImageReadMode.RGB.value
+_RGB = 3  # torchvision.io.ImageReadMode.RGB
 # Frame headers of JPEG: SOF0 to SOF15 without DHT (C4), JPG (C8), DAC (CC).
 _SOF = frozenset(range(0xFFC0, 0xFFD0)) - {0xFFC4, 0xFFC8, 0xFFCC}
 # Encoders write some ten. Each makes the decoder go through all pixels again: a megabyte of empty
