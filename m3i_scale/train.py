@@ -78,8 +78,8 @@ def run(options: argparse.Namespace, config: RunConfig, start: Start) -> int:
 
     flag = stop.StopFlag(launchers=start.launchers)
     set_backend(spec.kernels)
+    task = task_of(config)  # imports what its networks are made of
     start.enter("data")
-    task = task_of(config)
     stream = task.open_stream()
     open_run = functools.partial(
         session.open_run,
