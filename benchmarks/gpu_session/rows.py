@@ -17,8 +17,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import torch
-
 ROOT = Path(__file__).parents[2]
 FOLDER = Path(os.environ.get("M3I_SESSION", "."))
 REHEARSE = os.environ.get("M3I_REHEARSE") == "1"
@@ -29,6 +27,8 @@ PACKAGES = ("torch", "triton", "deepspeed", "transformers", "timm", "numpy")
 @functools.cache
 def origin() -> dict[str, str]:
     """Device, driver, versions and commit: the same in all rows of a process."""
+    import torch  # the report reads rows without it
+
     return {
         "device": "cpu" if REHEARSE else torch.cuda.get_device_name(),
         "driver": "none" if REHEARSE else driver(),
@@ -103,6 +103,8 @@ def milliseconds(function: Callable[[], Any], repeats: int = 20, warmup: int = 3
         function()
     if DEVICE == "cpu":
         return sorted(_wall(function) for _ in range(3))[1]
+    import torch
+
     events = [[torch.cuda.Event(enable_timing=True) for _ in "se"] for _ in range(repeats)]
     for start, end in events:
         start.record()
