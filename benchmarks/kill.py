@@ -11,9 +11,12 @@ each kill everything is started again, from what lies on the disk.
 
 On a constant number of ranks the two must be equal to the last bit: all losses and norms of all
 steps, and in the last checkpoint weights, Adam moments, teacher averages, generators' states and
-counters. With `--elastic` the batch is kept by accumulation and the curves must agree within
-rounding (`--tolerance`); texts are then told apart in the whole batch (`negatives: batch`), because
-a micro-step has other ones on another number of ranks.
+counters. With `--elastic` the batch is kept by accumulation, sums are added in another order, and
+training multiplies the difference (from 1e-7 to some 1e-3 in a hundred steps). Undisturbed runs on
+1 and 3 ranks show by how much: at no step may the killed run differ more than `--factor` times as
+much as they do by then. A sample that is lost or read twice differs at once by 1e-2. Texts are told
+apart in the whole batch (`negatives: batch`), because a micro-step has other ones on another number
+of ranks.
 
 Prints one line per kill. Exit code 1 if anything differs.
 """
@@ -23,7 +26,9 @@ from __future__ import annotations
 import argparse
 import contextlib
 import gc
+import itertools
 import json
+import math
 import os
 import random
 import shutil
@@ -31,7 +36,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -57,6 +62,7 @@ checkpoint: {every: 1 step, keep_last: 2}
 logging: {trackers: [], pictures: false}
 """
 PATIENCE = 600.0  # seconds for what takes a few
+LEAST = 1e-6  # relative difference that rounding may have come to at the first steps
 
 
 class Kill(NamedTuple):
@@ -223,13 +229,22 @@ def differences(run: Path, whole: Path) -> Iterable[str]:
                 yield f"{path.name}: {name} differs"
 
 
-def deviation(run: Path, whole: Path) -> float:
-    """Largest relative difference of any loss of any step; endless where a step is missing."""
+def deviations(run: Path, whole: Path) -> list[float]:
+    """Of each step the largest relative difference of a loss; endless where a step is missing."""
     a, b = read_curve(run), read_curve(whole)
-    if a.keys() != b.keys():
-        return float("inf")
     names = [name for name in b[0] if name.startswith("loss/")]
-    return max(abs(float(a[n][name]) / float(b[n][name]) - 1) for n in b for name in names)
+    return [
+        max(abs(float(a[n][name]) / float(b[n][name]) - 1) for name in names)
+        if n in a
+        else math.inf
+        for n in sorted(b)
+    ]
+
+
+def beyond_rounding(found: Sequence[float], rounding: Sequence[float], factor: float) -> list[int]:
+    """Steps at which `found` is more than `factor` times what `rounding` has come to by then."""
+    reached = itertools.accumulate([max(LEAST, rounding[0]), *rounding[1:]], max)
+    return [n for n, most in enumerate(reached) if not found[n] <= factor * most]
 
 
 class Outcome(NamedTuple):
@@ -239,14 +254,26 @@ class Outcome(NamedTuple):
     words: list[str]
 
 
-def compare(run: Path, whole: Path, tolerance: float | None) -> Outcome:
-    """Within a tolerance of all losses, or bit for bit."""
-    if tolerance is not None:
-        found = deviation(run, whole)
-        words = f"largest relative difference of a loss {found:.1e} (allowed {tolerance:g})"
-        return Outcome(found <= tolerance, [words])
+def compare(run: Path, whole: Path) -> Outcome:
+    """Bit for bit."""
     problems = list(differences(run, whole))
     return Outcome(not problems, problems or ["equal to the undisturbed run, bit for bit"])
+
+
+def compare_within_rounding(
+    run: Path, whole: Path, others: Sequence[Path], factor: float
+) -> Outcome:
+    """Against what undisturbed runs on other numbers of ranks differ by."""
+    found = deviations(run, whole)
+    rounding = [max(at) for at in zip(*(deviations(o, whole) for o in others), strict=True)]
+    wrong = beyond_rounding(found, rounding, factor)
+    words = (
+        f"largest relative difference of a loss {max(found):.1e}, of undisturbed runs on other "
+        f"ranks {max(rounding):.1e}; at step {len(found) // 10} {found[len(found) // 10]:.1e} and "
+        f"{rounding[len(found) // 10]:.1e}"
+    )
+    beyond = [f"step {n}: {found[n]:.1e} is beyond rounding, {rounding[n]:.1e}" for n in wrong]
+    return Outcome(not wrong, [words, *beyond])
 
 
 # ----------------------------------------------------------------------------------------- program
@@ -260,7 +287,7 @@ def main() -> int:
     parser.add_argument("--kills", type=int, default=20)
     parser.add_argument("--ranks", type=int, choices=(1, 2, 3), default=2)
     parser.add_argument("--elastic", action="store_true")
-    parser.add_argument("--tolerance", type=float, default=1e-3)
+    parser.add_argument("--factor", type=float, default=10.0, help="see --elastic above")
     parser.add_argument("--seed", type=int, default=0, help="of the kills")
     parser.add_argument("--folder", type=Path, default=Path("/tmp/m3i-kill"))
     parser.add_argument("--out", type=Path, metavar="FILE", help="for kills and outcome, as JSON")
@@ -274,6 +301,10 @@ def main() -> int:
 
     chance, kills = random.Random(args.seed), list[Kill]()
     start(configuration, whole, args.ranks).finish(3 * PATIENCE)
+    others = [args.folder / f"whole-{n}" for n in (1, 2, 3) if args.elastic and n != args.ranks]
+    for other in others:
+        shutil.rmtree(other, ignore_errors=True)
+        start(configuration, other, int(other.name[-1])).finish(3 * PATIENCE)
     print(("{:>4} {:>6} {:>5} {:>6} {:>6} {:>5} {:>5} {:>7}  others").format(
         "kill", "aim", "ranks", "victim", "saving", "steps", "saved", "seconds"
     ))  # fmt: skip
@@ -292,7 +323,11 @@ def main() -> int:
         )
     start(configuration, run, args.ranks).finish(3 * PATIENCE)
 
-    outcome = compare(run, whole, args.tolerance if args.elastic else None)
+    outcome = (
+        compare_within_rounding(run, whole, others, args.factor)
+        if args.elastic
+        else compare(run, whole)
+    )
     print(f"{len(kills)} kills, {sum(k.saving for k in kills)} of them while saving", end="; ")
     print(*outcome.words, sep="\n")
     if args.out:
