@@ -287,7 +287,7 @@ def main() -> int:
     parser.add_argument("--kills", type=int, default=20)
     parser.add_argument("--ranks", type=int, choices=(1, 2, 3), default=2)
     parser.add_argument("--elastic", action="store_true")
-    parser.add_argument("--factor", type=float, default=10.0, help="see --elastic above")
+    parser.add_argument("--factor", type=float, default=3.0, help="see --elastic above")
     parser.add_argument("--seed", type=int, default=0, help="of the kills")
     parser.add_argument("--folder", type=Path, default=Path("/tmp/m3i-kill"))
     parser.add_argument("--out", type=Path, metavar="FILE", help="for kills and outcome, as JSON")
