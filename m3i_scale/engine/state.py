@@ -181,7 +181,7 @@ def _kinds(sharded: Sharded) -> dict[str, list[tuple[str, nn.Parameter, Tensor]]
     """Names, parameters and views of this rank's part, of everything that a checkpoint holds."""
     own, parameters = sharded.shards, list(shards.trained(sharded.model))
     kinds = {"weight": [(name, p, own.weight(p)) for name, p in parameters]}
-    for moment in shards.MOMENTS:
+    for moment in own.moments:
         kinds[moment] = [(name, p, own.moment(p, moment)) for name, p in parameters]
     averages = ((name, p, _average_of(sharded, name)) for name, p in parameters)
     averaged = [(name, p, view) for name, p, view in averages if view is not None]
