@@ -356,6 +356,7 @@ class Config(RunConfig):
         """Raise ValueError where a task asks for what the objective does not train."""
         for task, kind, part in (
             ("zero_shot", "text", "a text tower"),
+            ("retrieval", "text", "a text tower"),
             ("classifier", "category", "a classifier of categories"),
         ):
             if task in evaluation.tasks and kind not in self.objective.representations:
