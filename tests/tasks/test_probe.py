@@ -27,6 +27,8 @@ from m3i_scale.config import ConfigError
 from m3i_scale.config.classification import Classification
 from m3i_scale.data.bad_sample import BadSample
 from m3i_scale.data.order import hash64
+from m3i_scale.engine import session
+from m3i_scale.engine.checkpoint import CheckpointError
 from m3i_scale.engine.memory import FROZEN as FROZEN_NETWORKS
 from m3i_scale.engine.memory import MOMENTS
 from m3i_scale.engine.schedules import make_schedule
@@ -260,6 +262,33 @@ def test_lars_on_two_ranks_is_timms_on_one(images, tmp_path, stage):
         assert result["finished"]
         for name, value in expected.items():
             assert torch.allclose(result["weights"][name], value, rtol=1e-4, atol=1e-6), name
+
+
+def other_optimiser(
+    world: World, folder: Path, images: str, overrides: dict[str, Any]
+) -> list[str]:
+    """What a resume by AdamW of a run of LARS says, without and with the change accepted."""
+    train_classifier(world, folder, images, overrides | LARS)
+    said = []
+    for accept in ([], ["optimizer.kind"]):
+        task = task_of(small_classification(Path(images), folder, overrides))
+        stream = task.open_stream()
+        try:
+            session.open_run(
+                task, world, stream, epoch_samples=stream.samples, resume="auto",
+                sources=stream.identities(), accept=accept,
+            )  # fmt: skip
+        except (ConfigError, CheckpointError) as error:
+            said.append(str(error))
+    return said
+
+
+@pytest.mark.distributed
+def test_another_optimiser_does_not_go_on(images, tmp_path):
+    overrides = cached(tmp_path) | {"engine.zero": {"stage": 1}}
+    (said,) = run_ranks(1, other_optimiser, tmp_path, images=str(images), overrides=overrides)
+    assert "optimizer.kind was 'lars' and is 'adamw'" in said[0]
+    assert "holds momentum of another optimiser" in said[1]
 
 
 @pytest.mark.distributed

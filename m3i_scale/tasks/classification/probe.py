@@ -180,8 +180,7 @@ class ProbeTask(ClassificationTask):
     def statement(self, sources: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         """With the optimiser, the weights, and how features are made."""
         stated = super().statement(sources) | flat("model.init", self._weights)
-        if self.config.optimizer.lars:
-            stated["optimizer.kind"] = "lars"
+        stated["optimizer.kind"] = self.config.optimizer.kind
         if self._features is not None:
             made = self._features.model_dump(include={"views", "standardise"})
             stated |= flat("data.features", made)
