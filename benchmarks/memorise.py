@@ -16,7 +16,7 @@ from __future__ import annotations
 import argparse
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -114,7 +114,7 @@ def detection(options: argparse.Namespace, folder: Path) -> None:
             found |= measure(test.file, results, kind)
         return {name: value for name, value in found.items() if name.endswith(("/AP", "/AP50"))}
 
-    learn(options, networks, loss, figures, "box/AP")
+    learn(options, networks, loss, figures, ("box/AP", *(["mask/AP"] if masks else [])))
 
 
 def segmentation(options: argparse.Namespace, folder: Path) -> None:
@@ -145,7 +145,7 @@ def segmentation(options: argparse.Namespace, folder: Path) -> None:
         networks.train()
         return {name: found.figures()[name] for name in ("mIoU", "pixel_accuracy")}
 
-    learn(options, networks, loss, figures, "mIoU")
+    learn(options, networks, loss, figures, ("mIoU",))
 
 
 TASKS = {
@@ -159,9 +159,9 @@ def learn(
     networks: torch.nn.Module,
     loss: Callable[[list[int]], torch.Tensor],
     figures: Callable[[], dict[str, float]],
-    watched: str,
+    watched: Sequence[str],
 ) -> None:
-    """Train until the watched figure reaches the target; print figures as they come."""
+    """Train until all watched figures reach the target; print figures as they come."""
     parameters = sum(p.numel() for p in networks.parameters())
     print(f"{parameters / 1e6:.2f} M parameters, {IMAGES} images of {SIZE} pixels", flush=True)
     optimizer = torch.optim.AdamW(networks.parameters(), options.rate, weight_decay=1e-4)
@@ -181,7 +181,7 @@ def learn(
             words = ", ".join(f"{name} {value:.3f}" for name, value in found.items())
             spent = time.process_time() - started
             print(f"step {step}, {spent:.0f} s, loss {total.item():.2f}: {words}", flush=True)
-            if found[watched] >= options.target:
+            if min(found[name] for name in watched) >= options.target:
                 return
 
 

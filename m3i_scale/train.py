@@ -100,7 +100,7 @@ def run(options: argparse.Namespace, config: RunConfig, start: Start) -> int:
     else:
         start.enter("nodes")
         with session.hold(config.run_folder, world, start) as record:
-            finished = session.train(open_run(events=record), flag)
+            finished = session.train(open_run(events=record, stop=flag), flag)
     launch.finish()
     return 0 if finished else stop.STOPPED
 

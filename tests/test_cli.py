@@ -87,6 +87,36 @@ def test_eval(run, indexes, capsys):
         assert (run / name).read_bytes()[:4] == b"\x89PNG"
 
 
+def test_eval_finds_captions_and_names_categories(run, indexes, folder, capsys):
+    gallery, queries = indexes
+    (folder / "names.txt").write_text("red\ngreen\nblue\ngrey\nblack\n")
+    (folder / "templates.txt").write_text("a photo of a {}.\nthing {}, style 2\n")
+    words = ["eval", "--run", str(run), "--gallery", gallery, "--queries", queries,
+             "--no-pictures", "--retrieval", "2",
+             "--classes", str(folder / "names.txt")]  # fmt: skip
+    assert main([*words, "--templates", str(folder / "templates.txt")]) == 0
+    written = json.loads((run / "eval.json").read_text())
+    tasks = {row["task"]: row for row in written["rows"]}
+    assert tasks["retrieval, image to text, R@2"]["queries"] == 10
+    assert tasks["zero-shot category by name, top-1"]["labels"] == 5
+    assert "retrieval, text to image, R@2" in tasks
+    assert written["templates"].endswith("templates.txt")
+    for text, sentence in (
+        ("a photo", "has the line 'a photo'; each has {} once"),
+        ("{}\n\n{}\n", "line 2 of"),
+        ("", "is empty"),
+    ):
+        (folder / "templates.txt").write_text(text)
+        assert main([*words, "--templates", str(folder / "templates.txt")]) == 2
+        assert sentence in capsys.readouterr().err
+    (folder / "names.txt").write_text("red\ngreen\n")
+    assert main(words) == 2
+    assert "--classes has 2 names" in capsys.readouterr().err
+    (folder / "names.txt").write_text("red\ngreen\nred\n")
+    assert main(words) == 2
+    assert "has 'red' as category 0 and 2" in capsys.readouterr().err
+
+
 def test_eval_in_bf16(run, indexes, capsys):
     gallery, queries = indexes
     code = main(["eval", "--run", str(run), "--gallery", gallery, "--queries", queries,

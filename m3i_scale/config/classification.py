@@ -21,7 +21,9 @@ class Classifier(TransferModel):
     categories has trained.
     """
     frozen: bool = False
-    """Train the classifier alone: a linear probe."""
+    """Train the classifier alone: a linear probe. The backbone stays outside of ZeRO, whole on
+    every GPU; `data.features` runs it once and not in every step.
+    """
     dropout: BelowOne = 0.0
     """Share of pooled features that are dropped in training."""
 
@@ -72,6 +74,28 @@ class ImageAugmentation(Node):
     """Share of the target that is spread over all classes."""
 
 
+class FeatureCache(Node):
+    """Features of a frozen backbone, computed once before training and read from disk after that.
+
+    Each set of weights, images, preparation and precision has a folder with a key of these: what is
+    there is used by any later run, what is missing or damaged is computed, by all ranks together.
+    """
+
+    folder: PathText
+    """Folder of all caches, which every rank must see."""
+    views: Annotated[int, Field(ge=0)] = 0
+    """Crops of each training image, made as in training; each use of an image draws one of them.
+    0: the central crop of a test image alone.
+    """
+    standardise: bool = True
+    """Subtract each feature's mean over the training set and divide by its standard deviation, in
+    place of the layer norm of each image's features: a batch norm without parameters, as MAE's
+    probe has it, whose statistics are exact.
+    """
+    batch: Count = 256
+    """Images that a rank encodes at once."""
+
+
 class ClassificationData(TransferData):
     """Images to train on and to test on."""
 
@@ -91,13 +115,24 @@ class ClassificationData(TransferData):
     """What training does to images."""
     storage: Storage = Storage()
     """How shards are read."""
+    features: FeatureCache | None = None
+    """Run a frozen backbone once over all images and train on its features; null: in every step."""
 
 
 class ClassificationOptimizer(TransferOptimizer):
-    """AdamW with a learning rate for each layer, and a moving average of the weights."""
+    """AdamW or LARS with a learning rate for each layer, and a moving average of the weights."""
 
+    kind: Literal["adamw", "lars"] = "adamw"
+    """`lars` (arXiv 1708.03888): for a classifier on a frozen backbone. The rate of each weight
+    matrix is 0.001 of its norm over its gradient's, and `betas` begin with the momentum.
+    """
     deformation_factor: Annotated[float, Field(gt=0, le=1)] = 1.0
     """Further factor of the offsets and the centre scale in InternImage."""
+
+    @property
+    def lars(self) -> bool:
+        """As `kind` says."""
+        return self.kind == "lars"
 
 
 class Classification(TransferRun):
@@ -122,4 +157,32 @@ class Classification(TransferRun):
             )
         if self.model.frozen and self.optimizer.layer_decay != 1:
             raise ValueError("layer_decay is of a backbone that is trained; remove it, or frozen")
+        if self.optimizer.lars:
+            self._require_lars()
+        if self.data.features is not None:
+            self._require_features()
         return self
+
+    def _require_lars(self) -> None:
+        if not self.model.frozen:
+            raise ValueError(
+                "optimizer.kind: lars trains a classifier on a frozen backbone; set model.frozen: "
+                "true, or kind: adamw"
+            )
+        if self.engine.zero.offload_optimizer:
+            raise ValueError(
+                "engine.zero.offload_optimizer updates by DeepSpeed's Adam in host memory, and "
+                "optimizer.kind is lars; remove one of them"
+            )
+
+    def _require_features(self) -> None:
+        if not self.model.frozen:
+            raise ValueError(
+                "data.features are those of a frozen backbone; set model.frozen: true, or remove "
+                "data.features"
+            )
+        if self.data.augmentation.mixup or self.data.augmentation.cutmix:
+            raise ValueError(
+                "mixup and cutmix mix images, and data.features are computed of single ones; set "
+                "both to 0, or remove data.features"
+            )

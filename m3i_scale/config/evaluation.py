@@ -10,7 +10,7 @@ from m3i_scale.config.types import Count, Node, PathText, Span
 
 # ruff: noqa: RUF012  (pydantic copies defaults)
 
-FeatureTask = Literal["knn", "zero_shot", "classifier", "rank"]
+FeatureTask = Literal["knn", "zero_shot", "retrieval", "classifier", "rank"]
 
 
 class Evaluation(Node):
@@ -29,8 +29,9 @@ class FeatureEvaluation(Evaluation):
     """
 
     tasks: list[FeatureTask] = Field(min_length=1)
-    """`knn`: nearest neighbours in the gallery; `zero_shot`: the nearest caption; `classifier`: the
-    category classifier that is pre-trained; `rank`: effective rank of the queries' features.
+    """`knn`: nearest neighbours in the gallery; `zero_shot`: the nearest caption; `retrieval`:
+    recall at 1, 5 and 10 of the queries' captions by image and of images by caption; `classifier`:
+    the category classifier that is pre-trained; `rank`: effective rank of the queries' features.
     """
     queries: list[PathText] = Field(min_length=1)
     """Index files of held-out images."""

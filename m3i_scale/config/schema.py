@@ -72,6 +72,16 @@ class Optimizer(Node):
     clip_norm: Positive | None = 1.0
     """Largest global norm of the gradient; null: no clipping."""
 
+    @property
+    def lars(self) -> bool:
+        """Whether LARS takes the place of AdamW."""
+        return False
+
+    @property
+    def moments(self) -> int:
+        """Averages that the optimiser keeps of each weight."""
+        return 1 if self.lars else 2
+
     @model_validator(mode="after")
     def _schedule_is_whole(self) -> Optimizer:
         if self.schedule == "step" and not self.step_at:
@@ -346,6 +356,7 @@ class Config(RunConfig):
         """Raise ValueError where a task asks for what the objective does not train."""
         for task, kind, part in (
             ("zero_shot", "text", "a text tower"),
+            ("retrieval", "text", "a text tower"),
             ("classifier", "category", "a classifier of categories"),
         ):
             if task in evaluation.tasks and kind not in self.objective.representations:

@@ -188,7 +188,7 @@ class MapLoader:
 
     def __iter__(self) -> Iterator[Placed]:
         blocks = self.slices.blocks(0, 1)  # a worker makes whole micro-batches
-        for loaded in _load(_Samples(self.stream), blocks, self._workers):
+        for loaded in load_ahead(_Samples(self.stream), blocks, self._workers):
             for position, cause, text in loaded.faults:
                 log.warning("position %d: replaced a sample (%s)", position, text)
                 self._limit.note(cause, text, replaced=True)
@@ -199,7 +199,7 @@ class MapLoader:
 T = TypeVar("T")
 
 
-def _load(made: Dataset[T], keys: Iterable[Any], workers: int) -> Iterator[T]:
+def load_ahead(made: Dataset[T], keys: Iterable[Any], workers: int) -> Iterator[T]:
     """`made[key]` of each key, in order, made ahead by workers if there are any."""
     loader: DataLoader[T] = DataLoader(
         made,
@@ -237,7 +237,7 @@ def shares(
     for number in range(rounds):
         first = (number * world_size + rank) * batch
         blocks.append([i if i < len(dataset) else -1 for i in range(first, first + batch)])
-    yield from _load(_Shares(dataset), blocks, workers)
+    yield from load_ahead(_Shares(dataset), blocks, workers)
 
 
 class _Shares(Dataset[Share]):

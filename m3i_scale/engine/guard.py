@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from m3i_scale.engine.checksums import quick
 from m3i_scale.engine.momentum import Teacher
-from m3i_scale.engine.shards import MOMENTS, Shards
+from m3i_scale.engine.shards import Shards
 
 BUFFERS = "buffers"
 _MASK = (1 << 52) - 1  # what a float64 holds exactly
@@ -30,7 +30,7 @@ def watched(
     masters = shards.masters
     states = shards.optimizer.optimizer.state
     kinds = {"master weights": masters}
-    for moment in MOMENTS:
+    for moment in shards.moments:
         kinds[moment] = [states[master][moment] for master in masters]
     own = {tensor.data_ptr() for tensor in masters}
     weights, whole = shards.flat_weights()

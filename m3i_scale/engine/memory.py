@@ -6,17 +6,16 @@ from collections.abc import Iterable, Iterator
 
 from torch import Tensor, nn
 
-from m3i_scale.engine import shards
 from m3i_scale.engine.task import StudentTeacher, UsesFrozen
 from m3i_scale.engine.zero import Sharded
 
 PARAMETERS = "parameters"
 MASTER = "master weights"
-MOMENTS = "Adam moments"
+MOMENTS = "moments"
 GRADIENTS = "gradients"
 ENCODER = "teacher"
 UNTRAINED = "frozen weights"  # where there is no teacher
-FROZEN = "frozen teachers"
+FROZEN = "frozen networks"
 AVERAGES = "teacher averages"
 WEIGHT_AVERAGES = "averages of the weights"  # likewise
 BUFFERS = "reduce buckets"
@@ -75,4 +74,4 @@ def _outside(model: nn.Module) -> Iterator[Tensor]:
 
 def _moments(sharded: Sharded) -> Iterator[Tensor]:
     for state in sharded.engine.optimizer.optimizer.state.values():
-        yield from (state[moment] for moment in shards.MOMENTS)
+        yield from (state[moment] for moment in sharded.shards.moments)

@@ -112,6 +112,7 @@ def open_run(
     sources: Sequence[Mapping[str, Any]] = (),
     write: bool = True,
     events: EventLog | None = None,
+    stop: StopFlag | None = None,
 ) -> Run:
     """Build networks and optimiser, and load the newest good checkpoint if there is one.
 
@@ -125,12 +126,14 @@ def open_run(
         sources: what each source is (`data.Stream.identities`), for the same statement.
         write: make the run folder this run's. False to look only: nothing is written.
         events: told of the parts of the start-up, and when training begins.
+        stop: ends what is computed before the first step.
 
     Raises:
         ConfigError: the batch, the schedule or the checkpoint asked for is impossible, the
             checkpoint is of another order, the initial weights do not fit, or the folder cannot be
             written.
         CheckpointError: the checkpoint is of other networks, or none is undamaged.
+        StoppedEarly: the run was asked to stop before its first step.
     """
     config = task.config
     spec = config.optimizer
@@ -163,6 +166,9 @@ def open_run(
     if events is not None and write:
         events.start()
         saver.on_damage, saver.on_failure = events.fault, events.unsaved
+    if write and task.precomputes:
+        enter("data")
+        task.precompute(world, lambda: stop is not None and stop.raised_by is not None)
     enter("networks")
     sharded = build(task, world, split)
     run = Run(
@@ -211,7 +217,7 @@ def _load_frozen(task: Task, world: World) -> None:
         differing = [name for name, value in own.items() if value != sums[name]]
         if differing:
             raise ConfigError(
-                f"model.frozen_teachers.{differing[0]} has other weights on rank {rank} than on "
+                f"{differing[0]} has other weights on rank {rank} than on "
                 f"rank {world.rank}; give all nodes the same files"
             )
 

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from m3i_scale.engine.checkpoint import Extent
 from m3i_scale.objective.collectives import rank_and_size
 
-MOMENTS = ("exp_avg", "exp_avg_sq")
+MOMENTS = ("exp_avg", "exp_avg_sq")  # Adam's
 
 # Bytes at whose multiples weights begin: kernels of cuDNN, cuBLAS and PyTorch read so many at once,
 # and the first two refuse, or find no algorithm for, what begins elsewhere.
@@ -35,7 +35,7 @@ def trained(module: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
 
 
 class Shards(ABC):
-    """Views of this rank's part: master weights (fp32), Adam moments; and what follows from them.
+    """Views of this rank's part: master weights (fp32), moments; and what follows from them.
 
     Args:
         optimizer: ZeRO's, as `deepspeed.initialize` returns it.
@@ -64,7 +64,7 @@ class Shards(ABC):
         return self._view(parameter, lambda master: master)
 
     def moment(self, parameter: nn.Parameter, moment: str) -> Tensor:
-        """Adam moment (n,): a view of the optimiser's storage."""
+        """One of `moments` (n,): a view of the optimiser's storage."""
         states = self.optimizer.optimizer.state
         return self._view(parameter, lambda master: states[master][moment])
 
@@ -80,9 +80,15 @@ class Shards(ABC):
     # ---------------------------------------------------------------------------------- of all
 
     @property
+    def moments(self) -> tuple[str, ...]:
+        """What the optimiser averages, by its names in checkpoints: Adam's, or LARS's."""
+        own: tuple[str, ...] = getattr(self.optimizer.optimizer, "MOMENTS", MOMENTS)
+        return own
+
+    @property
     @abstractmethod
     def masters(self) -> list[Tensor]:
-        """The flat tensors that Adam updates, padding included."""
+        """The flat tensors that the optimiser updates, padding included."""
 
     @abstractmethod
     def publish(self) -> None:
@@ -108,7 +114,7 @@ class Shards(ABC):
             parts: parameters, the same on all ranks, and views (n,) of what this rank owns of them.
         """
 
-    def create_adam_state(self) -> None:
+    def create_state(self) -> None:
         """Give the inner optimiser the state it would make at its first step.
 
         So that memory is known from the start, and saving and loading know one case only.
@@ -117,15 +123,15 @@ class Shards(ABC):
         fused = any(group.get("fused") for group in inner.param_groups)
         for flat in self.masters:
             step: Tensor | int = torch.zeros((), device=flat.device if fused else "cpu")
-            if not isinstance(inner, torch.optim.AdamW):  # DeepSpeed's CPU Adam counts in an int
+            if not isinstance(inner, torch.optim.AdamW):  # the others count in an int
                 step = 0
             inner.state[flat] = {"step": step} | {
-                m: torch.zeros_like(flat, requires_grad=False) for m in MOMENTS
+                m: torch.zeros_like(flat, requires_grad=False) for m in self.moments
             }
 
     @property
     def adam_step(self) -> int:
-        """Number of updates Adam has made."""
+        """Number of updates the optimiser has made."""
         states = self.optimizer.optimizer.state.values()
         return int(next(iter(states))["step"])
 

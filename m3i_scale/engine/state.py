@@ -64,6 +64,7 @@ def snapshot(
         "skipped": progress.skipped,
         "ranks": world.size,
         "adam_step": sharded.shards.adam_step,
+        **_moments(sharded.shards),
         **task.state_dict(),
         "shapes": parameter_shapes(sharded.model),
         "buffers": buffer_shapes(sharded.model),
@@ -80,10 +81,11 @@ def restore(reader: CheckpointReader, sharded: Sharded, world: World, task: Task
     seeded anew from the run's seed and the step.
 
     Raises:
-        CheckpointError: it is of other networks.
+        CheckpointError: it is of other networks, or of another optimiser.
     """
     model = sharded.model
     _require_same_networks(reader, parameter_shapes(model) | buffer_shapes(model))
+    _require_same_moments(reader, sharded.shards)
     for kind, parts in _kinds(sharded).items():
         for name, parameter, view in parts:
             view.copy_(reader.slice(kind, name, *sharded.shards.extent(parameter)))
@@ -181,7 +183,7 @@ def _kinds(sharded: Sharded) -> dict[str, list[tuple[str, nn.Parameter, Tensor]]
     """Names, parameters and views of this rank's part, of everything that a checkpoint holds."""
     own, parameters = sharded.shards, list(shards.trained(sharded.model))
     kinds = {"weight": [(name, p, own.weight(p)) for name, p in parameters]}
-    for moment in shards.MOMENTS:
+    for moment in own.moments:
         kinds[moment] = [(name, p, own.moment(p, moment)) for name, p in parameters]
     averages = ((name, p, _average_of(sharded, name)) for name, p in parameters)
     averaged = [(name, p, view) for name, p, view in averages if view is not None]
@@ -209,6 +211,20 @@ def _require_same_networks(reader: CheckpointReader, shapes: dict[str, list[int]
         f"{name} is {stored.get(name, 'absent')} there and {shapes.get(name, 'absent')} "
         "here; use the configuration it was trained with, or another run name"
     )
+
+
+def _moments(own: shards.Shards) -> dict[str, list[str]]:
+    """What the optimiser averages, where it is not AdamW."""
+    return {} if own.moments == shards.MOMENTS else {"moments": list(own.moments)}
+
+
+def _require_same_moments(reader: CheckpointReader, own: shards.Shards) -> None:
+    stored = reader.state.get("moments", list(shards.MOMENTS))
+    if stored != list(own.moments):
+        raise CheckpointError(
+            f"{reader.path} holds {' and '.join(stored)} of another optimiser, and this one "
+            f"needs {' and '.join(own.moments)}; set optimizer.kind back, or begin another run"
+        )
 
 
 def generator_states(world: World) -> dict[str, Tensor]:

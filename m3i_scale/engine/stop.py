@@ -14,6 +14,13 @@ STOPPED = 85  # exit code of a run that saved and stopped because it was asked t
 PATIENCE = 5.0  # seconds
 
 
+class StoppedEarly(Exception):  # noqa: N818  (somebody asked for it)
+    """The run was asked to stop before its first step, and there is nothing to save."""
+
+    for_users = True
+    exit_code = STOPPED
+
+
 class StopFlag:
     """Set by SIGTERM, SIGINT or SIGUSR1, and by the end of a launcher above this process.
 

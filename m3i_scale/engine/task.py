@@ -7,7 +7,7 @@ what the loss depends on, and what happens around a step. `m3i_scale.tasks` has 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -94,12 +94,14 @@ class Task(ABC):
         built_whole: networks cannot be built partitioned (those of transformers write to weights
             while they are built); every rank builds them in host memory.
         averages: keep a moving average of all weights, which `evaluate` uses.
+        precomputes: `precompute` has something to do.
         picture: name of a picture that `prepare` draws into the run folder in the first step.
     """
 
     even = False
     built_whole = False
     averages = False
+    precomputes = False
     picture: str | None = None
 
     def __init__(self, config: RunConfig) -> None:
@@ -182,12 +184,24 @@ class Task(ABC):
         """Load networks that others read and nobody changes, before `statement` and `networks`.
 
         Returns:
-            The checksum of each by its name, to be the same on all ranks.
+            The checksum of each by its key in the configuration, to be the same on all ranks.
 
         Raises:
             ConfigError: one cannot be read, or does not fit.
         """
         return {}
+
+    def precompute(self, world: World, stopping: Callable[[], bool]) -> None:  # noqa: B027
+        """Write what training reads, after `load_frozen` and before `networks` (a collective).
+
+        Args:
+            world: this rank.
+            stopping: whether the run was asked to stop.
+
+        Raises:
+            ConfigError: it cannot be computed or written.
+            StoppedEarly: the run was asked to stop.
+        """
 
     def notes(self, networks: Any, split: BatchSplit, ranks: int, total: int) -> Iterator[str]:
         """Further lines of `--dry-run`."""

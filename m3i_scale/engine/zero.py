@@ -20,6 +20,7 @@ from m3i_scale.config.load import merge
 from m3i_scale.engine import communication, quick, shards
 from m3i_scale.engine.first_pass import FirstPass
 from m3i_scale.engine.flat import Flat
+from m3i_scale.engine.lars import Lars
 from m3i_scale.engine.momentum import (
     FlatTeacher,
     ShardedTeacher,
@@ -117,8 +118,9 @@ def parameter_groups(
     *,
     apart: nn.Module | None = None,
     factors: Mapping[str, float] | None = None,
+    each: bool = False,
 ) -> list[dict[str, Any]]:
-    """AdamW groups: no decay on norms, biases, gates and the temperature (all one-dimensional).
+    """Optimiser groups: no decay on norms, biases, gates and the temperature (one-dimensional).
 
     Works on partitioned parameters, whose own shape is empty. The parameters of `apart` get groups
     to themselves, which changes no update.
@@ -128,7 +130,15 @@ def parameter_groups(
         weight_decay: of what decays.
         apart: a module of them.
         factors: of the learning rate, by the names of parameters; others have 1.
+        each: a group for each parameter, for LARS, which adapts the rate where there is decay.
     """
+    if each:
+        whole = parameter_groups(model, weight_decay, apart=apart, factors=factors)
+        return [
+            group | {"params": [parameter], "adapt": group["decays"]}
+            for group in whole
+            for parameter in group["params"]
+        ]
     own = {id(p) for p in apart.parameters()} if apart is not None else set()
     factors = factors or {}
     groups: dict[tuple[bool, float, bool], list[nn.Parameter]] = {}
@@ -139,7 +149,12 @@ def parameter_groups(
         key = id(parameter) in own, factors.get(name, 1.0), len(shape) > 1
         groups.setdefault(key, []).append(parameter)
     return [
-        {"params": parameters, "weight_decay": weight_decay if decays else 0.0, "factor": factor}
+        {
+            "params": parameters,
+            "weight_decay": weight_decay if decays else 0.0,
+            "decays": decays,
+            "factor": factor,
+        }
         for (_, factor, decays), parameters in groups.items()
         if parameters
     ]
@@ -184,7 +199,7 @@ def _build_partitioned(task: Task, world: World, settings: dict[str, Any]) -> Sh
     engine.optimizer.persistent_parameters = []
     quick.finish(engine.optimizer, model)
     own = Partitioned(engine.optimizer)
-    own.create_adam_state()
+    own.create_state()
     if student is not None and copy is not None:
         teacher = kind(own, student, copy, world.device)
     averages = teacher or _averages(task, own, model, world)
@@ -207,7 +222,7 @@ def _build_flat(task: Task, world: World, settings: dict[str, Any]) -> Sharded:
     engine = _initialize(config, world, settings, model, groups)
     quick.finish_flat(engine.optimizer)
     own = Flat(engine.optimizer)
-    own.create_adam_state()
+    own.create_state()
     if student is not None and copy is not None:
         teacher = FlatTeacher(own, student, copy, world.device)
     averages = teacher or _averages(task, own, model, world)
@@ -215,8 +230,8 @@ def _build_flat(task: Task, world: World, settings: dict[str, Any]) -> Sharded:
 
 
 def _groups(task: Task, model: nn.Module, apart: nn.Module | None = None) -> list[dict[str, Any]]:
-    decay, factors = task.config.optimizer.weight_decay, task.rate_factors(model)
-    return parameter_groups(model, decay, apart=apart, factors=factors)
+    spec, factors = task.config.optimizer, task.rate_factors(model)
+    return parameter_groups(model, spec.weight_decay, apart=apart, factors=factors, each=spec.lars)
 
 
 def _averages(task: Task, own: Shards, model: nn.Module, world: World) -> WeightAverages | None:
@@ -233,7 +248,7 @@ def _initialize(
     with _zero_optimizer():
         engine, _, _, _ = deepspeed.initialize(
             model=model,
-            optimizer=_adamw(
+            optimizer=_optimizer(
                 config.optimizer, groups, world, offload=config.engine.zero.offload_optimizer
             ),
             config=settings,
@@ -266,9 +281,11 @@ def _networks(task: Task) -> nn.Module:
         raise ConfigError(f"the networks cannot be built: {error}") from error
 
 
-def _adamw(
+def _optimizer(
     spec: Optimizer, groups: list[dict[str, Any]], world: World, *, offload: bool
 ) -> torch.optim.Optimizer:
+    if spec.lars:
+        return Lars(groups, lr=spec.learning_rate, momentum=spec.betas[0], epsilon=spec.epsilon)
     options: dict[str, Any] = {
         "lr": spec.learning_rate,
         "betas": spec.betas,

@@ -92,12 +92,6 @@ class TimmInternImage(InternImage):
         self.global_pool = "avg"
         self.reset_classifier(num_classes, global_pool)
 
-    def __prepare_scriptable__(self) -> nn.Module:
-        raise RuntimeError(
-            "InternImage cannot be scripted: its operator takes keyword-only arguments, which "
-            "TorchScript does not have; use torch.compile, torch.export or ONNX"
-        )
-
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
         """Patterns of the layers, for layer decay: a layer is a block (coarse: a stage)."""
         fine = [

@@ -72,6 +72,13 @@ class DCNv3(nn.Module):
         self.input_proj = XavierLinear(channels, channels)
         self.output_proj = XavierLinear(channels, channels)
 
+    def __prepare_scriptable__(self) -> nn.Module:
+        """What TorchScript asks for; RuntimeError says what to do."""
+        raise RuntimeError(
+            "InternImage cannot be scripted: its operator takes keyword-only arguments, which "
+            "TorchScript does not have; use torch.compile, torch.export or ONNX"
+        )
+
     def reset_parameters(self) -> None:
         """Set the gates of the centre to one half; the layers inside reset their own weights."""
         if self.center_feature_scale:

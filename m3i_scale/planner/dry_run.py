@@ -51,8 +51,9 @@ def _memory(run: Run) -> Iterator[str]:
     settings = deepspeed_config(spec, run.split, clip_norm=run.config.optimizer.clip_norm)
     frozen = sum(p.numel() for module in _frozen(run).values() for p in module.parameters())
     device, host = lasting_memory(
-        spec, _weights(run), ranks, settings, frozen, averaged=run.task.averages
-    )
+        spec, _weights(run), ranks, settings, frozen,
+        averaged=run.task.averages, moments=run.config.optimizer.moments,
+    )  # fmt: skip
     yield f"memory per rank on {ranks} ranks in {spec.precision}, without activations"
     for kinds, where in ((device, ""), (host, " (host)")):
         for kind, size in kinds.items():

@@ -182,8 +182,9 @@ def make_plan(
     frozen = sum(encoder.elements for encoder in traced.frozen.values())
     keeps_average = isinstance(config, TransferRun) and config.optimizer.average is not None
     state, offloaded = lasting_memory(
-        engine, traced.weights, cluster.ranks, deepspeed, frozen, averaged=keeps_average
-    )
+        engine, traced.weights, cluster.ranks, deepspeed, frozen,
+        averaged=keeps_average, moments=spec.moments,
+    )  # fmt: skip
     flow = step_flow(config, traced, cluster.ranks, batch, deepspeed, checkpointed=checkpointed)
     acts = activations(traced, checkpointed)
     trained = sum(w.elements for w in traced.weights if w.trained)
@@ -237,7 +238,7 @@ def make_plan(
             first_pass=first_visits,
             stage=engine.zero.stage,
         ),
-        checkpoint=3 * trained * widths.master + 4 * averaged,
+        checkpoint=(1 + spec.moments) * trained * widths.master + 4 * averaged,
     )
 
 

@@ -30,7 +30,9 @@ def _trained(weights: list[Weight]) -> list[Weight]:
     return [w for w in weights if w.trained]
 
 
-def state_memory(weights: list[Weight], ranks: int, widths: Widths) -> dict[str, float]:
+def state_memory(
+    weights: list[Weight], ranks: int, widths: Widths, moments: int = 2
+) -> dict[str, float]:
     """Bytes per rank of what lives as long as the run, by the kinds of `memory.held_memory`."""
     trained, averaged = padded(_trained(weights), widths), averaged_weights(weights)
     fixed = sum(w.elements for w in weights if not w.trained)
@@ -39,7 +41,7 @@ def state_memory(weights: list[Weight], ranks: int, widths: Widths) -> dict[str,
     return {
         memory.PARAMETERS: trained * widths.compute,
         memory.MASTER: owned * widths.master,
-        memory.MOMENTS: 2 * owned * widths.master,
+        memory.MOMENTS: moments * owned * widths.master,
         memory.ENCODER: (fixed + moving) * widths.compute,
         memory.AVERAGES: 4 * shard(padded(averaged, widths), ranks),
     }

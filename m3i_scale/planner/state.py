@@ -28,11 +28,17 @@ def refresh_size(weights: list[Weight], ranks: int, *, whole: bool) -> int:
 
 
 def state_memory(
-    weights: list[Weight], ranks: int, widths: Widths, deepspeed: dict[str, Any], *, whole: bool
+    weights: list[Weight],
+    ranks: int,
+    widths: Widths,
+    deepspeed: dict[str, Any],
+    *,
+    whole: bool,
+    moments: int = 2,
 ) -> dict[str, float]:
     """Stage 3: bytes per rank of what lives as long as the run, as `memory.held_memory` has them.
 
-    `whole`: the teacher is.
+    `whole`: the teacher is; `moments`: averages that the optimiser keeps.
     """
     zero = deepspeed["zero_optimization"]
     owned = sum(shard(w.elements, ranks) for w in weights if w.trained)
@@ -46,7 +52,7 @@ def state_memory(
     state: dict[str, float] = {
         memory.PARAMETERS: owned * widths.compute,
         memory.MASTER: owned * widths.master if widths.master != widths.compute else 0,
-        memory.MOMENTS: 2 * owned * widths.master,
+        memory.MOMENTS: moments * owned * widths.master,
         memory.GRADIENTS: owned * widths.accumulated,
         memory.ENCODER: frozen * widths.compute,
         memory.AVERAGES: 4 * averaged,
@@ -67,16 +73,19 @@ def lasting_memory(
     frozen: int = 0,
     *,
     averaged: bool = False,
+    moments: int = 2,
 ) -> tuple[dict[str, float], dict[str, float]]:
     """Bytes per rank of what lives as long as the run, by kind: on the device, in the host.
 
-    `frozen`: elements of frozen teachers; `averaged`: all weights have a moving average.
+    `frozen`: elements of frozen networks outside of ZeRO; `averaged`: all weights have a moving
+    average; `moments`: averages that the optimiser keeps.
     """
     widths = Widths.of(spec.precision, deepspeed)
     if spec.zero.stage == 3:
-        state = state_memory(weights, ranks, widths, deepspeed, whole=spec.teacher == "whole")
+        whole = spec.teacher == "whole"
+        state = state_memory(weights, ranks, widths, deepspeed, whole=whole, moments=moments)
     else:
-        state = flat.state_memory(weights, ranks, widths)
+        state = flat.state_memory(weights, ranks, widths, moments)
     if not any(w.of_teacher for w in weights):  # nothing follows a student
         state[memory.UNTRAINED] = state.pop(memory.ENCODER)
         del state[memory.AVERAGES]

@@ -9,7 +9,7 @@ from typing import Any
 from m3i_scale.cluster.launch import World
 from m3i_scale.config import Config, ConfigError
 from m3i_scale.engine.task import Values
-from m3i_scale.transfer.evaluation import TRAINED, Options, measure, open_sets
+from m3i_scale.transfer.evaluation import RECALL_AT, TRAINED, Options, measure, open_sets
 from m3i_scale.transfer.features import Opened, UnreadableSetError
 
 log = logging.getLogger(__name__)
@@ -75,6 +75,7 @@ class Learned:
             encoder=config.evaluated_encoder,
             threads=max(1, config.data.workers),
             progress=False,
+            recall_at=RECALL_AT if "retrieval" in spec.tasks else (),
         )
         try:
             found = measure(config, {TRAINED: networks}, self._sets, options)
@@ -110,7 +111,9 @@ class Learned:
                 f"{_listed(asked)}, evaluation.gallery {_listed(known)}; name other indexes, or "
                 "take knn out of evaluation.tasks"
             )
-        for task, kind in (("zero_shot", "captions"), ("classifier", "categories")):
+        for task, kind in (
+            ("zero_shot", "captions"), ("retrieval", "captions"), ("classifier", "categories"),
+        ):  # fmt: skip
             if task in tasks and kind not in asked:
                 raise ConfigError(
                     f"evaluation: {task} is judged by {kind}, and evaluation.queries has "

@@ -70,7 +70,10 @@ class Pretraining(SampledTask):
         config, dtype = self.config, DTYPES[self.config.engine.precision]
         for source in open_all(config):
             self._teachers[source.name] = load(source, config.data, device, dtype)
-        return {name: one.identity["sha256"] for name, one in self._teachers.items()}
+        return {
+            f"model.frozen_teachers.{name}": one.identity["sha256"]
+            for name, one in self._teachers.items()
+        }
 
     def _frozen(self) -> dict[str, Loaded]:
         """The frozen teachers that targets name."""

@@ -16,8 +16,11 @@ def task_of(config: RunConfig) -> SampledTask:
 
         return Pretraining(config)
     if isinstance(config, Classification):
+        from m3i_scale.tasks.classification.probe import ProbeTask
         from m3i_scale.tasks.classification.task import ClassificationTask
 
+        if config.model.frozen:
+            return ProbeTask(config)
         return ClassificationTask(config)
     if isinstance(config, Detection):
         from m3i_scale.tasks.detection.task import DetectionTask

@@ -85,6 +85,19 @@ def _add_eval(commands: Any) -> None:
     )
     parser.add_argument("--probe", action="store_true", help="fit linear probes, too")
     parser.add_argument(
+        "--retrieval", nargs="*", type=count, metavar="K",
+        help="recall at K of the queries' captions by image, and of images by caption (1 5 10)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--classes", type=local_path, metavar="FILE",
+        help="names of the categories, one a line: zero-shot classification by name",
+    )  # fmt: skip
+    parser.add_argument(
+        "--templates", type=local_path, metavar="FILE",
+        help="sentences for --classes, one a line, with {} for the name "
+        "(default: 'a photo of a {}.')",
+    )  # fmt: skip
+    parser.add_argument(
         "--limit", type=count, metavar="N", help="use the first N images of each index"
     )
     parser.add_argument("--neighbours", type=count, default=20, help="of kNN (default 20)")
@@ -110,9 +123,13 @@ def evaluate_run(options: argparse.Namespace) -> int:
     from m3i_kernels import set_backend
 
     from m3i_scale.cluster.launch import choose_device
-    from m3i_scale.transfer import evaluation, loading
+    from m3i_scale.transfer import evaluation, loading, prompts
     from m3i_scale.transfer.precision import choose_precision, prepare
 
+    if options.templates and not options.classes:
+        raise ValueError("--templates are sentences for the names in --classes; name that file")
+    named = prompts.Prompts.read(options.classes, options.templates) if options.classes else None
+    depths = options.retrieval
     config, reader = _open_run(options.folder, options.step)
     paths.require_writable(options.folder)
     device = choose_device(options.device, "fp32", 0)
@@ -137,6 +154,8 @@ def evaluate_run(options: argparse.Namespace) -> int:
             limit=options.limit,
             subject=options.subject,
             category=options.category,
+            recall_at=() if depths is None else sorted(set(depths)) or evaluation.RECALL_AT,
+            prompts=named,
         ),
     )
     _write_evaluation(options, reader, precision, result)
@@ -170,6 +189,8 @@ def _write_evaluation(
         "queries": {"indexes": options.queries, "images": len(result.queries)},
         "neighbours": options.neighbours,
         "limit": options.limit,
+        "classes": options.classes and str(options.classes),
+        "templates": options.templates and str(options.templates),
         "effective_rank": result.ranks,
         "left_out": len(result.left_out),
         "rows": [row._asdict() for row in result.rows],

@@ -20,7 +20,7 @@ from m3i_scale.config.evaluation import FeatureTask
 from m3i_scale.data import StorageClient
 from m3i_scale.models.tokenizer import Tokenizer, load_tokenizer
 from m3i_scale.objective.collapse import SAMPLE, effective_rank
-from m3i_scale.transfer import knn, labels, linear_probe, zero_shot
+from m3i_scale.transfer import knn, labels, linear_probe, prompts, retrieval, zero_shot
 from m3i_scale.transfer.features import (
     Encoded,
     Known,
@@ -31,11 +31,10 @@ from m3i_scale.transfer.features import (
     open_source,
     open_storage,
 )
-from m3i_scale.transfer.parts import sum_of_all
+from m3i_scale.transfer.judge import Judge, Score, Scorer, given, of_own_rows
 
 TRAINED, UNTRAINED = "trained", "untrained"
-_CHUNK = 1024  # queries that are judged at once
-Scorer = Callable[[Tensor], Tensor]  # something of n queries -> scores (n, C)
+RECALL_AT = (1, 5, 10)  # K of retrieval, unless others are asked for
 
 
 class Options(NamedTuple):
@@ -51,17 +50,8 @@ class Options(NamedTuple):
     encoder: Literal["student", "teacher"] = "student"  # of networks that have both
     threads: int = 1  # images decoded at once
     progress: bool = True  # show bars
-
-
-class Score(NamedTuple):
-    """The accuracy of several networks in one task."""
-
-    task: str  # as the table calls it
-    key: str  # as metrics call it
-    accuracy: dict[str, float]  # share of the queries, by the networks' names
-    chance: float
-    queries: int
-    labels: int
+    recall_at: Sequence[int] = ()  # K of retrieval both ways; none: no retrieval
+    prompts: prompts.Prompts | None = None  # names of the categories, in sentences
 
 
 class TaskScore(NamedTuple):
@@ -205,10 +195,26 @@ def measure(
             name: encode_captions(model, tokenizer, candidates, text.max_length)
             for name, model in networks.items()
         }
+    asked = retrieval.Asked.of(queries, query_encoded) if options.recall_at else None
+    sentences = {
+        "captions": asked.captions if asked else [],
+        "prompts": options.prompts.sentences if options.prompts else [],
+    }
+    embedded = {
+        kind: _embed(config, networks, found, kind, one) for kind, found in sentences.items()
+    }
     device = next(next(iter(networks.values())).parameters()).device
-    judge = _Judge(query_encoded, device)
+    judge = Judge(query_encoded, device)
     scores = [
         *_zero_shot_scores(judge, queries, query_encoded, candidates, embeddings, options),
+        *prompts.scores(
+            options.prompts, judge, queries, query_encoded, embedded["prompts"], options.category
+        ),
+        *(
+            retrieval.scores(asked, embedded["captions"], options.recall_at, device)
+            if asked
+            else ()
+        ),
         *_classifier_scores(judge, queries, query_encoded, options),
         *_gallery_scores(judge, gallery, gallery_encoded, queries, query_encoded, options),
     ]
@@ -223,6 +229,33 @@ def measure(
         candidates if embeddings else [],
         embeddings,
     )
+
+
+def _embed(
+    config: Config,
+    networks: Mapping[str, nn.Module],
+    sentences: Sequence[str],
+    kind: str,
+    encoded: Encoded,
+) -> dict[str, Tensor]:
+    """Sentences by all networks, float32 (M, T) of unit length on the CPU (a collective).
+
+    Raises:
+        ValueError: the networks have no text tower.
+    """
+    text = config.model.text
+    if not sentences:
+        return {}
+    if text is None or encoded.text is None:
+        raise ValueError(
+            f"{kind} are compared by a text tower, which this run did not train; evaluate a run "
+            "with a text target"
+        )
+    tokenizer: Tokenizer = load_tokenizer(text.tokenizer)
+    return {
+        name: encode_captions(model, tokenizer, sentences, text.max_length)
+        for name, model in networks.items()
+    }
 
 
 def markdown(rows: Sequence[TaskScore]) -> str:
@@ -258,37 +291,6 @@ def open_sets(config: Config, gallery: Sequence[str], queries: Sequence[str]) ->
     return Sets(first, second, storage)
 
 
-class _Judge:
-    """Counts right answers over all ranks, each of which judges the queries it has encoded."""
-
-    def __init__(self, encoded: Mapping[str, Encoded], device: torch.device) -> None:
-        self._own = next(iter(encoded.values())).own
-        self._device = device
-
-    def shares(
-        self,
-        scores_of: Scorer,
-        wanted: Tensor,
-        truth: Tensor,
-        depths: Sequence[int] = (1,),
-    ) -> list[float]:
-        """Share of queries whose label is among the k best, for each k (a collective).
-
-        Args:
-            scores_of: rows of own queries, int64 (n,), numbered among all -> scores (n, C).
-            wanted: int64 (M,): the queries with a label.
-            truth: int64 (M,): their labels.
-            depths: k.
-        """
-        own = (wanted >= self._own.start) & (wanted < self._own.stop)
-        counts = torch.zeros(len(depths), dtype=torch.int64)
-        parts = zip(wanted[own].split(_CHUNK), truth[own].split(_CHUNK), strict=True)
-        for rows, answers in parts if own.any() else ():
-            scores = scores_of(rows)
-            counts += torch.stack([labels.hits(scores, answers, k).sum() for k in depths])
-        return [count / len(truth) for count in sum_of_all(counts, self._device).tolist()]
-
-
 def _rank(features: Tensor) -> float:
     """Effective rank of features (N, E), estimated from samples evenly apart."""
     step = -(-len(features) // SAMPLE)
@@ -296,7 +298,7 @@ def _rank(features: Tensor) -> float:
 
 
 def _zero_shot_scores(
-    judge: _Judge,
+    judge: Judge,
     queries: Known,
     encoded: Mapping[str, Encoded],
     candidates: Sequence[str],
@@ -324,7 +326,7 @@ def _zero_shot_scores(
                 caption_label=candidate_label,
                 labels=len(number),
             )
-            scores_of = functools.partial(_of_own_rows, scorer, _given(one.text), one.own)
+            scores_of = functools.partial(of_own_rows, scorer, given(one.text), one.own)
             shares[who] = judge.shares(scores_of, wanted, truth, list(depths))
         for place, (k, key) in enumerate(depths.items()):
             accuracy = {who: found[place] for who, found in shares.items()}
@@ -334,7 +336,7 @@ def _zero_shot_scores(
 
 
 def _classifier_scores(
-    judge: _Judge, queries: Known, encoded: Mapping[str, Encoded], options: Options
+    judge: Judge, queries: Known, encoded: Mapping[str, Encoded], options: Options
 ) -> Iterator[Score]:
     wanted = labels.rows_with(labels.categories(queries))
     one = next(iter(encoded.values())).category
@@ -349,14 +351,14 @@ def _classifier_scores(
 
     accuracy = {}
     for who, each in encoded.items():
-        scores_of = functools.partial(_of_own_rows, _as_they_are, _given(each.category), each.own)
+        scores_of = functools.partial(of_own_rows, _as_they_are, given(each.category), each.own)
         accuracy[who] = judge.shares(scores_of, wanted, truth)[0]
     title = f"pre-trained classifier, {options.category}"
     yield Score(title, "classifier", accuracy, labels.chance(truth), len(truth), known)
 
 
 def _gallery_scores(
-    judge: _Judge,
+    judge: Judge,
     gallery: Known,
     gallery_encoded: Mapping[str, Encoded],
     queries: Known,
@@ -398,14 +400,5 @@ def _of_rows(scorer: Scorer, values: Tensor, rows: Tensor) -> Tensor:
     return scorer(values[rows])
 
 
-def _of_own_rows(scorer: Scorer, values: Tensor, own: range, rows: Tensor) -> Tensor:
-    return scorer(values[rows - own.start])
-
-
 def _as_they_are(scores: Tensor) -> Tensor:
     return scores
-
-
-def _given(value: Tensor | None) -> Tensor:
-    assert value is not None  # these networks were seen to have it
-    return value

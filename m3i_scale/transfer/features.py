@@ -46,6 +46,7 @@ class Label(NamedTuple):
 
     caption: str
     category: int
+    others: tuple[str, ...]  # its further captions
 
 
 class Known(NamedTuple):
@@ -55,6 +56,12 @@ class Known(NamedTuple):
     category: Tensor  # int64 (N,), -1 where there is none
     places: list[Place]
     left_out: list[str]  # samples that cannot be used, and why
+    others: Sequence[Sequence[str]] = ()  # further captions of each image; empty: there are none
+
+    def captions_of(self, image: int) -> list[str]:
+        """All captions of an image, each once."""
+        more = self.others[image] if self.others else ()
+        return list(dict.fromkeys(c for c in (self.captions[image], *more) if c))
 
     def __len__(self) -> int:
         return len(self.captions)
@@ -294,7 +301,11 @@ def _batches(
 ) -> Iterator[list[tuple[Tensor, Label, Place]]]:
     """Lists of squares (S, S, 3) with what is known of them; images in full size are dropped."""
     squares = (
-        (central_square(sample.image, size), Label(sample.text or "", sample.category), place)
+        (
+            central_square(sample.image, size),
+            Label(sample.text or "", sample.category, sample.others),
+            place,
+        )
         for place, sample in samples
     )
     while batch := list(itertools.islice(squares, count)):
@@ -328,6 +339,7 @@ def _of_all_ranks(
         torch.tensor([label.category for label in found], dtype=torch.int64),
         [place for _, places, *_ in every for place in places],
         [words for _, _, left_out, _ in every for words in left_out],
+        [label.others for label in found],
     )
     return known, [len(labels) for labels, *_ in every]
 

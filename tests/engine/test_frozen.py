@@ -121,7 +121,7 @@ def test_a_resume_is_exact_and_of_the_same_teachers(tmp_path: Path, stage: int):
     assert plan.flops.parts["frozen teachers"].forward > 0
     assert plan.flops.parts["frozen teachers"].backward == 0
     said = results[0]["said"]
-    assert f"  {'frozen teachers':24s}" in said
+    assert f"  {'frozen networks':24s}" in said
     assert "frozen teacher tiny: timm's vit_tiny_patch16_224 from " in said
 
 

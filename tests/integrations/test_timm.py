@@ -138,6 +138,9 @@ def test_traced_by_fx(style: str):
 def test_scripting_says_what_to_use_instead(style: str):
     with pytest.raises(RuntimeError, match=r"use torch\.compile"):
         torch.jit.script(create(style))
+    traced = create_feature_extractor(create(style), return_nodes={"head": "logits"})
+    with pytest.raises(RuntimeError, match=r"use torch\.compile"):  # operators are its leaves
+        torch.jit.script(traced)
 
 
 def test_layer_decay_has_a_layer_for_each_block(style: str):

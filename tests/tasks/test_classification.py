@@ -42,16 +42,6 @@ def test_every_trained_parameter_has_a_gradient(images, tmp_path):
             assert (parameter.grad is not None) == parameter.requires_grad, name
 
 
-def test_a_probe_trains_the_classifier_alone(images, tmp_path):
-    spec = small_classification(images, tmp_path).model
-    networks = ClassificationNetworks(spec.model_copy(update={"frozen": True})).train()
-    assert {n for n, p in networks.named_parameters() if p.requires_grad} == {
-        "head.weight",
-        "head.bias",
-    }
-    assert not networks.backbone.training
-
-
 def test_the_loss_is_that_of_soft_targets(images, tmp_path):
     spec = small_classification(images, tmp_path).model
     networks = ClassificationNetworks(spec).eval()

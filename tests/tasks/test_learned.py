@@ -25,7 +25,7 @@ from m3i_scale.engine.state import snapshot
 from m3i_scale.tasks.learned import Learned
 from m3i_scale.transfer import evaluation, loading
 
-ALL = ["knn", "zero_shot", "classifier", "rank"]
+ALL = ["knn", "zero_shot", "retrieval", "classifier", "rank"]
 STEPS = {
     "optimizer.duration": "3 steps",
     "checkpoint.every": "1 steps",
@@ -38,6 +38,11 @@ KEYS = {  # in the metrics, and in the table
     "zero_shot_top5": "zero-shot caption subject, top-5",
     "zero_shot_caption": "zero-shot whole caption, top-1",
     "classifier": "pre-trained classifier, category",
+    **{
+        f"retrieval_{way.replace(' ', '_')}_{k}": f"retrieval, {way}, R@{k}"
+        for way in ("image to text", "text to image")
+        for k in (1, 5, 10)
+    },
 }
 
 
@@ -153,7 +158,11 @@ def of_eval(folder: Path, overrides: dict[str, Any], step: int) -> dict[str, flo
     reader = CheckpointReader(config.run_folder / "checkpoints" / f"step-{step:08d}")
     trained = loading.build_trained(config, reader, which)
     both = {evaluation.TRAINED: trained, evaluation.UNTRAINED: loading.build_untrained(config)}
-    options = evaluation.Options(neighbours=spec.neighbours, progress=False)
+    options = evaluation.Options(
+        neighbours=spec.neighbours,
+        progress=False,
+        recall_at=evaluation.RECALL_AT if "retrieval" in spec.tasks else (),
+    )
     result = evaluation.evaluate(config, both, spec.gallery, spec.queries, options)
     rows = {row.task: 100 * row.trained for row in result.rows}
     accuracies = {key: rows[task] for key, task in KEYS.items() if task in rows}

@@ -31,7 +31,10 @@ Transform = Callable[[Tensor], Tensor]  # uint8 (3, H, W) -> float32 (3, S, S), 
 
 @dataclass(frozen=True)
 class LabelledBatch(TensorFields):
-    """B images, float32 (B, 3, S, S), normalised; labels, int64 (B,); names, for messages."""
+    """B images, float32 (B, 3, S, S), normalised; labels, int64 (B,); names, for messages.
+
+    Of a cache of features, they stand in the place of images: (B, E).
+    """
 
     images: Tensor
     labels: Tensor

@@ -29,7 +29,7 @@ class Inputs(NamedTuple):
 class ClassificationNetworks(nn.Module):
     """Pooled features of a backbone, and a linear classifier.
 
-    The backbone's names begin with `backbone.`. Where it is frozen, it stays in evaluation mode.
+    The backbone's names begin with `backbone.`.
 
     Raises:
         ValueError: the backbone has no such options.
@@ -37,7 +37,6 @@ class ClassificationNetworks(nn.Module):
 
     def __init__(self, spec: Classifier) -> None:
         super().__init__()
-        self.spec = spec
         backbone = build_backbone(spec.backbone.name, **spec.backbone.options)
         assert isinstance(backbone, nn.Module)
         self.backbone = backbone
@@ -45,18 +44,9 @@ class ClassificationNetworks(nn.Module):
         width = backbone.embed_dim if self._attention else backbone.width
         if not self._attention:
             backbone.pooling.requires_grad_(False)
-        if spec.frozen:
-            backbone.requires_grad_(False)
-        self.norm = nn.LayerNorm(width, eps=1e-6, elementwise_affine=not spec.frozen)
+        self.norm = nn.LayerNorm(width, eps=1e-6)
         self.dropout = nn.Dropout(spec.dropout)
         self.head = Linear(width, spec.classes)
-
-    def train(self, mode: bool = True) -> ClassificationNetworks:
-        """Set the mode of what is trained."""
-        super().train(mode)
-        if self.spec.frozen:
-            self.backbone.eval()
-        return self
 
     def scores(self, images: Tensor, keys: Tensor | None = None) -> Tensor:
         """Images (B, 3, H, W) -> scores (B, C)."""

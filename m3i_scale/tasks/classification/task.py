@@ -31,7 +31,7 @@ from m3i_scale.tasks.transfer import TransferTask, empty_images
 
 
 class ClassificationTask(TransferTask):
-    """Fine-tuning with RandAugment, MixUp and CutMix, or a linear probe."""
+    """Fine-tuning with RandAugment, MixUp and CutMix."""
 
     config: Classification
 
@@ -39,11 +39,11 @@ class ClassificationTask(TransferTask):
         super().__init__(config)
         self._mix = mixing(config.data.augmentation, config.model.classes)
 
-    def networks(self) -> ClassificationNetworks:
+    def networks(self) -> nn.Module:
         """A backbone with a linear classifier."""
         return ClassificationNetworks(self.config.model)
 
-    def rate_factors(self, networks: ClassificationNetworks) -> Mapping[str, float]:
+    def rate_factors(self, networks: nn.Module) -> Mapping[str, float]:
         """Layer decay."""
         spec = self.config.optimizer
         return layer_scales(networks, spec.layer_decay, deformation=spec.deformation_factor)

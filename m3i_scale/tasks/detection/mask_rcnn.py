@@ -15,21 +15,22 @@ import torch
 from timm.layers import LayerNorm2d
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torchvision.models.detection import FasterRCNN, MaskRCNN
+from torchvision.models.detection import FasterRCNN
 from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.models.detection.faster_rcnn import FastRCNNConvFCHead, FastRCNNPredictor
 from torchvision.models.detection.image_list import ImageList
 from torchvision.models.detection.mask_rcnn import MaskRCNNHeads, MaskRCNNPredictor
-from torchvision.models.detection.roi_heads import paste_masks_in_image
+from torchvision.models.detection.roi_heads import RoIHeads, maskrcnn_inference
 from torchvision.models.detection.rpn import RPNHead
 from torchvision.models.detection.transform import resize_boxes
-from torchvision.ops import FeaturePyramidNetwork, MultiScaleRoIAlign
+from torchvision.ops import FeaturePyramidNetwork, roi_align
 from torchvision.ops.poolers import initLevelMapper
 
 from m3i_scale.config.detection import DetectionData, Detector, MaskRcnn
 from m3i_scale.tasks.detection.backbones import build_backbone, stage_widths
 from m3i_scale.tasks.detection.batch import Batch, Objects, normalised
 from m3i_scale.tasks.detection.detections import Detections, figures
+from m3i_scale.tasks.detection.masks import cut_masks, paste_masks
 from m3i_scale.tasks.detection.vitdet import SimpleFeaturePyramid, WindowedViT
 
 _LEVELS = ["0", "1", "2", "3"]  # of the pyramid that regions are cut from; "pool" only proposes
@@ -65,8 +66,7 @@ class MaskRcnnDetector(nn.Module):
             finest = self.backbone.stride / 4
         else:
             self.neck, finest = StagePyramid(stage_widths(self.backbone), head.width), 4.0
-        parts = _parts(head, config.categories, finest)
-        self.rpn, self.roi_heads = parts.rpn, parts.roi_heads
+        self.rpn, self.roi_heads = _parts(head, config.categories, finest)
 
     def forward(self, inputs: Batch) -> dict[str, Any]:
         """Losses of a batch: "loss", and "loss/NAME" as [sum, count]; or its "detections"."""
@@ -137,30 +137,87 @@ class _ProposalHead(RPNHead):
         return [score.float() for score in scores], [box.float() for box in boxes]
 
 
-class _Regions(MultiScaleRoIAlign):
-    """Regions of the maps, cut in float32 and given in the maps' precision.
+class _Regions(nn.Module):
+    """Regions of the maps, cut in float32 and given in the maps' precision (N, C, side, side).
 
-    The maps' strides are told: torchvision guesses them once, from the images of the first batch
-    without their padding.
+    The value of a cell is that of its centre (`aligned`), which torchvision's `MultiScaleRoIAlign`
+    takes at the corner; and strides are given, which it guesses from the images of the first batch.
     """
 
     def __init__(self, side: int, finest: float) -> None:
-        super().__init__(_LEVELS, side, 0)
+        super().__init__()
+        self.side = side
         strides = [finest * 2**level for level in range(len(_LEVELS))]
         self.scales = [1 / stride for stride in strides]
-        self.map_levels = initLevelMapper(
-            int(math.log2(strides[0])),
-            int(math.log2(strides[-1])),
-            canonical_scale=self.canonical_scale,
-            canonical_level=self.canonical_level,
-        )
+        self.level_of = initLevelMapper(int(math.log2(strides[0])), int(math.log2(strides[-1])))
 
     def forward(
         self, x: dict[str, Tensor], boxes: list[Tensor], image_shapes: list[tuple[int, int]]
     ) -> Tensor:
-        maps = OrderedDict((name, found.float()) for name, found in x.items())
-        dtype = next(iter(x.values())).dtype
-        return super().forward(maps, boxes, image_shapes).to(dtype)
+        numbers = torch.cat([box.new_full((len(box), 1), i) for i, box in enumerate(boxes)])
+        regions, levels = torch.cat([numbers, torch.cat(boxes)], 1), self.level_of(boxes)
+        finest, side = x[_LEVELS[0]], self.side
+        cut = finest.new_zeros(len(regions), finest.shape[1], side, side, dtype=torch.float32)
+        for level, (name, scale) in enumerate(zip(_LEVELS, self.scales, strict=True)):
+            of_level = torch.where(levels == level)[0]
+            maps, own = x[name].float(), regions[of_level]
+            found = roi_align(maps, own, (side, side), scale, sampling_ratio=0, aligned=True)
+            cut = cut.index_put((of_level,), found)
+        return cut.to(finest.dtype)
+
+
+class _Heads(RoIHeads):
+    """Boxes as torchvision has them; masks without its shift (`masks`)."""
+
+    def has_mask(self) -> bool:
+        """Not torchvision's."""
+        return False
+
+    def select_training_samples(self, proposals: Any, targets: Any) -> Any:
+        self._sampled = super().select_training_samples(proposals, targets)
+        return self._sampled
+
+    def forward(
+        self,
+        features: dict[str, Tensor],
+        proposals: list[Tensor],
+        image_shapes: list[tuple[int, int]],
+        targets: list[dict[str, Tensor]] | None = None,
+    ) -> tuple[list[dict[str, Tensor]], dict[str, Tensor]]:
+        """Detections in evaluation mode, losses in training; masks are probabilities."""
+        found, losses = super().forward(features, proposals, image_shapes, targets)
+        if self.mask_head is None:
+            return found, losses
+        if targets is None:
+            labels = [one["labels"] for one in found]
+            scores = self._masks(features, [one["boxes"] for one in found], image_shapes)
+            for one, masks in zip(found, maskrcnn_inference(scores, labels), strict=True):
+                one["masks"] = masks
+            return found, losses
+        boxes, matched, labels, _ = self._sampled
+        positive = [torch.where(label > 0)[0] for label in labels]
+        boxes, matched, labels = (
+            [values[rows] for values, rows in zip(of_images, positive, strict=True)]
+            for of_images in (boxes, matched, labels)
+        )
+        scores, label = self._masks(features, boxes, image_shapes), torch.cat(labels)
+        scores = scores[torch.arange(len(label), device=label.device), label]
+        side = scores.shape[-1]
+        wanted = torch.cat([
+            cut_masks(target["masks"], box, match, side)
+            for target, box, match in zip(targets, boxes, matched, strict=True)
+        ])  # fmt: skip
+        loss = F.binary_cross_entropy_with_logits(scores, wanted, reduction="sum")
+        return found, losses | {"loss_mask": loss / max(wanted.numel(), 1)}
+
+    def _masks(
+        self, features: dict[str, Tensor], boxes: list[Tensor], shapes: list[tuple[int, int]]
+    ) -> Tensor:
+        """Scores (N, classes, side, side) of regions."""
+        scores: Tensor = self.mask_predictor(
+            self.mask_head(self.mask_roi_pool(features, boxes, shapes))
+        )
+        return scores
 
 
 class _BoxPredictor(FastRCNNPredictor):
@@ -182,38 +239,43 @@ class _Stub(nn.Module):
         self.out_channels = out_channels
 
 
-def _parts(head: MaskRcnn, categories: int, finest: float) -> Any:
-    """torchvision's model with the proposal network and the heads; `finest`: stride of the maps."""
+def _parts(head: MaskRcnn, categories: int, finest: float) -> tuple[Any, Any]:
+    """The proposal network and the heads; `finest`: stride of the maps."""
     width = head.width
     anchors = _Anchors(tuple((side,) for side in head.anchors), ((0.5, 1.0, 2.0),) * 5)
     boxes = [width] * head.box_convolutions
-    arguments: dict[str, Any] = {
-        "rpn_anchor_generator": anchors,
-        "rpn_head": _ProposalHead(width, 3, conv_depth=2),
-        "rpn_pre_nms_top_n_train": 2 * head.proposals,
-        "rpn_pre_nms_top_n_test": head.proposals,
-        "rpn_post_nms_top_n_train": head.proposals,
-        "rpn_post_nms_top_n_test": head.proposals,
-        "rpn_batch_size_per_image": head.proposal_samples,
-        "box_roi_pool": _Regions(BOX_SIDE, finest),
-        "box_head": FastRCNNConvFCHead(
+    heads = _Heads(
+        box_roi_pool=_Regions(BOX_SIDE, finest),
+        box_head=FastRCNNConvFCHead(
             (width, BOX_SIDE, BOX_SIDE), boxes, [head.box_hidden], norm_layer=LayerNorm2d
         ),
-        "box_predictor": _BoxPredictor(head.box_hidden, categories + 1),
-        "box_score_thresh": head.score_threshold,
-        "box_detections_per_img": head.detections,
-        "box_batch_size_per_image": head.box_samples,
-        "box_positive_fraction": POSITIVE,
-    }
-    if not head.masks:
-        return FasterRCNN(_Stub(width), **arguments)
-    return MaskRCNN(
-        _Stub(width),
-        **arguments,
-        mask_roi_pool=_Regions(MASK_SIDE, finest),
-        mask_head=MaskRCNNHeads(width, [width] * head.mask_convolutions, 1, LayerNorm2d),
-        mask_predictor=_MaskPredictor(width, width, categories + 1),
+        box_predictor=_BoxPredictor(head.box_hidden, categories + 1),
+        fg_iou_thresh=0.5,
+        bg_iou_thresh=0.5,
+        batch_size_per_image=head.box_samples,
+        positive_fraction=POSITIVE,
+        bbox_reg_weights=None,
+        score_thresh=head.score_threshold,
+        nms_thresh=0.5,
+        detections_per_img=head.detections,
     )
+    if head.masks:
+        heads.mask_roi_pool = _Regions(MASK_SIDE, finest)
+        heads.mask_head = MaskRCNNHeads(width, [width] * head.mask_convolutions, 1, LayerNorm2d)
+        heads.mask_predictor = _MaskPredictor(width, width, categories + 1)
+    proposals = FasterRCNN(
+        _Stub(width),
+        rpn_anchor_generator=anchors,
+        rpn_head=_ProposalHead(width, 3, conv_depth=2),
+        rpn_pre_nms_top_n_train=2 * head.proposals,
+        rpn_pre_nms_top_n_test=head.proposals,
+        rpn_post_nms_top_n_train=head.proposals,
+        rpn_post_nms_top_n_test=head.proposals,
+        rpn_batch_size_per_image=head.proposal_samples,
+        box_head=heads.box_head,
+        box_predictor=heads.box_predictor,
+    )
+    return proposals.rpn, heads
 
 
 def training_side(data: DetectionData) -> int:
@@ -243,5 +305,5 @@ def _detections(
     boxes = resize_boxes(found["boxes"], fed, stored)
     masks = None
     if "masks" in found:
-        masks = paste_masks_in_image(found["masks"], boxes, stored)[:, 0] > 0.5
+        masks = paste_masks(found["masks"][:, 0], boxes, stored)
     return Detections(boxes, found["labels"] - 1, found["scores"], masks)

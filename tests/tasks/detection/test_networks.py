@@ -48,6 +48,20 @@ def test_every_parameter_has_a_gradient_with_and_without_objects(name):
     assert keys[0] == keys[1] == keys[2]
 
 
+def test_regions_show_the_pixels_that_their_boxes_cover():
+    # Maps whose values are the horizontal places of their cells' centres, in pixels of the image.
+    strides = {"0": 4, "1": 8, "2": 16, "3": 32}
+    maps = {
+        level: (torch.arange(512 // stride) + 0.5).mul(stride).expand(1, 32, 512 // stride, -1)
+        for level, stride in strides.items()
+    }
+    boxes = [torch.tensor([[8.0, 8.0, 36.0, 36.0], [101.0, 40.0, 325.0, 264.0]])]
+    found = built("vit").roi_heads.box_roi_pool(maps, boxes, [(512, 512)])
+    for region, (left, _, right, _) in zip(found, boxes[0].tolist(), strict=True):
+        centres = left + (torch.arange(7) + 0.5) * (right - left) / 7
+        assert torch.allclose(region[0, 3], centres, atol=1e-3)
+
+
 @pytest.mark.parametrize("name", ["vit", "dino"])
 def test_weights_of_bfloat16_keep_boxes_in_float32(name):
     networks = built(name).to(torch.bfloat16).train()
