@@ -11,11 +11,12 @@ import torch
 from torch import Tensor, nn
 
 from m3i_scale.cluster.launch import World
-from m3i_scale.config import Config, Objective, PretrainingOptimizer
+from m3i_scale.config import Config, ConfigError, Objective, PretrainingOptimizer
 from m3i_scale.config.evaluation import FeatureEvaluation
 from m3i_scale.data import Stream
 from m3i_scale.data.bad_sample import OfOneRank
 from m3i_scale.engine.agreement import flat
+from m3i_scale.engine.checkpoint import CheckpointReader
 from m3i_scale.engine.schedules import BatchSplit, Schedule
 from m3i_scale.engine.task import Pairs, Values
 from m3i_scale.integrations.frozen import Loaded, load, make_skeletons, open_all
@@ -32,6 +33,7 @@ from m3i_scale.tasks.health import Health
 from m3i_scale.tasks.learned import Learned
 from m3i_scale.tasks.mixes import save_mixes
 from m3i_scale.tasks.samples import build_stream
+from m3i_scale.tasks.second_stage import BACKBONE, FirstStage, open_first_stage
 from m3i_scale.tasks.task import SampledTask
 
 
@@ -104,6 +106,8 @@ class Pretraining(SampledTask):
             stated["model.init"] = tree["model"]["init"]
         for name, teacher in self._frozen().items():
             stated |= flat(f"model.frozen_teachers.{name}", teacher.identity)
+        if config.model.decoder.position_grid is not None:
+            stated["model.decoder.position_grid"] = config.model.decoder.position_grid
         stated |= flat("data.augmentation", data["augmentation"])
         for number, source in enumerate(data["sources"]):
             own = {key: value for key, value in source.items() if key not in ("name", "index")}
@@ -156,9 +160,18 @@ class Pretraining(SampledTask):
         """Weights of the backbone."""
         return open_initial(self.config.model)
 
+    def open_stage(self, reader: CheckpointReader) -> FirstStage:
+        """All networks of another run of pre-training."""
+        with torch.random.fork_rng(devices=[]), torch.device("meta"):
+            try:
+                networks = self.networks()
+            except ValueError as error:
+                raise ConfigError(f"the networks cannot be built: {error}") from error
+        return open_first_stage(self.config, networks, reader)
+
     def initial_names(self, names: Iterable[str]) -> dict[str, str]:
         """The student's backbone; the teacher's averages follow."""
-        return {f"student.backbone.{name}": name for name in names}
+        return {f"{BACKBONE}{name}": name for name in names}
 
     def open_stream(self) -> Stream:
         """Image-text pairs and categorised images from WebDataset shards.

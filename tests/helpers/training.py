@@ -28,6 +28,9 @@ class RandomStream:
 
     epoch_samples = 64
 
+    def __init__(self, image_size: int = 64) -> None:
+        self.image_size = image_size
+
     def loader(
         self,
         *,
@@ -41,7 +44,7 @@ class RandomStream:
     ) -> Iterator[Batch]:
         position = start + rank * micro_batch
         while end is None or position < end:
-            yield random_batch(micro_batch, start=position)
+            yield random_batch(micro_batch, start=position, image_size=self.image_size)
             position += micro_batch * world_size
 
 
@@ -59,7 +62,7 @@ def open_small(
     that rank 0 traces the step, which takes longer than to train, and all others wait.
     """
     config = small_config(folder, overrides)
-    stream = RandomStream()
+    stream = RandomStream(config.data.image_size)
     speed = session._speed if measured else lambda *_, **__: None
     with mock.patch.object(session, "_speed", speed):
         return session.open_run(
