@@ -97,7 +97,7 @@ class FrozenTeacher(Node):
     options: dict[str, Any] = {}
     """Arguments of the network; they override those that its file says."""
     image_size: Count | None = None
-    """Side that it sees images at, in pixels; null: `data.image_size`."""
+    """Side that it sees images at, in pixels, in every step; null: `data.image_size`."""
     mean: tuple[float, float, float] | None = None
     """Of each channel of its images, from 0 to 1; null: as its file says, else timm, else
     `data.mean`.

@@ -195,7 +195,7 @@ def open_run(
 
 
 def _speed(task: Task, world: World, *, write: bool) -> Speed:
-    flops = remembered_flops(task.config.run_folder, task.config, task.flops, write=write)
+    flops = remembered_flops(task.config.run_folder, task.config, task.flops_by_kind, write=write)
     return Speed(flops, peak_flops(world.device, task.config.engine.precision))
 
 

@@ -98,6 +98,7 @@ class Task(ABC):
         built_whole: networks cannot be built partitioned (those of transformers write to weights
             while they are built); every rank builds them in host memory.
         averages: keep a moving average of all weights, which `evaluate` uses.
+        kind: of the step under way, where steps differ in what a sample costs.
         picture: name of a picture that `prepare` draws into the run folder in the first step.
     """
 
@@ -105,6 +106,7 @@ class Task(ABC):
     built_whole = False
     averages = False
     picture: str | None = None
+    kind: str = ""
 
     def __init__(self, config: RunConfig) -> None:
         self.config = config
@@ -138,7 +140,11 @@ class Task(ABC):
 
     @abstractmethod
     def flops(self) -> float:
-        """FLOPs of one sample of a step, without recomputation."""
+        """FLOPs of one sample of a step, without recomputation; the mean over kinds of steps."""
+
+    def flops_by_kind(self) -> Mapping[str, float]:
+        """The same by kind of step (`kind`), where there are several."""
+        return {self.kind: self.flops()}
 
     def require(self, ranks: int) -> None:  # noqa: B027  (most tasks run on any number)
         """Refuse a number of ranks that the task cannot run on.

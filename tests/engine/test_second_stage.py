@@ -1,4 +1,4 @@
-"""A stage at a higher resolution that starts from another run: on other ranks, and its resume."""
+"""A stage at higher resolutions that starts from another run: on other ranks, and its resume."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from helpers.ranks import run_ranks
-from helpers.training import open_small, train, train_and_resume
+from helpers.training import curve, open_small, train, train_and_resume
 from m3i_scale.cluster.launch import World
 from m3i_scale.config import ConfigError
 from m3i_scale.engine.checkpoint import CheckpointReader, complete_checkpoints, extent
@@ -29,7 +29,14 @@ POSITIONS = {"model.decoder.position_grid": 4, "model.backbone.options": VIT | {
 
 def second(first: Path, changes: dict[str, Any] | None = None) -> dict[str, Any]:
     """Overrides of the stage that starts from the run `small` under `first`."""
-    larger = {"model.init": str(first / "small"), "data.image_size": 96}
+    larger = {
+        "model.init": str(first / "small"),
+        "data.image_size": 96,
+        "data.mixed_sizes": [{"size": 64}, {"size": 96}],
+        "optimizer.max_micro_batch": 2,
+        "optimizer.duration": "4 steps",
+        "seed": 1,  # whose last steps are of both sizes
+    }
     return FIRST | larger | POSITIONS | (changes or {})
 
 
@@ -51,7 +58,12 @@ def start_second(world: World, folder: Path, first: str) -> dict[str, Any]:
             wrong += [] if same else [f"{kind}/{name}"]
         wrong += [name] if tensors[f"exp_avg_sq/{name}"].any() else []
     options: dict[str, dict[str, Any]] = {
-        "unsaid": {"model.decoder.position_grid": None, "model.backbone.options": VIT},
+        "unsaid": {
+            "model.decoder.position_grid": None,
+            "model.backbone.options": VIT,
+            "data.mixed_sizes": None,
+        },
+        "vit": {"model.backbone.options": VIT},
         "heads": {"model.text.heads": 2},
         "depth": {"model.text.depth": 2},
         "itself": {"folder": first},
@@ -90,6 +102,8 @@ def test_a_stage_at_a_higher_resolution(tmp_path: Path):
         for line in (
             f"model.init {first / 'small'}\n  loaded ",
             "images of 96 pixels, before 64",
+            "images of 50 % at 64, 50 % at 96 pixels, drawn for each step",
+            "batch 8 = 2 x 2 accumulated x 2 ranks",
             "model.decoder.position_grid: positions of 6 x 6 patches are laid over 4 x 4",
             "model.backbone.options.position_grid: positions of 6 x 6 patches",
             "begin anew: the optimiser's moments",
@@ -99,6 +113,8 @@ def test_a_stage_at_a_higher_resolution(tmp_path: Path):
         for what, words in {
             "unsaid": "trained on 4 x 4 patches and this run has 6 x 6; set "
             "model.decoder.position_grid=4 model.backbone.options.position_grid=4, so that",
+            "vit": "several sizes (data.mixed_sizes) has one grid of positions; set "
+            "model.backbone.options.position_grid=6",
             "heads": "model.text.heads=4; set model.text.heads=4",
             "depth": " parameters differ, for instance text_tower.",
             "itself": "is this run itself",
@@ -111,6 +127,10 @@ def test_a_stage_at_a_higher_resolution(tmp_path: Path):
             assert whole_run[kind].keys() == resumed[kind].keys()
             for name, value in whole_run[kind].items():
                 assert torch.equal(value, resumed[kind][name]), name
+    sizes = curve(folder, "image_size")  # the same in the resumed steps, too
+    assert sizes.keys() == {0, 1, 2, 3}
+    assert set(sizes.values()) == {64.0, 96.0}
+    assert len({sizes[2], sizes[3]}) == 2  # of those that are made twice
     record = json.loads((folder / "small" / "init.json").read_text())
     assert record["checkpoint"] == str(whole)
     assert (record["step"], record["samples"]) == (2, 16)

@@ -228,3 +228,14 @@ def test_texts_tell_predictions_of_their_own_image_apart_in_a_mix(small_tree: di
     both = F.cross_entropy(scores, own, reduction="sum")
     both = both + F.cross_entropy(scores.T, own, reduction="sum")
     torch.testing.assert_close(found, both / 2 / len(view.image), rtol=1e-5, atol=1e-6)
+
+
+def test_a_batch_of_smaller_views_is_that_of_networks_of_its_size(tmp_path: Path):
+    config = small_config(tmp_path, {"data.image_size": 96})
+    model, _ = build(config)
+    smaller = {"data.image_size": 64, "model.decoder.position_grid": 6}
+    other, view = build(small_config(tmp_path, smaller))
+    other.load_state_dict(model.state_dict())
+    (loss, figures), (expected, wanted) = ((m(view)["loss"], m(view)) for m in (model, other))
+    assert torch.equal(loss, expected)
+    assert figures.keys() == wanted.keys()
