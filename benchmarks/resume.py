@@ -113,7 +113,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         ),
         seed=0,
         tokenize=lambda texts: (torch.zeros(len(texts), 32), torch.ones(len(texts), 32)),
-        mask_sampler=lambda rng: rng.random((12, 12)) < 0.5,
+        mask_sampler=lambda rng, size: rng.random((12, 12)) < 0.5,
         lanes=args.lanes,
     )
     built = {

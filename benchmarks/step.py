@@ -37,7 +37,7 @@ from m3i_scale.cluster import launch
 from m3i_scale.cluster.launch import World
 from m3i_scale.config import Config, load_config
 from m3i_scale.integrations.frozen import make_skeletons
-from m3i_scale.profiling.flops import step_flops
+from m3i_scale.profiling.flops import mean_flops, run_flops
 from m3i_scale.profiling.peaks import dense_bf16_peak
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
@@ -260,7 +260,8 @@ def summarise(
     name = torch.cuda.get_device_name() if world.device.type == "cuda" else "cpu"
     images = config.optimizer.global_batch_size * len(seconds) / sum(seconds)
     skeletons = make_skeletons(config)
-    flops = step_flops(config.model, config.objective, config.data.image_size, skeletons)
+    counted = run_flops(config, skeletons)
+    flops = mean_flops(config.data.sizes.values(), counted.values())
     rate = images * flops.model / world.size
     # The peak is that of half-precision products; nothing else can be a share of it.
     peak = dense_bf16_peak(name) if config.engine.precision != "fp32" else None

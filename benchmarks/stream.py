@@ -129,12 +129,13 @@ def stream(
         image_size=SIZE,
         augmentation=Augmentation(views=views, interpolation=interpolation),
     )
+    masks = PatchMask.of(Input(patch=16), SIZE)
     made = Stream(
         data,
         seed=0,
         lanes=1024,
         tokenize=tokenize,
-        mask_sampler=PatchMask.of(Input(patch=16), SIZE),
+        mask_sampler=lambda rng, size: masks(rng),
     )
     return made.loader(start=0, micro_batch=batch, workers=workers)
 

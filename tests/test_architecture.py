@@ -178,7 +178,7 @@ def test_no_module_shadows_another_package():
 def test_the_settings_of_data_are_declared_once():
     """data/, shards/ and transfer/ take the sections of the configuration; they have no others."""
     sections = {name for name, found in vars(m3i_scale.config.data).items() if _is_section(found)}
-    assert sections == {"Source", "Photometric", "Augmentation", "Storage", "Data"}
+    assert sections == {"Source", "Photometric", "Augmentation", "Storage", "MixedSize", "Data"}
     for package, path in modules():
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.ClassDef) and package != "config":

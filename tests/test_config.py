@@ -94,6 +94,13 @@ def test_overrides_are_yaml(file: Path):
         ("optimizer.global_batch_size=many", "optimizer.global_batch_size"),
         ("optimizer.max_micro_batch=3", "multiple of 2"),
         ("data.augmentation.views=1", "set data.augmentation.views: 2"),
+        (
+            "data.mixed_sizes=[{size: 56}, {size: 64}]",
+            "56 is not a multiple of objective.input.patch 16",
+        ),
+        ("data.mixed_sizes=[{size: 128}, {size: 192}]", "set image_size: 192, or add 64"),
+        ("data.mixed_sizes=[{size: 64}, {size: 64}]", "mixed_sizes has a size twice"),
+        ("data.mixed_sizes=[]", "data.mixed_sizes"),
         ("data.image_size=70", "70 is not a multiple of objective.input.patch 16"),
         ("engine.precision=fp8", "engine.precision"),
         ("objective.targets.0.regularisation=none", "without regularisation collapses"),

@@ -108,7 +108,7 @@ def _tokenize(texts: Sequence[str]) -> tuple[Tensor, Tensor]:
     return ids, ids > -1
 
 
-def _mask(rng: np.random.Generator) -> NDArray[np.bool_]:
+def _mask(rng: np.random.Generator, size: int) -> NDArray[np.bool_]:
     return rng.random((2, 2)) < 0.5
 
 

@@ -57,7 +57,7 @@ def train(world: World, folder: Path, task: dict[str, Any]) -> dict[str, Any]:
     torch.backends.cudnn.allow_tf32 = False  # fp32 is compared with a CPU
     config = small_config(folder / task["name"], task["overrides"])
     set_backend(config.engine.kernels)
-    stream = RandomStream()
+    stream = RandomStream(config)
     resume = task.get("resume") or "never"
     run = session.open_run(Pretraining(config), world, stream, epoch_samples=64, resume=resume)
     opened = state(run)

@@ -139,6 +139,15 @@ class Storage(Node):
     """Options of the file systems by protocol, for instance {s3: {endpoint_url: ...}}."""
 
 
+class MixedSize(Node):
+    """One of several sizes of the views."""
+
+    size: Count
+    """Side in pixels."""
+    weight: Positive = 1.0
+    """Share of the steps, relative to the other weights."""
+
+
 class Data(Node):
     """The stream of images, texts and categories."""
 
@@ -146,6 +155,12 @@ class Data(Node):
     """The indexed data sets, mixed by weight."""
     image_size: Count = 224
     """Side of the views in pixels."""
+    mixed_sizes: Annotated[list[MixedSize], Field(min_length=1)] | None = None
+    """Sizes that steps are drawn from: `[{size: 192, weight: 3}, {size: 384}]` trains three of four
+    steps at 192 pixels. Drawn by seed and stream position, one size for all samples of a step. The
+    largest is `image_size`, at which is evaluated and for which exports are. null: all steps at
+    `image_size`.
+    """
     mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
     """Mean of the pixels, RGB from 0 to 1; subtracted."""
     std: tuple[Positive, Positive, Positive] = (0.229, 0.224, 0.225)
@@ -175,4 +190,19 @@ class Data(Node):
             raise ValueError(
                 "some sources have a weight and some have not; give one to all of them or to none"
             )
+        mixed = [one.size for one in self.mixed_sizes or []]
+        if len(set(mixed)) < len(mixed):
+            raise ValueError("mixed_sizes has a size twice; add their weights up")
+        if mixed and max(mixed) != self.image_size:
+            raise ValueError(
+                f"mixed_sizes: the largest is to be image_size, which is {self.image_size}; set "
+                f"image_size: {max(mixed)}, or add {self.image_size}"
+            )
         return self
+
+    @property
+    def sizes(self) -> dict[int, float]:
+        """Sides of the views in pixels, ascending, and their shares of the steps."""
+        mixed = self.mixed_sizes or [MixedSize(size=self.image_size)]
+        whole = sum(one.weight for one in mixed)
+        return {one.size: one.weight / whole for one in sorted(mixed, key=lambda one: one.size)}

@@ -36,6 +36,10 @@ class Decoder(Node):
     """Hidden features of each MLP."""
     head: Literal["zero", "xavier"] = "zero"
     """How the last layer starts."""
+    position_grid: Count | None = None
+    """Rows and columns of patches in which positions are counted, whatever the size of the images:
+    those that a stage before this one was trained on; null: those of `data.image_size`.
+    """
     checkpoint_blocks: bool = False
     """Recompute blocks in the backward pass to save memory."""
 
@@ -93,7 +97,7 @@ class FrozenTeacher(Node):
     options: dict[str, Any] = {}
     """Arguments of the network; they override those that its file says."""
     image_size: Count | None = None
-    """Side that it sees images at, in pixels; null: `data.image_size`."""
+    """Side that it sees images at, in pixels, in every step; null: `data.image_size`."""
     mean: tuple[float, float, float] | None = None
     """Of each channel of its images, from 0 to 1; null: as its file says, else timm, else
     `data.mean`.
@@ -119,7 +123,8 @@ class Model(Node):
     init: PathText | None = None
     """Weights that the backbone starts with: a file of `m3i export`, a file or folder of published
     weights, of timm or transformers, or a name on the Hub (OWNER/NAME); null: drawn from `seed`.
-    A run that has a checkpoint goes on from that.
+    A run folder, or a checkpoint: all networks start with those of that run, the teacher's averages
+    among them. A run that has a checkpoint of its own goes on from that.
     """
     decoder: Decoder = Decoder()
     """The image decoder of dense targets."""

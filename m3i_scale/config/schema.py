@@ -343,11 +343,13 @@ class Config(RunConfig):
                     f"target {target.name!r} has encoder {target.encoder!r}, and there is none; "
                     f"take one of {known}, or describe it in model.frozen_teachers"
                 )
-        if self.data.image_size % self.objective.input.patch:
-            raise ValueError(
-                f"data.image_size {self.data.image_size} is not a multiple of "
-                f"objective.input.patch {self.objective.input.patch}"
-            )
+        for size in self.data.sizes:
+            if size % self.objective.input.patch:
+                key = "data.mixed_sizes" if self.data.mixed_sizes else "data.image_size"
+                raise ValueError(
+                    f"{key} {size} is not a multiple of objective.input.patch "
+                    f"{self.objective.input.patch}"
+                )
         if self.evaluation is not None:
             self._require_networks_of(self.evaluation)
         return self

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -91,6 +92,7 @@ class Part:
     """
 
     views: Tensor | None  # uint8 (1 or 2, b, S, S, 3); None while it is on its way
+    size: int  # S, the same in all parts of a step
     slot: int  # which of the worker's shared buffers holds the views
     arrays: dict[str, NDArray[Any]]
     key: list[str]
@@ -133,6 +135,12 @@ def _join_views(parts: list[Tensor], pin_memory: bool) -> Tensor:
     else:
         joined = empty_views(shape)
     return torch.cat(parts, dim=1, out=joined)
+
+
+def views_in(flat: Tensor, views: int, samples: int, size: int) -> Tensor:
+    """The beginning of uint8 memory (n,) as the views (views, samples, size, size, 3)."""
+    shape = (views, samples, size, size, 3)
+    return flat[: math.prod(shape)].view(shape)
 
 
 def empty_views(shape: Sequence[int]) -> Tensor:
@@ -208,7 +216,7 @@ class SampleBuilder:
         *,
         seed: int,
         tokenize: Callable[[list[str]], tuple[Any, Any]],
-        mask_sampler: Callable[[np.random.Generator], NDArray[np.bool_]],
+        mask_sampler: Callable[[np.random.Generator, int], NDArray[np.bool_]],
     ) -> None:
         self.data, self.indexes, self.order, self.reader = data, indexes, order, reader
         self.sources, self.augmentation = data.sources, data.augmentation
@@ -217,21 +225,25 @@ class SampleBuilder:
         self._draws_captions = any(source.captions for source in data.sources)
 
     def parts(
-        self, blocks: Iterable[NDArray[np.int64]], buffers: Tensor | None = None
+        self,
+        blocks: Iterable[NDArray[np.int64]],
+        sizes: Iterable[int],
+        buffers: Tensor | None = None,
     ) -> Iterator[Part]:
-        """One part per block of positions, in order.
+        """One part per block of positions, in order, its views of the next of the `sizes`.
 
-        With shared `buffers` (slots, views, b, S, S, 3) the views go there, slot after slot, and
-        the parts come without them.
+        With shared `buffers` (slots, bytes) the views go there, slot after slot, and the parts come
+        without them.
         """
         stream = self.reader.stream(self.order.locate(block) for block in blocks)
         before = vars(ReadCount())
-        for number, raws in enumerate(stream):
+        for number, (raws, size) in enumerate(zip(stream, sizes, strict=False)):
+            shape = self.augmentation.views, len(raws), size
             if buffers is None:
-                part = self.part(raws, self._new_views(len(raws)))
+                part = self.part(raws, empty_views((*shape, size, 3)))
             else:
                 slot = number % len(buffers)
-                part = self.part(raws, buffers[slot, :, : len(raws)])
+                part = self.part(raws, views_in(buffers[slot], *shape))
                 part.views, part.slot = None, slot
             after = vars(self.reader.count).copy()  # it reads ahead meanwhile
             part.read = {name: after[name] - before[name] for name in after}
@@ -243,7 +255,8 @@ class SampleBuilder:
         """Decode and augment raw samples; the views are written to `pixels` (views, b, S, S, 3)."""
         position = np.array([raw.position for raw in raws], dtype=np.int64)
         # Drawn for all samples first: between the large work on pixels it would take twice as long.
-        draws, mask, captions = self._draw(position)
+        size = pixels.shape[2]
+        draws, mask, captions = self._draw(position, size)
         texts, categories, keys = list[str | None](), list[int](), list[str]()
         faults = list[Fault]()
         crops: list[list[views.Crop]] = [[] for _ in pixels]
@@ -264,10 +277,10 @@ class SampleBuilder:
             **self._targets(texts, categories),
             **self._photometric(draws),
         }
-        return Part(pixels, 0, arrays, keys, faults)
+        return Part(pixels, size, 0, arrays, keys, faults)
 
     def _draw(
-        self, position: NDArray[np.int64]
+        self, position: NDArray[np.int64], size: int
     ) -> tuple[NDArray[np.float64], NDArray[np.bool_], list[Draw | None]]:
         """What is random at each of b positions: draws (views, b, DRAWS_PER_VIEW), masks, captions.
 
@@ -279,15 +292,10 @@ class SampleBuilder:
         for row, at in zip(draws, position.tolist(), strict=True):
             rng = self.random.at(at)
             rng.random(out=row)
-            masks.append(self.mask_sampler(rng))
+            masks.append(self.mask_sampler(rng, size))
             captions.append((rng.random(), rng.random()) if self._draws_captions else None)
-        mask = np.stack(masks) if masks else self.mask_sampler(self.random.at(0))[None][:0]
+        mask = np.stack(masks) if masks else self.mask_sampler(self.random.at(0), size)[None][:0]
         return draws.swapaxes(0, 1)[: self.augmentation.views], mask, captions
-
-    def _new_views(self, count: int) -> Tensor:
-        size = self.data.image_size
-        shape = (self.augmentation.views, count, size, size, 3)
-        return empty_views(shape)
 
     def _view(self, out: Tensor, image: Tensor, draws: list[float]) -> views.Crop:
         height, width, _ = image.shape

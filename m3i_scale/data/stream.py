@@ -26,10 +26,11 @@ from m3i_scale.config import Data, Source
 from m3i_scale.data.bad_sample import NO_CAPTION_IN
 from m3i_scale.data.batch import Batch
 from m3i_scale.data.index import Index
-from m3i_scale.data.make import BadSampleLimit, Part, SampleBuilder, collate
+from m3i_scale.data.make import BadSampleLimit, Part, SampleBuilder, collate, views_in
 from m3i_scale.data.members import kind_of, kinds_of
 from m3i_scale.data.order import Mixture, Order, SourceOrder, chunk_samples, integer_weights
 from m3i_scale.data.reader import ShardReader
+from m3i_scale.data.step_sizes import StepSizes
 from m3i_scale.data.storage import StorageClient, StorageError
 from m3i_scale.data.workers import begin_worker
 
@@ -50,7 +51,9 @@ class Stream:
             seed. The global batch in samples makes every read sequential for every rank
             (`Config.lanes`).
         tokenize: list of B captions -> (ids (B, L), mask (B, L)); runs in the workers.
-        mask_sampler: numpy Generator -> bool (gh, gw), one draw per sample; runs in the workers.
+        mask_sampler: numpy Generator, side of the views -> bool (gh, gw), one draw per sample; runs
+            in the workers.
+        batch: samples of an optimiser step, for `data.mixed_sizes`; a loader's `start` begins one.
         storage: what reads the shards; None for a client of `data.storage`.
         window_bytes: read-ahead of one worker.
         read_threads: concurrent reads of one worker.
@@ -66,12 +69,14 @@ class Stream:
         seed: int,
         lanes: int,
         tokenize: Callable[[list[str]], tuple[Any, Any]],
-        mask_sampler: Callable[[np.random.Generator], NDArray[np.bool_]],
+        mask_sampler: Callable[[np.random.Generator, int], NDArray[np.bool_]],
+        batch: int | None = None,
         storage: StorageClient | None = None,
         window_bytes: int = 32 * MIB,
         read_threads: int = 4,
     ) -> None:
         self.data, self.sources = data, data.sources
+        self.sizes = StepSizes(data, seed, batch)
         self.storage = storage or StorageClient(data.storage)
         self.indexes = [open_index(source, self.storage) for source in self.sources]
         self.order = _build_order(data, self.indexes, seed, lanes)
@@ -101,10 +106,9 @@ class Stream:
                 f"model.categories to {largest + 1} or more (it is {categories})"
             )
 
-    def view_shape(self, samples: int) -> tuple[int, ...]:
-        """Shape of the views of that many samples: (views, samples, S, S, 3)."""
-        size = self.data.image_size
-        return (self.data.augmentation.views, samples, size, size, 3)
+    def view_bytes(self, samples: int) -> int:
+        """Bytes of the views of that many samples at the largest size."""
+        return self.data.augmentation.views * samples * 3 * self.sizes.largest**2
 
     def describe(self) -> dict[str, dict[str, int | float | str]]:
         """Per source: kind, samples, shards, bytes and share of the stream."""
@@ -277,6 +281,10 @@ class Slices:
             yield np.arange(first + low, max(stop, first + low), dtype=np.int64)
             first += self.world_size * self.micro_batch
 
+    def sizes(self, sizes: StepSizes) -> Iterator[int]:
+        """The side of the views of each micro-batch."""
+        return sizes.of_micro_steps(self.start, self.world_size * self.micro_batch)
+
 
 class _Feed(IterableDataset):
     """What runs in one worker process: its blocks of positions, made into parts."""
@@ -288,7 +296,8 @@ class _Feed(IterableDataset):
         info = get_worker_info()
         worker, workers = (info.id, info.num_workers) if info else (0, 1)
         buffers = None if self.buffers is None else self.buffers[worker]
-        return self.stream.maker().parts(self.slices.blocks(worker, workers), buffers)
+        blocks, sizes = self.slices.blocks(worker, workers), self.slices.sizes(self.stream.sizes)
+        return self.stream.maker().parts(blocks, sizes, buffers)
 
 
 class Loader:
@@ -324,7 +333,7 @@ class Loader:
         # A worker is asked for part n + _PREFETCH when part n is taken, so with one slot more than
         # that it never writes over a part that is not collated yet.
         largest = -(-self.slices.micro_batch // self.workers)
-        shape = (self.workers, _PREFETCH + 1, *self.stream.view_shape(largest))
+        shape = (self.workers, _PREFETCH + 1, self.stream.view_bytes(largest))
         buffers = torch.empty(shape, dtype=torch.uint8).share_memory_()
         loader = DataLoader(
             _Feed(self.stream, self.slices, buffers),
@@ -335,7 +344,8 @@ class Loader:
             worker_init_fn=begin_worker,
         )
         for number, part in enumerate(loader):
-            part.views = buffers[number % self.workers, part.slot, :, : len(part)]
+            flat = buffers[number % self.workers, part.slot]
+            part.views = views_in(flat, self.stream.data.augmentation.views, len(part), part.size)
             yield part
 
     def _note(self, part: Part) -> None:

@@ -286,7 +286,7 @@ def _speed(run: Run, started: float) -> dict[str, float]:
     # The figures were read from the device, and the momentum update waited for it.
     seconds = time.perf_counter() - started
     rate = run.split.batch / seconds
-    machine = run.speed.values(rate, run.world.size) if run.speed else {}
+    machine = run.speed.values(rate, run.world.size, run.task.kind) if run.speed else {}
     return {"images_per_second": rate, "step_seconds": seconds, **machine}
 
 

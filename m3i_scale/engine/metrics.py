@@ -12,7 +12,7 @@ import resource
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -162,12 +162,12 @@ def _summary(values: dict[str, float]) -> str:
 class Speed(NamedTuple):
     """What throughput is measured by."""
 
-    flops: float  # per sample of one step, without recomputation (`flops.Flops.model`)
+    flops: Mapping[str, float]  # of a sample, without recomputation, by kind of step
     peak: float | None  # FLOP/s that one rank's device could make, where it is known
 
-    def values(self, samples_per_second: float, ranks: int) -> dict[str, float]:
+    def values(self, samples_per_second: float, ranks: int, kind: str = "") -> dict[str, float]:
         """TFLOP/s of a rank, and the share of the peak (model FLOPs utilisation)."""
-        rate = samples_per_second * self.flops / ranks
+        rate = samples_per_second * self.flops[kind] / ranks
         share = {"machine/mfu": rate / self.peak} if self.peak else {}
         return {"machine/tflops_per_rank": rate / 1e12} | share
 

@@ -1,6 +1,6 @@
 """A figure that takes seconds to work out and is the same at every restart of a run.
 
-flops.json      FLOPs of a sample, and a hash of what they follow from
+flops.json      FLOPs of a sample by kind of step, and a hash of what they follow from
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ import contextlib
 import hashlib
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from m3i_scale import __version__
@@ -21,9 +21,9 @@ FLOPS = "flops.json"
 
 
 def remembered_flops(
-    folder: Path, config: Node, count: Callable[[], float], *, write: bool = True
-) -> float:
-    """FLOPs of a sample as `count` gives them, from the run folder where it has counted them.
+    folder: Path, config: Node, count: Callable[[], Mapping[str, float]], *, write: bool = True
+) -> dict[str, float]:
+    """FLOPs of a sample by kind of step as `count` gives them, from the run folder if it has them.
 
     Args:
         folder: of the run.
@@ -37,11 +37,15 @@ def remembered_flops(
     with contextlib.suppress(*UNREADABLE):
         known = json.loads(path.read_text())
         flops = known["flops"]
-        if known["of"] == key and isinstance(flops, float) and 0 <= flops < math.inf:
-            return flops
-    flops = float(count())
+        if known["of"] == key and flops and all(map(_is_count, flops.values())):
+            return dict(flops)
+    flops = dict(count())
     if write:
         with contextlib.suppress(OSError):  # the next start counts again
             folder.mkdir(parents=True, exist_ok=True)
             write_whole(path, json.dumps({"flops": flops, "of": key}))
     return flops
+
+
+def _is_count(value: object) -> bool:
+    return isinstance(value, float) and 0 <= value < math.inf

@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 
 from m3i_scale.cluster.launch import RankError, World, from_rank_0, gather_objects
 from m3i_scale.config import ConfigError, Duration, RunConfig
-from m3i_scale.engine import agreement, run_folder
+from m3i_scale.engine import agreement, run_folder, stages
 from m3i_scale.engine.checkpoint import CheckpointReader
 from m3i_scale.engine.events import EventLog, Start, new_name
 from m3i_scale.engine.lineage import Lineage
@@ -25,7 +25,7 @@ from m3i_scale.engine.metrics import (
     write_provenance,
 )
 from m3i_scale.engine.remembered import remembered_flops
-from m3i_scale.engine.saver import Saver, newest_good
+from m3i_scale.engine.saver import Saver, any_rank, newest_good
 from m3i_scale.engine.schedules import make_schedule, split_batch
 from m3i_scale.engine.state import restore, start_from
 from m3i_scale.engine.stop import StopFlag
@@ -161,7 +161,7 @@ def open_run(
         _compare(
             reader, stated["order"], accept, task.moved(reader.state, split, world.size), world
         )
-    weights = _open_initial(task, world) if reader is None else None
+    weights, started = _open_initial(task, world) if reader is None else (None, {})
     write = write and (reader is None or reader.state["step"] < schedule.total)
     if events is not None and write:
         events.start()
@@ -193,7 +193,7 @@ def open_run(
         reader.close()
         log.info("resumed from %s at step %d", reader.path, run.progress.step)
     if weights is not None:
-        start_from(weights, sharded, task.initial_names(weights.names))
+        start_from(weights, sharded, started)
         log.info("started from %s: %s", task.init, "; ".join(weights.lines()))
     if write:  # else there is nothing to do
         begin(run)
@@ -201,13 +201,23 @@ def open_run(
 
 
 def _speed(task: Task, world: World, *, write: bool) -> Speed:
-    flops = remembered_flops(task.config.run_folder, task.config, task.flops, write=write)
+    flops = remembered_flops(task.config.run_folder, task.config, task.flops_by_kind, write=write)
     return Speed(flops, peak_flops(world.device, task.config.engine.precision))
 
 
-def _open_initial(task: Task, world: World) -> InitialWeights | None:
-    """The weights to start from (a collective)."""
-    return None if task.init is None else _rank_0_first(task.open_initial, Path(task.init), world)
+def _open_initial(task: Task, world: World) -> tuple[InitialWeights | None, Mapping[str, str]]:
+    """Weights to start from, and names of parameters with what they are called there (collective).
+
+    Those of a run are of all its networks, all others of a backbone.
+    """
+    if task.init is None:
+        return None, {}
+    path = Path(task.init)
+    if any_rank(stages.is_run(path), world):
+        stage = task.open_stage(stages.open_run(path, task.config.run_folder, world))
+        return stage, {name: name for name in stage.names}
+    weights = _rank_0_first(task.open_initial, path, world)
+    return weights, task.initial_names(weights.names)
 
 
 def _load_frozen(task: Task, world: World) -> None:

@@ -155,7 +155,7 @@ def start_from(initial: InitialWeights, sharded: Sharded, names: Mapping[str, st
         for name, parameter, view in parts if kind in ("weight", "teacher") else ():
             if name in names:
                 own = sharded.shards.extent(parameter)
-                view.copy_(initial.tensor(names[name]).flatten()[own.start : own.stop])
+                view.copy_(initial.part(kind, names[name], own.start, own.stop))
     sharded.shards.publish()
     if sharded.teacher is not None:
         sharded.teacher.publish()

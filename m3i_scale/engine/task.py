@@ -14,8 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from m3i_scale.cluster.launch import World
-from m3i_scale.config import RunConfig
+from m3i_scale.config import ConfigError, RunConfig
 from m3i_scale.config.evaluation import Evaluation
+from m3i_scale.engine.checkpoint import CheckpointReader
 from m3i_scale.engine.schedules import BatchSplit, Schedule
 from m3i_scale.objective.figures import figure
 
@@ -41,15 +42,18 @@ class Stream(Protocol):
 
 
 class InitialWeights(Protocol):
-    """Weights that networks start with (`m3i_scale.integrations.initial.Initial`)."""
+    """Weights that networks start with: `integrations.initial.Initial`, or a stage before."""
 
     @property
     def names(self) -> Iterable[str]:
-        """Parameters of the backbone that there are weights for."""
+        """Parameters that there are weights for, as the weights call them."""
         ...
 
-    def tensor(self, name: str) -> Tensor:
-        """Whole, float32, on the CPU."""
+    def part(self, kind: str, name: str, start: int, stop: int) -> Tensor:
+        """Elements `[start, stop)` of a flattened parameter, float32, on the CPU.
+
+        Of kind "weight", or of kind "teacher" the moving average that it starts with.
+        """
         ...
 
     def lines(self) -> list[str]:
@@ -95,6 +99,7 @@ class Task(ABC):
             while they are built); every rank builds them in host memory.
         averages: keep a moving average of all weights, which `evaluate` uses.
         precomputes: `precompute` has something to do.
+        kind: of the step under way, where steps differ in what a sample costs.
         picture: name of a picture that `prepare` draws into the run folder in the first step.
     """
 
@@ -103,6 +108,7 @@ class Task(ABC):
     averages = False
     precomputes = False
     picture: str | None = None
+    kind: str = ""
 
     def __init__(self, config: RunConfig) -> None:
         self.config = config
@@ -136,7 +142,11 @@ class Task(ABC):
 
     @abstractmethod
     def flops(self) -> float:
-        """FLOPs of one sample of a step, without recomputation."""
+        """FLOPs of one sample of a step, without recomputation; the mean over kinds of steps."""
+
+    def flops_by_kind(self) -> Mapping[str, float]:
+        """The same by kind of step (`kind`), where there are several."""
+        return {self.kind: self.flops()}
 
     def require(self, ranks: int) -> None:  # noqa: B027  (most tasks run on any number)
         """Refuse a number of ranks that the task cannot run on.
@@ -175,6 +185,13 @@ class Task(ABC):
             ConfigError: it cannot be read, or does not fit.
         """
         raise NotImplementedError
+
+    def open_stage(self, reader: CheckpointReader) -> InitialWeights:
+        """As `open_initial`, where `init` names a run, of which this is a checkpoint."""
+        raise ConfigError(
+            f"model.init {self.init} is a run, and this task starts from a backbone; export it "
+            "(m3i export) and name the file"
+        )
 
     def initial_names(self, names: Iterable[str]) -> dict[str, str]:
         """Parameters of the networks, and of those in the initial weights they start as."""

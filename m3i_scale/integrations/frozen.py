@@ -387,7 +387,8 @@ def _wrapped(source: Opened, network: nn.Module, data: Data, widths: _Widths) ->
         network,
         Normalisation(data.mean, data.std),
         source.normal,
-        image_size=source.spec.image_size,
+        # One size, whatever that of a step is.
+        image_size=source.spec.image_size or (data.image_size if data.mixed_sizes else None),
         width=widths.tokens,
         pooled_width=widths.pooled,
     )

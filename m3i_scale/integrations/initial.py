@@ -76,6 +76,10 @@ class Initial:
         """The weights of one parameter, float32 on the CPU."""
         return self.entries[name].load().float()
 
+    def part(self, kind: str, name: str, start: int, stop: int) -> Tensor:
+        """Elements `[start, stop)` of the same, flattened; averages start with the weights."""
+        return self.tensor(name).flatten()[start:stop]
+
     def lines(self) -> list[str]:
         """The report of what is loaded and what is new."""
         elements = sum(torch.Size(entry.shape).numel() for entry in self.entries.values())
@@ -288,7 +292,7 @@ def _notes(
                 f"model.backbone.options.position_grid={rows}, so that positions are rescaled"
             )
         if "pos_embed" in entries:
-            notes.append(vit_names.compare_positions(entries))
+            notes.append(vit_names.compare_positions(entries, ours["position_grid"]))
         if "cls_token" in entries:
             notes.append("its class token took part in attention; this ViT has none")
     if not stored.config and "backbone" not in stored.metadata:

@@ -52,9 +52,14 @@ def _joined(parts: list[Entry]) -> Entry:
     return Entry(shape, lambda: torch.cat([part.load() for part in parts]))
 
 
-def compare_positions(entries: Mapping[str, Entry]) -> str:
-    """How the stored position embedding differs from the computed one, as a sentence."""
-    if _positions_are(entries, exchanged=False):
+def compare_positions(entries: Mapping[str, Entry], trained_side: int | None = None) -> str:
+    """How the stored position embedding differs from the computed one, as a sentence.
+
+    That is of the stored grid, or laid over one of `trained_side` rows and columns.
+    """
+    if any(
+        _positions_are(entries, exchanged=False, trained_side=side) for side in (None, trained_side)
+    ):
         return "its positions are those that this ViT computes"
     if has_x_first(entries):
         return (
@@ -69,14 +74,16 @@ def has_x_first(entries: Mapping[str, Entry]) -> bool:
     return _positions_are(entries, exchanged=True)
 
 
-def _positions_are(entries: Mapping[str, Entry], *, exchanged: bool) -> bool:
+def _positions_are(
+    entries: Mapping[str, Entry], *, exchanged: bool, trained_side: int | None = None
+) -> bool:
     """Whether `pos_embed` (1, T, D), after class and other tokens, is the computed one."""
     if "pos_embed" not in entries or len(entries["pos_embed"].shape) != 3:
         return False
     stored = entries["pos_embed"].load()[0].float()
     tokens, width = stored.shape
     side = int(tokens**0.5)
-    own = grid_embedding((side, side), width)
+    own = grid_embedding((side, side), width, trained_side=trained_side)
     if exchanged:
         own = own.roll(width // 2, 1)
     return torch.allclose(stored[tokens - side * side :], own, atol=1e-3)

@@ -96,8 +96,21 @@ def grid_embedding(
     With `trained_side` the grid is laid over one of that many rows and columns, which a network
     was trained on: it sees the coordinates that it knows, in finer steps where h, w are larger.
     """
-    positions = grid_positions(grid, device)[:, :2]
+    positions = grid_positions(grid, device)
     if trained_side is not None:
-        axes = zip(positions.unbind(1), grid, strict=True)
-        positions = torch.stack([(at + 0.5) * (trained_side / n) - 0.5 for at, n in axes], 1)
-    return sincos_embedding(positions, width // 2).flatten(-2)
+        positions = on_trained_grid(positions, grid, trained_side)
+    return sincos_embedding(positions[:, :2], width // 2).flatten(-2)
+
+
+def on_trained_grid(positions: Tensor, grid: Grid, side: int) -> Tensor:
+    """Positions (..., 4) in patches of a grid (h, w), in those of one of side x side patches.
+
+    Both grids cover the same view: patches of another resolution lie between the coordinates that
+    a network was trained on. Sizes of target patches are shares of patches of the input view,
+    which are the same at every resolution.
+    """
+    if grid == (side, side):
+        return positions  # to the bit
+    y, x, *scales = positions.unbind(-1)
+    rescaled = [(at + 0.5) * (side / n) - 0.5 for at, n in zip((y, x), grid, strict=True)]
+    return torch.stack([*rescaled, *scales], -1)

@@ -21,6 +21,7 @@ from m3i_scale.models.category_head import CategoryHead
 from m3i_scale.models.frozen import FrozenEncoder
 from m3i_scale.models.heads import Temperature
 from m3i_scale.models.layers import XavierLinear, residual_blocks
+from m3i_scale.models.positions import Grid
 from m3i_scale.models.stochastic_depth import hash_keys
 from m3i_scale.models.text_tower import TextTower
 from m3i_scale.objective.balance import GradientProbe
@@ -70,7 +71,7 @@ class M3I(Predictors):
     Args:
         model: sizes of the networks.
         objective: input corruption and target groups.
-        image_size: side of the square views, in pixels.
+        image_size: side of the square views, in pixels; a batch of smaller views runs, too.
         frozen: the frozen teachers that targets name. They stay outside of the tree of modules:
             no engine shards, trains or saves them. None where nothing is trained or predicted:
             what predicts their targets is left out, too.
@@ -100,10 +101,11 @@ class M3I(Predictors):
         backbone = self.student.backbone
         if not objective.pooled:
             backbone.pooling.requires_grad_(False)
-        self.grid: tuple[int, int] = backbone.grid_size(image_size, image_size)
+        self.grid = backbone.grid_size(image_size, image_size)
+        self.position_side = model.decoder.position_grid or self.grid[0]
         self.tokens_per_patch = count_tokens_per_patch(objective.input.patch, backbone.stride)
-        self.hidden_tokens = count_hidden_tokens(objective.input, image_size, self.tokens_per_patch)
-        self.stride: int = backbone.stride
+        count_hidden_tokens(objective.input, image_size, self.tokens_per_patch)  # it is possible
+        self.stride = backbone.stride
         self._add_image_heads(model)
         if "text" in wanted:
             assert model.text is not None  # Config refuses a text target without model.text
@@ -269,16 +271,16 @@ class M3I(Predictors):
         """Encode clean views, all in one pass: sharded weights are gathered once."""
         image = torch.cat([mixed.clean(view) for view in views])
         if encoder not in ("teacher", "student"):
-            return self._encode_frozen(encoder, image, len(views))
+            return self._encode_frozen(encoder, image, len(views), self.grid_of(mixed))
         networks = self.teacher if encoder == "teacher" else self.student
         with torch.set_grad_enabled(torch.is_grad_enabled() and self._trains_targets(encoder)):
             keys = torch.cat([_draw_key(mixed, "target", view) for view in views])
             parts = networks.encode(image, keys)
         return _by_view(parts, len(views))
 
-    def _encode_frozen(self, name: str, image: Tensor, views: int) -> list[Encoding]:
+    def _encode_frozen(self, name: str, image: Tensor, views: int, grid: Grid) -> list[Encoding]:
         """What a frozen teacher says of images (V * B, 3, H, W), for the groups that ask for it."""
-        tokens, pooled = self.frozen[name](image, self.grid)
+        tokens, pooled = self.frozen[name](image, grid)
         asked = {not t.pooled for t in self.objective.targets if t.frozen and t.encoder == name}
         parts = Encoding(tokens if True in asked else None, pooled, None)
         return _by_view(parts if False in asked else parts._replace(pooled=None), views)
@@ -302,9 +304,9 @@ class M3I(Predictors):
 
     def roles(self, mixed: MixedBatch, shown: View = "a") -> dict[str, Role]:
         """Which tokens show image i and which image j, in the input that shows this view of i."""
-        return find_roles(
-            mixed, shown, self.objective.input, self.hidden_tokens, self.tokens_per_patch
-        )
+        spec, size = self.objective.input, mixed.clean_a.shape[-1]
+        hidden = count_hidden_tokens(spec, size, self.tokens_per_patch)
+        return find_roles(mixed, shown, spec, hidden, self.tokens_per_patch)
 
     def _pair(
         self,
@@ -339,7 +341,7 @@ class M3I(Predictors):
             others = None if others is None else others[role.sample]
             masked = self.objective.masked_positions(target)
             chosen, present = choose_patches(
-                target, role, view, mixed, self.grid, z_x, others, masked=masked
+                target, role, view, mixed, self.grid_of(mixed), z_x, others, masked=masked
             )
         if predict:
             assert z_x is not None

@@ -6,6 +6,8 @@ vectors; temperatures, queues and centres.
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor, nn
 
 from m3i_scale.config import Boltzmann, Gaussian, Model, Objective, Sigmoid, Target
@@ -13,7 +15,7 @@ from m3i_scale.models.frozen import FrozenEncoder
 from m3i_scale.models.heads import MLP, Temperature
 from m3i_scale.models.image_decoder import ImageDecoder
 from m3i_scale.models.layers import HEADS, XavierLinear
-from m3i_scale.models.positions import relative_positions
+from m3i_scale.models.positions import Grid, on_trained_grid, relative_positions
 from m3i_scale.objective.centre import RunningCentre
 from m3i_scale.objective.encoder import Encoder
 from m3i_scale.objective.inputs import MixedBatch
@@ -28,9 +30,15 @@ class Predictors(nn.Module):
     objective: Objective
     student: Encoder
     frozen: dict[str, FrozenEncoder]
-    grid: tuple[int, int]
+    grid: Grid
+    position_side: int
     stride: int
     text_projection: XavierLinear
+
+    def grid_of(self, mixed: MixedBatch) -> Grid:
+        """Rows and columns of the patches of a micro-batch's views."""
+        height, width = mixed.clean_a.shape[-2:]
+        return height // self.stride, width // self.stride
 
     def _add_image_heads(self, model: Model) -> None:
         """Decoders of dense targets and predictors: f_psi."""
@@ -40,7 +48,7 @@ class Predictors(nn.Module):
         used = {(t.representation, t.decoder) for t in targets}
         self.decoders = nn.ModuleDict(
             {
-                what: ImageDecoder(backbone.width, **model.decoder.model_dump(), out_width=width)
+                what: ImageDecoder(backbone.width, **_sizes(model), out_width=width)
                 for what, width in widths.items()
                 if (what, "transformer") in used
             }
@@ -75,8 +83,7 @@ class Predictors(nn.Module):
             elif target.decoder == "linear":
                 parts[name] = HEADS[model.decoder.head](backbone.width, width)
             else:
-                settings = model.decoder.model_dump()
-                parts[name] = ImageDecoder(backbone.width, **settings, out_width=width)
+                parts[name] = ImageDecoder(backbone.width, **_sizes(model), out_width=width)
 
     def _predictor_of(self, target: Target) -> tuple[nn.ModuleDict, str]:
         """Where a dense group's decoder, or a frozen teacher's group's predictor, is."""
@@ -135,14 +142,16 @@ class Predictors(nn.Module):
         if target.tokenwise:
             return self._predict_tokenwise(target, features, role)
         crop = mixed.crop(role.view, role.sample)
-        own = relative_positions(*crop, *crop, self.grid)  # (B, N, 4)
+        grid = self.grid_of(mixed)
+        own = relative_positions(*crop, *crop, grid)  # (B, N, 4)
         wanted = own
         if target.view == "other":
             other = mixed.crop(target_view("other", role.view), role.sample)
-            wanted = relative_positions(*crop, *other, self.grid)
+            wanted = relative_positions(*crop, *other, grid)
         elif self.objective.masked_positions(target):
             wanted = take(wanted, role.hidden)
         parts, name = self._predictor_of(target)
+        own, wanted = (on_trained_grid(at, grid, self.position_side) for at in (own, wanted))
         return parts[name](take(features, role.visible), take(own, role.visible), wanted)
 
     def _predict_tokenwise(self, target: Target, features: Tensor, role: Role) -> Tensor:
@@ -170,3 +179,8 @@ class Predictors(nn.Module):
     def predict_text(self, pooled: Tensor) -> Tensor:
         """z_hat_y of a text target, unit length (B, T), from the image's pooled tokens (B, E)."""
         return normalise(self.text_projection(pooled), "l2")
+
+
+def _sizes(model: Model) -> dict[str, Any]:
+    """What an image decoder is built with; positions are rescaled outside of it."""
+    return model.decoder.model_dump(exclude={"position_grid"})

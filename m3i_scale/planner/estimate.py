@@ -26,7 +26,7 @@ from m3i_scale.planner.gpus import Gpu
 from m3i_scale.planner.sizes import Flow, Traffic, Widths, averaged_weights, shard
 from m3i_scale.planner.state import activations, lasting_memory, owned_elements, refresh_size
 from m3i_scale.planner.zero3_replay import Gathers, Replay, Settings, uses
-from m3i_scale.profiling.flops import Flops, flops_of
+from m3i_scale.profiling.flops import Flops, flops_of, mean_flops
 from m3i_scale.profiling.record import Trace
 from m3i_scale.profiling.trace import trace
 
@@ -85,7 +85,8 @@ class Plan:
     update: float  # bytes per GPU of temporaries in the update, or where samples are compared
     waiting_parameters: float  # bytes per GPU, gathered, between forward and backward
     flow: Flow
-    flops: Flops
+    flops: Flops  # the mean over steps
+    sizes: tuple[tuple[float, Flops], ...]  # of steps of one size of images, with their shares
     work: host.Work  # of the host
     checkpoint: float  # bytes on disk
 
@@ -117,8 +118,11 @@ class Plan:
     @property
     def on_device(self) -> float:
         """Seconds of a step in which GPUs compute, or wait for their links."""
-        hidden = self.assumed.overlap * self.computing
-        return self.computing + max(0.0, self.communicating - hidden)
+        return sum(share * self._on_device(flops) for share, flops in self.sizes)
+
+    def _on_device(self, flops: Flops) -> float:
+        computing = self.computing * flops.hardware / self.flops.hardware
+        return computing + max(0.0, self.communicating - self.assumed.overlap * computing)
 
     @property
     def on_host(self) -> float:
@@ -128,7 +132,7 @@ class Plan:
     @property
     def step(self) -> float:
         """Seconds of a step: the host runs ahead of the device, or the device waits for it."""
-        return max(self.on_device, self.on_host)
+        return sum(share * max(self._on_device(f), self.on_host) for share, f in self.sizes)
 
     @property
     def limited_by_host(self) -> bool:
@@ -143,15 +147,27 @@ class Plan:
 
 
 def trace_of(config: Config, *, kernels: bool = False) -> Trace:
-    """What `trace` finds out about a configuration's networks; `kernels` as there."""
-    return trace(
-        config.model,
-        config.objective,
-        config.data.image_size,
-        make_skeletons(config),
-        precision=config.engine.precision,
-        kernels=kernels,
-    )
+    """What `trace` finds out about a configuration's networks; `kernels` as there.
+
+    At the largest size of `data.mixed_sizes`; `Trace.smaller` has the others.
+    """
+    skeletons, precision = make_skeletons(config), config.engine.precision
+
+    def at(size: int) -> Trace:
+        return trace(
+            config.model, config.objective, size, skeletons, precision=precision, kernels=kernels
+        )
+
+    *smaller, largest = config.data.sizes
+    found = at(largest)
+    found.smaller = [(config.data.sizes[size], at(size)) for size in smaller]
+    if smaller:
+        shares = ", ".join(f"{100 * s:.3g} % at {n}" for n, s in config.data.sizes.items())
+        found.title = f"{config.model.backbone.name}, {shares} pixels"
+        found.notes = (
+            *found.notes, f"memory is that of a step at {largest} pixels, FLOPs and time the mean",
+        )  # fmt: skip
+    return found
 
 
 def make_plan(
@@ -199,7 +215,11 @@ def make_plan(
     wait = two_passes.waiting(config, traced, cluster.ranks, batch)
     kept = {"embeddings of the batch": wait.embeddings, "teacher's encodings": wait.encodings}
     passing |= {name: size for name, size in kept.items() if size}
-    flops, twice = flops_of(traced), config if two_passes.runs_twice(config, batch) else None
+    twice = config if two_passes.runs_twice(config, batch) else None
+    sizes = [*traced.smaller, (1 - sum(share for share, _ in traced.smaller), traced)]
+    counted = [two_passes.with_first_pass(flops_of(t), twice) if twice else flops_of(t)
+               for _, t in sizes]  # fmt: skip
+    shares = [share for share, _ in sizes]
     first_visits = two_passes.first_pass_visits(twice, traced) if twice else 0
     if engine.zero.stage == 3:
         bucket = min(int(deepspeed["zero_optimization"]["reduce_bucket_size"]), trained)
@@ -227,7 +247,8 @@ def make_plan(
         update=max(update, refresh * widths.compute, sum(wait)),
         flow=flow,
         waiting_parameters=flow.waiting * widths.compute,
-        flops=two_passes.with_first_pass(flops, twice) if twice else flops,
+        flops=mean_flops(shares, counted),
+        sizes=tuple(zip(shares, counted, strict=True)),
         work=host.step_work(
             traced,
             ranks=cluster.ranks,

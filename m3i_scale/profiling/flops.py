@@ -9,11 +9,11 @@ point and channel (four for the bilinear reading, one for the weight).
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from m3i_scale.config import Model, Objective
+from m3i_scale.config import Config, Model, Objective
 from m3i_scale.models.frozen import FrozenEncoder
 from m3i_scale.profiling.record import Trace
 from m3i_scale.profiling.trace import trace
@@ -72,6 +72,29 @@ def step_flops(
         ValueError: the networks cannot be built.
     """
     return flops_of(trace(model, objective, image_size, frozen, precision="bf16", kernels=False))
+
+
+def run_flops(
+    config: Config, frozen: Mapping[str, FrozenEncoder] | None = None
+) -> dict[int, Flops]:
+    """`step_flops` of a run's steps by the side of their views (`data.mixed_sizes`).
+
+    Arguments and errors as of `step_flops`.
+    """
+    return {
+        size: step_flops(config.model, config.objective, size, frozen) for size in config.data.sizes
+    }
+
+
+def mean_flops(shares: Iterable[float], flops: Iterable[Flops]) -> Flops:
+    """The mean over steps of several kinds, of which each has a share."""
+    parts: dict[str, PartFlops] = {}
+    for share, one in zip(shares, flops, strict=True):
+        for name, part in one.parts.items():
+            before = parts.get(name, PartFlops(0.0, 0.0, 0.0))
+            sums = (a + share * b for a, b in zip(before, part, strict=True))
+            parts[name] = PartFlops(*sums)
+    return Flops(parts)
 
 
 def flops_of(traced: Trace) -> Flops:

@@ -83,6 +83,8 @@ class Trace:
     forward: dict[str, float] = field(default_factory=lambda: defaultdict(float))
     backward: dict[str, float] = field(default_factory=lambda: defaultdict(float))
     recomputed: dict[str, float] = field(default_factory=lambda: defaultdict(float))
+    # Traces at smaller sizes of the images, with their shares of the steps.
+    smaller: list[tuple[float, Trace]] = field(default_factory=list)
     title: str = ""  # the networks and their input in a few words
     checkpointing: str = "checkpoint_blocks: true"  # what makes all blocks be recomputed
     notes: tuple[str, ...] = ()  # what the pass stands for

@@ -121,11 +121,11 @@ def _run(sweep: Sweep, chosen: Sequence[Cell]) -> int:
 
 def _flops(cell: Cell) -> float:
     from m3i_scale.integrations.frozen import make_skeletons
-    from m3i_scale.profiling.flops import step_flops
+    from m3i_scale.profiling.flops import mean_flops, run_flops
 
     config = cell.config
-    skeletons = make_skeletons(config)
-    return step_flops(config.model, config.objective, config.data.image_size, skeletons).model
+    counted = run_flops(config, make_skeletons(config))
+    return mean_flops(config.data.sizes.values(), counted.values()).model
 
 
 def _report(sweep: Sweep, grid: Sequence[Cell]) -> int:

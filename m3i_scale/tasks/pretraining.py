@@ -11,11 +11,12 @@ import torch
 from torch import Tensor, nn
 
 from m3i_scale.cluster.launch import World
-from m3i_scale.config import Config, Objective, PretrainingOptimizer
+from m3i_scale.config import Config, ConfigError, Objective, PretrainingOptimizer
 from m3i_scale.config.evaluation import FeatureEvaluation
 from m3i_scale.data import Stream
 from m3i_scale.data.bad_sample import OfOneRank
 from m3i_scale.engine.agreement import flat
+from m3i_scale.engine.checkpoint import CheckpointReader
 from m3i_scale.engine.schedules import BatchSplit, Schedule
 from m3i_scale.engine.task import Pairs, Values
 from m3i_scale.integrations.frozen import Loaded, load, make_skeletons, open_all
@@ -27,11 +28,12 @@ from m3i_scale.objective.inputs import MixedBatch, build_input
 from m3i_scale.objective.m3i import M3I
 from m3i_scale.objective.momentum import ema_coefficient, momentum_by_length, turnovers
 from m3i_scale.objective.step_loss import StepLoss
-from m3i_scale.profiling.flops import step_flops
+from m3i_scale.profiling.flops import Flops, mean_flops, run_flops
 from m3i_scale.tasks.health import Health
 from m3i_scale.tasks.learned import Learned
 from m3i_scale.tasks.mixes import save_mixes
 from m3i_scale.tasks.samples import build_stream
+from m3i_scale.tasks.second_stage import BACKBONE, FirstStage, open_first_stage
 from m3i_scale.tasks.task import SampledTask
 
 
@@ -63,7 +65,17 @@ class Pretraining(SampledTask):
         """Student, teacher, decoder, text tower, heads."""
         config = self.config
         encoders = {name: one.encoder for name, one in self._frozen().items()}
-        return M3I(config.model, config.objective, config.data.image_size, encoders)
+        made = M3I(config.model, config.objective, config.data.image_size, encoders)
+        backbone = made.student.backbone
+        for size in config.data.sizes:
+            backbone.grid_size(size, size)
+        if config.data.mixed_sizes and getattr(backbone, "position_grid", 1) is None:
+            raise ValueError(
+                "a ViT that sees several sizes (data.mixed_sizes) has one grid of positions; set "
+                f"model.backbone.options.position_grid={made.grid[0]}, of {config.data.image_size} "
+                "pixels, or the rows of patches that it starts from"
+            )
+        return made
 
     def load_frozen(self, device: torch.device) -> dict[str, str]:
         """`model.frozen_teachers`, in the precision of the run."""
@@ -103,10 +115,14 @@ class Pretraining(SampledTask):
             "data.mean": data["mean"],
             "data.std": data["std"],
         }
+        if data["mixed_sizes"] is not None:
+            stated["data.mixed_sizes"] = data["mixed_sizes"]
         if config.model.init is not None:
             stated["model.init"] = tree["model"]["init"]
         for name, teacher in self._frozen().items():
             stated |= flat(f"model.frozen_teachers.{name}", teacher.identity)
+        if config.model.decoder.position_grid is not None:
+            stated["model.decoder.position_grid"] = config.model.decoder.position_grid
         stated |= flat("data.augmentation", data["augmentation"])
         for number, source in enumerate(data["sources"]):
             own = {key: value for key, value in source.items() if key not in ("name", "index")}
@@ -130,9 +146,17 @@ class Pretraining(SampledTask):
 
     def flops(self) -> float:
         """Of all networks of the objective."""
-        config = self.config
-        skeletons = make_skeletons(config)
-        return step_flops(config.model, config.objective, config.data.image_size, skeletons).model
+        return mean_flops(self.config.data.sizes.values(), self._flops.values()).model
+
+    def flops_by_kind(self) -> dict[str, float]:
+        """By the side of the views, where there are several."""
+        if self.config.data.mixed_sizes is None:
+            return {self.kind: self.flops()}
+        return {str(size): flops.model for size, flops in self._flops.items()}
+
+    @functools.cached_property
+    def _flops(self) -> dict[int, Flops]:
+        return run_flops(self.config, make_skeletons(self.config))
 
     def facts(self, split: BatchSplit, ranks: int) -> dict[str, Any]:
         """Samples that one softmax compares."""
@@ -159,9 +183,18 @@ class Pretraining(SampledTask):
         """Weights of the backbone."""
         return open_initial(self.config.model)
 
+    def open_stage(self, reader: CheckpointReader) -> FirstStage:
+        """All networks of another run of pre-training."""
+        with torch.random.fork_rng(devices=[]), torch.device("meta"):
+            try:
+                networks = self.networks()
+            except ValueError as error:
+                raise ConfigError(f"the networks cannot be built: {error}") from error
+        return open_first_stage(self.config, networks, reader)
+
     def initial_names(self, names: Iterable[str]) -> dict[str, str]:
         """The student's backbone; the teacher's averages follow."""
-        return {f"student.backbone.{name}": name for name in names}
+        return {f"{BACKBONE}{name}": name for name in names}
 
     def open_stream(self) -> Stream:
         """Image-text pairs and categorised images from WebDataset shards.
@@ -173,7 +206,10 @@ class Pretraining(SampledTask):
         return stream
 
     def notes(self, networks: M3I, split: BatchSplit, ranks: int, total: int) -> Iterator[str]:
-        """Where negatives come from, and how far the teacher moves."""
+        """Sizes, where negatives come from, and how far the teacher moves."""
+        if self.config.data.mixed_sizes is not None:
+            shares = (f"{100 * s:.3g} % at {n}" for n, s in self.config.data.sizes.items())
+            yield f"images of {', '.join(shares)} pixels, drawn for each step"
         if split.accumulation > 1 and self.config.objective.contrastive:
             if self.config.objective.negatives == "batch":
                 yield "negatives come from the whole batch: every micro-batch runs forward twice"
@@ -199,6 +235,8 @@ class Pretraining(SampledTask):
         """Move a batch to the device, distort and mix it there."""
         config = self.config
         _require_categories(batch, config.objective, config.model.categories)
+        if config.data.mixed_sizes is not None:
+            self.kind = str(batch.view_a.shape[1])
         mean, std = config.data.mean, config.data.std
         prepared = build_input(
             batch.to(world.device),
@@ -232,7 +270,8 @@ class Pretraining(SampledTask):
         Each micro-batch's loss is divided by their number, and so is its gradient.
         """
         self._step = None
-        return {
+        size = {"image_size": float(self.kind)} if self.kind else {}
+        return size | {
             "gradient/ssp": math.sqrt(means.pop("gradient_square/ssp") / parts),
             "gradient/sp": math.sqrt(means.pop("gradient_square/sp") / parts),
             "balance/lambda": self.balance.supervised_weight,

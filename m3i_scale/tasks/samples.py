@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import functools
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from m3i_scale.config import Config, ConfigError
@@ -36,12 +38,23 @@ def build_stream(config: Config) -> Stream:
                 if tokenizer and text
                 else no_tokens
             ),
-            mask_sampler=PatchMask.of(config.objective.input, config.data.image_size),
+            mask_sampler=functools.partial(
+                draw_mask,
+                {size: PatchMask.of(config.objective.input, size) for size in config.data.sizes},
+            ),
+            batch=config.optimizer.global_batch_size,
         )
         stream.require_categories(config.model.categories)
         return stream
     except ValueError as error:
         raise ConfigError(f"data: {error}") from error
+
+
+def draw_mask(
+    masks: dict[int, PatchMask], rng: np.random.Generator, size: int
+) -> NDArray[np.bool_]:
+    """A mask of views of that side."""
+    return masks[size](rng)
 
 
 def no_tokens(texts: list[str]) -> tuple[Tensor, Tensor]:

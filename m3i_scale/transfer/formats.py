@@ -122,7 +122,8 @@ def _positions(config: Config) -> Tensor:
     """The position embedding (1, N, D) of the run's grid."""
     options = arguments(config)
     side = config.data.image_size // options["patch_size"]
-    return grid_embedding((side, side), options["width"])[None]
+    trained = options["position_grid"]
+    return grid_embedding((side, side), options["width"], trained_side=trained)[None]
 
 
 def _without_pooling(entries: Mapping[str, Entry]) -> dict[str, Entry]:

@@ -230,3 +230,35 @@ def test_workers_end_with_their_killed_rank(sources):
     assert found, "a worker outlives its rank"
     assert os.read(mine, 1) == b""
     rank.join()
+
+
+MIXED = {"image_size": 16, "batch": 12,
+         "mixed_sizes": [{"size": 16, "weight": 2.0}, {"size": 8}, {"size": 12}]}  # fmt: skip
+
+
+def test_the_size_of_a_step_is_that_of_its_position(sources):
+    whole = list(make_stream(sources, **MIXED).loader(start=0, micro_batch=12, end=72))
+    sizes = [batch.view_a.shape[1] for batch in whole]
+    assert len(set(sizes)) > 1
+    assert [batch.view_b.shape for batch in whole] == [(12, size, size, 3) for size in sizes]
+    for start, ranks, micro_batch, workers in ((0, 3, 4, 0), (0, 2, 2, 2), (24, 1, 6, 2)):
+        stream = make_stream(sources, **MIXED)
+        loaders = [
+            stream.loader(start=start, micro_batch=micro_batch, rank=rank, world_size=ranks,
+                          workers=workers, end=72)
+            for rank in range(ranks)
+        ]  # fmt: skip
+        expected = by_position([iter(whole[start // 12 :])])
+        assert_same(by_position(loaders), expected)
+
+
+def test_sizes_have_their_shares_of_the_steps(sources):
+    sizes = make_stream(sources, **MIXED).sizes
+    drawn = [sizes.of_step(12 * step) for step in range(4000)]
+    assert [drawn.count(size) / 4000 for size in (8, 12, 16)] == pytest.approx(
+        [0.25, 0.25, 0.5], abs=0.03
+    )
+    other = make_stream(sources, **MIXED, seed=4).sizes
+    assert drawn != [other.of_step(12 * step) for step in range(4000)]
+    with pytest.raises(ValueError, match="say a step's samples"):
+        make_stream(sources, **{**MIXED, "batch": None})

@@ -34,12 +34,12 @@ def test_slowest_rank_is_named_with_its_ratio_to_the_median():
 
 
 def test_share_of_the_peak_counts_a_ranks_part_of_the_model_flops():
-    values = Speed(flops=3e12, peak=1e15).values(samples_per_second=400, ranks=8)
+    values = Speed(flops={"": 3e12}, peak=1e15).values(samples_per_second=400, ranks=8)
     assert values == {"machine/tflops_per_rank": 150.0, "machine/mfu": pytest.approx(0.15)}
 
 
 def test_where_no_peak_is_known_no_share_is_invented():
-    speed = Speed(3e12, peak_flops(CPU, "bf16"))
+    speed = Speed({"": 3e12}, peak_flops(CPU, "bf16"))
     assert list(speed.values(1.0, 1)) == ["machine/tflops_per_rank"]
 
 

@@ -25,7 +25,7 @@ def tokenize(texts: Sequence[str]) -> tuple[Tensor, Tensor]:
     return ids, ids > 0
 
 
-def sample_mask(rng: np.random.Generator) -> np.ndarray:
+def sample_mask(rng: np.random.Generator, size: int) -> np.ndarray:
     """Half of 2 x 2 patches, on average."""
     return rng.random((2, 2)) < 0.5
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 from collections.abc import Iterator, Sequence
@@ -14,7 +15,9 @@ from torch import nn
 
 from helpers.small import random_batch, small_config
 from m3i_scale.cluster.launch import World
+from m3i_scale.config import Config
 from m3i_scale.data.batch import Batch
+from m3i_scale.data.step_sizes import StepSizes
 from m3i_scale.engine import loop, metrics, session
 from m3i_scale.engine.memory import held_memory
 from m3i_scale.engine.state import snapshot
@@ -27,6 +30,11 @@ class RandomStream:
     """Samples that are functions of their position; the image at position `poison` is infinite."""
 
     epoch_samples = 64
+    sizes: StepSizes | None = None  # None: 64 pixels
+
+    def __init__(self, config: Config) -> None:
+        batch = config.optimizer.global_batch_size
+        self.sizes = StepSizes(config.data, config.seed, batch)
 
     def loader(
         self,
@@ -40,8 +48,11 @@ class RandomStream:
         pin_memory: bool,
     ) -> Iterator[Batch]:
         position = start + rank * micro_batch
-        while end is None or position < end:
-            yield random_batch(micro_batch, start=position)
+        drawn = self.sizes and self.sizes.of_micro_steps(start, micro_batch * world_size)
+        for size in drawn or itertools.repeat(64):
+            if end is not None and position >= end:
+                return
+            yield random_batch(micro_batch, start=position, image_size=size)
             position += micro_batch * world_size
 
 
@@ -59,7 +70,7 @@ def open_small(
     that rank 0 traces the step, which takes longer than to train, and all others wait.
     """
     config = small_config(folder, overrides)
-    stream = RandomStream()
+    stream = RandomStream(config)
     speed = session._speed if measured else lambda *_, **__: None
     with mock.patch.object(session, "_speed", speed):
         return session.open_run(

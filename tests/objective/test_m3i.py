@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -9,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from helpers.small import random_batch
+from helpers.small import random_batch, small_config
 from m3i_scale.config import Config
 from m3i_scale.models.positions import relative_positions
 from m3i_scale.objective.inputs import MixedBatch, build_input
@@ -59,6 +60,9 @@ def independent_loss(model: M3I, size: int) -> tuple[Tensor, Tensor]:
                 target = teacher.features(view_b[image][None])[0]
                 other = batch.box_b[image][None], batch.flip_b[image][None]
                 wanted = relative_positions(box, flip, *other, grid)[0]
+            own, wanted = own.clone(), wanted.clone()
+            for places in (own, wanted):  # of 4 x 4 patches, counted in the decoder's grid
+                places[:, :2] = (places[:, :2] + 0.5) * model.position_side / 4 - 0.5
             decoded = model.decoders["features"](z[seen][None], own[seen][None], wanted[None])[0]
             target = (target - target.mean(-1, keepdim=True)) / torch.sqrt(
                 target.var(-1, unbiased=False, keepdim=True) + 1e-6
@@ -84,8 +88,12 @@ def test_text_and_category_of_an_image_share_its_pool(small: Config):
     assert len(calls) == 2  # image i and image j
 
 
-def test_loss_and_all_gradients_equal_the_independent_computation(small: Config):
-    model, view = build(small)
+@pytest.mark.parametrize("position_grid", [None, 3])
+def test_loss_and_all_gradients_equal_the_independent_computation(
+    position_grid: int | None, tmp_path: Path
+):
+    model, view = build(small_config(tmp_path, {"model.decoder.position_grid": position_grid}))
+    assert model.position_side == (position_grid or 4)
     model.eval()
     found = model(view, LAMBDA)["loss"]
     found.backward()
@@ -220,3 +228,14 @@ def test_texts_tell_predictions_of_their_own_image_apart_in_a_mix(small_tree: di
     both = F.cross_entropy(scores, own, reduction="sum")
     both = both + F.cross_entropy(scores.T, own, reduction="sum")
     torch.testing.assert_close(found, both / 2 / len(view.image), rtol=1e-5, atol=1e-6)
+
+
+def test_a_batch_of_smaller_views_is_that_of_networks_of_its_size(tmp_path: Path):
+    config = small_config(tmp_path, {"data.image_size": 96})
+    model, _ = build(config)
+    smaller = {"data.image_size": 64, "model.decoder.position_grid": 6}
+    other, view = build(small_config(tmp_path, smaller))
+    other.load_state_dict(model.state_dict())
+    (loss, figures), (expected, wanted) = ((m(view)["loss"], m(view)) for m in (model, other))
+    assert torch.equal(loss, expected)
+    assert figures.keys() == wanted.keys()

@@ -17,9 +17,10 @@ from m3i_scale.cluster.launch import World
 from m3i_scale.config import Config
 from m3i_scale.engine import loop
 from m3i_scale.engine.memory import held_memory
-from m3i_scale.planner.estimate import Cluster, Plan, make_plan, trace_of
+from m3i_scale.planner.estimate import Assumptions, Cluster, Plan, make_plan, trace_of
 from m3i_scale.planner.gpus import gpu
 from m3i_scale.profiling.trace import Trace
+from m3i_scale.tasks.pretraining import Pretraining
 
 RANKS = 2
 
@@ -189,3 +190,24 @@ def test_stages_1_and_2_need_what_the_zero_paper_says(
     sent = sum(t.sent for t in plan.flow.traffic)
     assert sent - losses == pytest.approx(reduced + gathered, rel=0.01)
     assert plan.flow.live == plan.waiting_parameters == 0
+
+
+def test_mixed_sizes_need_the_memory_of_the_largest_and_the_mean_of_the_time():
+    cluster = Cluster(gpu("h100"), 1, RANKS)
+
+    def plan_at(**data: Any) -> Plan:
+        changes = {f"data.{key}": value for key, value in data.items()}
+        config = small_config(Path(), MEDIUM | {"engine.precision": "bf16"} | changes)
+        return make_plan(config, trace_of(config), cluster, Assumptions(host=1e-9))
+
+    small, large = plan_at(image_size=64), plan_at(image_size=128)
+    mixed = plan_at(image_size=128, mixed_sizes=[{"size": 64, "weight": 3.0}, {"size": 128}])
+    assert mixed.peak_memory == large.peak_memory
+    assert large.flops.model > 3 * small.flops.model
+    mean = (3 * small.flops.model + large.flops.model) / 4
+    assert mixed.flops.model == pytest.approx(mean)
+    assert mixed.step == pytest.approx((3 * small.step + large.step) / 4)
+    task = Pretraining(mixed.config)  # type: ignore[arg-type]
+    by_kind = {"64": small.flops.model, "128": large.flops.model}
+    assert task.flops_by_kind() == pytest.approx(by_kind)
+    assert task.flops() == pytest.approx(mean)

@@ -29,7 +29,8 @@ from m3i_scale.transfer import onnx_file
 from m3i_scale.transfer.export import load_backbone
 
 VIT = {"name": "vit", "options": {"width": 32, "depth": 2, "heads": 4, "mlp_ratio": 3.0,
-                                  "patch_size": 16, "pool_heads": 4, "embed_dim": 24}}  # fmt: skip
+                                  "patch_size": 16, "pool_heads": 4, "embed_dim": 24,
+                                  "position_grid": 3}}  # fmt: skip
 MEAN, STD = [0.5, 0.4, 0.3], [0.2, 0.25, 0.3]
 HAS_ONNX = not [name for name in onnx_file.NEEDED if importlib.util.find_spec(name) is None]
 needs_onnx = pytest.mark.skipif(not HAS_ONNX, reason="onnx, onnxscript or onnxruntime is missing")
