@@ -82,6 +82,7 @@ def _resumed(run: Path, allowed: set[int]) -> str:
     """Resume: what is loaded is one checkpoint to the last bit, or there is a sentence."""
     from m3i_scale.cluster.launch import World
     from m3i_scale.engine.saver import newest_good
+    from m3i_scale.engine.state import require_same_networks
 
     world, found = World(0, 0, 1, torch.device("cpu")), list[int]()
 
@@ -89,6 +90,7 @@ def _resumed(run: Path, allowed: set[int]) -> str:
         reader = newest_good(run, "auto", world)
         if reader is None:
             return
+        require_same_networks(reader, SHAPES)
         step = int(reader.path.name[-1])
         require(reader.state["step"] == step, "silent", "the state is of another step")
         for kind in ("weight", "exp_avg"):

@@ -84,7 +84,7 @@ def restore(reader: CheckpointReader, sharded: Sharded, world: World, task: Task
         CheckpointError: it is of other networks, or of another optimiser.
     """
     model = sharded.model
-    _require_same_networks(reader, parameter_shapes(model) | buffer_shapes(model))
+    require_same_networks(reader, parameter_shapes(model) | buffer_shapes(model))
     _require_same_moments(reader, sharded.shards)
     for kind, parts in _kinds(sharded).items():
         for name, parameter, view in parts:
@@ -198,7 +198,8 @@ def _average_of(sharded: Sharded, name: str) -> Tensor | None:
     return average.averages[name.removeprefix(average.prefix)]
 
 
-def _require_same_networks(reader: CheckpointReader, shapes: dict[str, list[int]]) -> None:
+def require_same_networks(reader: CheckpointReader, shapes: dict[str, list[int]]) -> None:
+    """Raise CheckpointError, with a name, where a checkpoint has other tensors than `shapes`."""
     stored = reader.shapes | reader.buffers
     if stored == shapes:
         return

@@ -41,6 +41,7 @@ COLUMN = {name: number for number, name in enumerate(FIGURES)}
 LAUNCHER_LOG, MOST_BYTES = "srun.log", 1 << 16
 _FAILED_TASK = re.compile(r"tasks? \d[\d,-]*: .*")
 _RANK_FILE = re.compile(r"events-rank-(\d{1,9})\.jsonl")
+_MOST_RANKS = 1_000_000  # of a run; they are listed one by one
 _END_OF_TIME = 1e11  # seconds since 1970: what is beyond is no date that can be written
 Rows = NDArray[np.float64]  # (steps, figures), in the order of time
 
@@ -184,6 +185,8 @@ def _event(values: Any) -> dict[str, Any]:
     if values["event"] == "start":
         found["parts"] = [(str(part), _moment(began)) for part, began in values["parts"]]
         found["ranks"] = int(_number(values["ranks"]))
+        if not 0 < found["ranks"] <= _MOST_RANKS:
+            raise ValueError(values["ranks"])
         found["hosts"] = [str(host) for host in values["hosts"]]
         for name in ("submitted", "last_sign"):
             found[name] = None if values.get(name) is None else _moment(values[name])

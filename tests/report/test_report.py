@@ -226,6 +226,18 @@ def test_damaged_events_leave_the_steps(recorder: Recorder, gone: str):
     assert report["steps"]["made_again"] == 4
 
 
+@pytest.mark.parametrize("ranks", [0, -2, 10**12])
+def test_a_start_on_no_possible_number_of_ranks_is_damaged(recorder: Recorder, ranks: int):
+    killed_and_stalled(recorder)
+    path = recorder.folder / "events.jsonl"
+    lines = path.read_text().splitlines(keepends=True)
+    lines[0] = json.dumps(json.loads(lines[0]) | {"ranks": ranks}) + "\n"
+    path.write_text("".join(lines))
+    report = recorder.report()
+    assert report["damaged_lines"] == {"events.jsonl": [1]}
+    assert report["attempts"][0]["ranks"] is None
+
+
 def test_a_run_that_goes_on(recorder: Recorder, monkeypatch: pytest.MonkeyPatch):
     recorder.start("a")
     owner = {"renewed": T, "alive": True}
