@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from m3i_scale.data.bad_sample import BadSample
+from m3i_scale.data.bad_sample import BadSample, remedy
 from m3i_scale.data.make import BadSampleLimit, TooManyBadSamples
 from m3i_scale.data.order import hash64, permutation
 from m3i_scale.data.stream import Slices
@@ -52,7 +52,7 @@ class MapDataset(Protocol):
         ...
 
     def describe(self) -> Mapping[str, int | float | str]:
-        """Facts for `--dry-run`: kind, samples, shards, bytes."""
+        """Facts for `--dry-run`: kind and samples; shards and bytes where it has shards."""
         ...
 
 
@@ -162,9 +162,10 @@ class _Samples(Dataset[_Loaded]):
                 except BadSample as bad:
                     faults.append((position, bad.cause, str(bad)))
             index = int(hash64(self.seed, position, attempt, 1)[0]) % len(self.dataset)
+        _, cause, words = faults[-1]
         raise TooManyBadSamples(
             f"position {position}: {_ATTEMPTS} samples in a row could not be used, the last one "
-            f"because of {faults[-1][2]}; see that the data is where it was"
+            f"because of {words}; {remedy(cause) or 'see that the data is where it was'}"
         )
 
 
