@@ -127,7 +127,12 @@ def test_overrides_are_yaml(file: Path):
         ("=1", "not of the form"),
         ("data.mean=[0.5, 0.5", "value '[0.5, 0.5' cannot be read"),
         ("data.mean=[0.5, 0.5", "the default is [0.485, 0.456, 0.406]"),
-        ("data.mean=0.5", "the default is [0.485, 0.456, 0.406]"),
+        ("model=small", "model: write a mapping of its keys, {key: value, ...} (got 'small')"),
+        ("data.sources=[]", "data.sources: give it 1 or more entries (got [])"),
+        (
+            "data.mean=0.5",
+            "write a list, [a, b, ...] (got 0.5); the default is [0.485, 0.456, 0.406]",
+        ),
         ("data.mean=[0.5]", "data.mean: too few values (got [0.5])"),
         ("data.workers=several", "(got 'several'); the default is 8"),
         ("optimizer.global_batch_size=8 # small", "got '8 # small'"),

@@ -38,6 +38,17 @@ def place_of(problem: ErrorDetails, root: type[Node]) -> Place:
     return _resolved(problem["loc"], root).place
 
 
+# pydantic's words for these are about Python.
+_MAPPING = "write a mapping of its keys, {key: value, ...}"
+_WANTED = {
+    "model_type": _MAPPING,
+    "model_attributes_type": _MAPPING,
+    "dict_type": _MAPPING,
+    "list_type": "write a list, [a, b, ...]",
+    "tuple_type": "write a list, [a, b, ...]",
+}
+
+
 def sentence(problem: ErrorDetails, root: type[Node]) -> str:
     """A problem of a tree of type `root` as one sentence."""
     place = place_of(problem, root)
@@ -54,6 +65,9 @@ def sentence(problem: ErrorDetails, root: type[Node]) -> str:
         return f"{where}: write {_forms(problem['loc'], root)} (got {problem['input']!r})"
     if kind == "value_error":
         return f"{where}: {message}" if where else message
+    message = _WANTED.get(kind, message)
+    if kind == "too_short":
+        message = f"give it {problem['ctx']['min_length']} or more entries"
     quoted = kind == "string_type" and isinstance(problem["input"], int | float)
     hint = "; for text, write it in quotes" if quoted else _default(place, root)
     return f"{where}: {message} (got {problem['input']!r}){hint}"

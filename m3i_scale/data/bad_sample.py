@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 
+_ADDRESS = re.compile(r" <\S+ object at 0x[0-9a-f]+>")
 _NEIGHBOURS = (
     "a picture and its texts share their name up to the first dot and stand side by side in the "
     "tar (`tar --sort=name` writes them so)"
@@ -59,11 +61,26 @@ _REMEDIES = {
 
 
 class BadSample(Exception):  # noqa: N818  (a finding about data, not an error of the program)
-    """A sample that cannot be used; `cause` is the short name under which it is counted."""
+    """A sample that cannot be used.
+
+    Attributes:
+        cause: the short name under which it is counted.
+        detail: what was found in this one.
+    """
 
     def __init__(self, cause: str, detail: str = "") -> None:
         super().__init__(f"{cause}: {detail}" if detail else cause)
-        self.cause = cause
+        self.cause, self.detail = cause, detail
+
+    def at(self, place: str) -> BadSample:
+        """The same finding, whose detail begins with the place."""
+        return BadSample(self.cause, f"{place}: {self.detail}" if self.detail else place)
+
+
+def words_of(error: Exception) -> str:
+    """A library's message as a detail: one line, short, without addresses of objects."""
+    words = _ADDRESS.sub("", " ".join(str(error).split()))  # of an object that holds the bytes
+    return words[:160] or type(error).__name__
 
 
 class OfOneRank:

@@ -94,5 +94,4 @@ def _drawn(weights: Mapping[str, float], draw: float) -> tuple[str, float]:
 def _gap(place: str, bad: BadSample | None = None) -> BadSample:
     if bad is None or bad.cause in _ABSENT:
         return BadSample(f"{NO_CAPTION_IN} {place}")
-    detail = str(bad).removeprefix(bad.cause).removeprefix(": ")
-    return BadSample(bad.cause, f"{place}: {detail}" if detail else place)
+    return bad.at(place)

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import importlib
 import io
-import re
 import struct
 from collections.abc import Mapping
 from functools import cache
@@ -24,7 +23,7 @@ from PIL import Image
 from torch import Tensor
 
 from m3i_scale.config import MAX_PIXELS
-from m3i_scale.data.bad_sample import BadSample
+from m3i_scale.data.bad_sample import BadSample, words_of
 from m3i_scale.data.captions import read_captions
 from m3i_scale.data.labels import category_of, read_label
 from m3i_scale.data.metadata import jpeg_segments, without_metadata
@@ -59,7 +58,6 @@ _SOF = frozenset(range(0xFFC0, 0xFFD0)) - {0xFFC4, 0xFFC8, 0xFFCC}
 # scans would keep it for minutes.
 _SCAN, _MOST_SCANS = b"\xff\xda", 200
 _FRAME = struct.Struct(">4xBHHB")  # after these: bits per sample, height, width, components
-_ADDRESS = re.compile(r" <\S+ object at 0x[0-9a-f]+>")
 _ORIENTATION = 0x0112  # EXIF tag
 _TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -91,9 +89,9 @@ def decode_image(data: bytes | memoryview, *, max_pixels: int = MAX_PIXELS) -> T
     except BadSample:
         raise
     except Image.DecompressionBombError as error:
-        raise BadSample("too many pixels", _one_line(error)) from None
+        raise BadSample("too many pixels", words_of(error)) from None
     except Exception as error:
-        raise BadSample("undecodable image", _one_line(error)) from None
+        raise BadSample("undecodable image", words_of(error)) from None
 
 
 def decode_file(path: Path, *, max_pixels: int = MAX_PIXELS) -> Tensor:
@@ -103,7 +101,7 @@ def decode_file(path: Path, *, max_pixels: int = MAX_PIXELS) -> Tensor:
     except OSError as error:
         raise BadSample("unreadable file", f"{path}: {error.strerror}") from None
     except BadSample as bad:
-        raise BadSample(bad.cause, f"{path}: {bad}") from None
+        raise bad.at(str(path)) from None
 
 
 def _check_size(height: int, width: int, max_pixels: int) -> None:
@@ -221,8 +219,3 @@ def decode_category(data: bytes, member: str, classes: Mapping[str, int] | None 
     if category is None:
         raise BadSample("bad category", repr(value)[:40])
     return category
-
-
-def _one_line(error: Exception) -> str:
-    words = _ADDRESS.sub("", " ".join(str(error).split()))  # of an object that holds the bytes
-    return words[:160] or type(error).__name__

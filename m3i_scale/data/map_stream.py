@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from m3i_scale.data.bad_sample import BadSample
+from m3i_scale.data.bad_sample import BadSample, OfOneRank, remedy
 from m3i_scale.data.make import BadSampleLimit, TooManyBadSamples
 from m3i_scale.data.order import hash64, permutation
 from m3i_scale.data.stream import Slices
@@ -52,7 +52,7 @@ class MapDataset(Protocol):
         ...
 
     def describe(self) -> Mapping[str, int | float | str]:
-        """Facts for `--dry-run`: kind, samples, shards, bytes."""
+        """Facts for `--dry-run`: kind and samples; shards and bytes where it has shards."""
         ...
 
 
@@ -162,9 +162,10 @@ class _Samples(Dataset[_Loaded]):
                 except BadSample as bad:
                     faults.append((position, bad.cause, str(bad)))
             index = int(hash64(self.seed, position, attempt, 1)[0]) % len(self.dataset)
+        _, cause, words = faults[-1]
         raise TooManyBadSamples(
             f"position {position}: {_ATTEMPTS} samples in a row could not be used, the last one "
-            f"because of {faults[-1][2]}; see that the data is where it was"
+            f"because of {words}; {remedy(cause) or 'see that the data is where it was'}"
         )
 
 
@@ -230,7 +231,7 @@ def shares(
     """All samples once over all ranks, in as many batches on every rank.
 
     Raises:
-        ValueError: a sample cannot be read: figures of the others would be of another set.
+        UnusableTestSample: a sample cannot be read: figures of the others would be of another set.
     """
     rounds = -(-len(dataset) // (batch * world_size))
     blocks = []
@@ -238,6 +239,10 @@ def shares(
         first = (number * world_size + rank) * batch
         blocks.append([i if i < len(dataset) else -1 for i in range(first, first + batch)])
     yield from load_ahead(_Shares(dataset), blocks, workers)
+
+
+class UnusableTestSample(OfOneRank, ValueError):  # noqa: N818  (the name is the message)
+    """A sample of a test set cannot be read; the run stops with one sentence."""
 
 
 class _Shares(Dataset[Share]):
@@ -248,7 +253,7 @@ class _Shares(Dataset[Share]):
         try:
             samples = [self.dataset.load(max(index, 0)) for index in indices]
         except BadSample as bad:
-            raise ValueError(
+            raise UnusableTestSample(
                 f"a sample of the test set cannot be used ({bad}): mend it, or leave it out of the "
                 "set"
             ) from None

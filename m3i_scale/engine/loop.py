@@ -201,7 +201,11 @@ def _evaluation_is_due(run: Run) -> bool:
 
 def _timed_evaluation(run: Run, alive: Callable[[], None]) -> Values:
     started = time.perf_counter()
-    return evaluate(run, alive) | {"evaluation_seconds": time.perf_counter() - started}
+    values = evaluate(run, alive)
+    if run.world.is_main and values:
+        figures = (f"{name.partition('/')[2]} {value:.4g}" for name, value in values.items())
+        log.info("evaluation after %d steps: %s", run.progress.step + 1, ", ".join(figures))
+    return values | {"evaluation_seconds": time.perf_counter() - started}
 
 
 def evaluate(run: Run, alive: Callable[[], None] = lambda: None) -> Values:

@@ -77,7 +77,8 @@ def load_tokenizer(path_or_name: str | os.PathLike[str]) -> Tokenizer:
     except Exception as error:  # the library raises bare Exception, for files and the Hub alike
         raise ValueError(
             f"no tokenizer at {str(path_or_name)!r} ({error}): give a tokenizer.json, a folder "
-            "holding one, or the name of a model on the Hugging Face Hub"
+            "holding one, or the name of a model on the Hugging Face Hub; a run without text "
+            "targets needs none (model.text: null)"
         ) from error
     return Tokenizer(encoder)
 

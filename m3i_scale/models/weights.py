@@ -156,9 +156,11 @@ def _read_torch(path: Path) -> dict[str, Tensor]:
     try:
         content: Any = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # what the restricted reader raises depends on the bytes it meets
+        # torch's own message tells how to load such a file all the same: not to be passed on.
         raise ValueError(
-            f"{path} cannot be read as plain tensors: {error}. Files with other objects in them "
-            "are refused, since loading them would run code"
+            f"{path} cannot be read as plain tensors: it is damaged, no file of weights, or holds "
+            "other objects, which are refused, since loading them would run code; name a "
+            ".safetensors file, or a .pth file with nothing but a state dict"
         ) from error
     for key in WEIGHT_KEYS:
         if isinstance(content, dict) and isinstance(content.get(key), dict):

@@ -95,9 +95,11 @@ def _length(run: Run) -> Iterator[str]:
 def _data(sources: dict[str, dict[str, int | float | str]]) -> Iterator[str]:
     yield "data"
     for name, facts in sources.items():
+        place = ""  # a set of single files has no shards
+        if "shards" in facts:
+            place = f" in {facts['shards']:,} shards, {int(facts['bytes']) / 1e9:.3f} GB"
         yield (
-            f"  {name} ({facts['kind']}): {facts['samples']:,} samples in {facts['shards']:,} "
-            f"shards, {int(facts['bytes']) / 1e9:.3f} GB, "
+            f"  {name} ({facts['kind']}): {facts['samples']:,} samples{place}, "
             f"{100 * float(facts['share']):.2f} % of the stream"
         )
 

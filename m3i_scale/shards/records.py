@@ -290,7 +290,8 @@ def _complete(
     if not wanted:
         raise ValueError(
             f"the images of {source} have neither captions nor categories: put them in one folder "
-            "per category, a .txt beside each, or name the columns"
+            "per category, a .txt beside each, or name the columns; where no target needs "
+            "either, one folder for all of them will do, as kind: category"
         )
     for what in counts.keys() - set(wanted):
         if counts[what]:

@@ -14,6 +14,7 @@ from torch import Tensor
 from m3i_scale.data.bad_sample import BadSample
 from m3i_scale.data.make import TooManyBadSamples
 from m3i_scale.data.map_stream import MapStream, shares
+from m3i_scale.engine.ending import exit_code
 
 
 @dataclass
@@ -52,7 +53,7 @@ class Numbered:
         return {"samples": self.count}
 
     def describe(self) -> Mapping[str, int | float | str]:
-        return {"kind": "numbers", "samples": self.count, "shards": 1, "bytes": 0}
+        return {"kind": "numbers", "samples": self.count}
 
 
 def read(stream: MapStream, **options: Any) -> dict[int, tuple[int, float]]:
@@ -114,7 +115,7 @@ def test_too_many_bad_samples_stop_the_run():
         read(stream, start=0, micro_batch=2, end=40)
     assert "max_bad_rate" in str(caught.value)
     nothing = MapStream(Numbered(3, bad=range(3)), name="numbers", seed=1, max_bad_rate=1.0)
-    with pytest.raises(TooManyBadSamples):
+    with pytest.raises(TooManyBadSamples, match="may be read, and run the command again"):
         read(nothing, start=0, micro_batch=2, end=4)
 
 
@@ -126,6 +127,9 @@ def test_shares_cover_a_set_once_in_as_many_batches_on_every_rank(size):
     assert sorted(index for index in indices if index >= 0) == list(range(size))
 
 
-def test_an_unreadable_test_sample_stops_the_evaluation():
-    with pytest.raises(ValueError, match=r"1\.png"):
-        list(shares(Numbered(3, bad=[1]), 2))
+@pytest.mark.parametrize("workers", [0, 1])
+def test_an_unreadable_test_sample_stops_the_run_with_one_sentence(workers):
+    with pytest.raises(ValueError, match=r"1\.png") as stopped:
+        list(shares(Numbered(3, bad=[1]), 2, workers=workers))
+    assert exit_code(stopped.value) == 2
+    assert str(stopped.value).startswith("a sample of the test set cannot be used (unreadable")

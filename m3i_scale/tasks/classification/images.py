@@ -97,7 +97,7 @@ class LabelledSet(ABC):
 
     def describe(self) -> Mapping[str, int | float | str]:
         """For `--dry-run`."""
-        return {"kind": self.kind, "samples": len(self), "shards": 1, "bytes": 0}
+        return {"kind": self.kind, "samples": len(self)}
 
 
 class FolderImages(LabelledSet):

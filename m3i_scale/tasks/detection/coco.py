@@ -9,10 +9,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 import os
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,22 +19,22 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-Box = tuple[float, float, float, float]  # left, top, right, bottom
+from m3i_scale.tasks.detection.annotation_faults import (
+    CUT,
+    EMPTY,
+    OUTSIDE,
+    Box,
+    ImageEntry,
+    clipped,
+    fault,
+    numbers,
+    whole,
+)
+
 Entry = dict[str, Any]
-_EMPTY = "empty box"
-_OUTSIDE = "box outside its image"
-_CUT = "box that reaches beyond its image (cut off)"
-_STILL_TRUE = {_EMPTY, _OUTSIDE}  # not trained on, and yet part of the ground truth
+_STILL_TRUE = {EMPTY, OUTSIDE}  # not trained on, and yet part of the ground truth
 _EXAMPLES = 3
-
-
-class ImageEntry(NamedTuple):
-    """One listed image."""
-
-    id: int
-    file: str
-    height: int
-    width: int
+_LONGEST_NAME = 100  # of a file, in a message
 
 
 class Category(NamedTuple):
@@ -70,12 +69,13 @@ class Findings:
             shown.append(what)
 
     def lines(self) -> list[str]:
-        """`17 empty box: annotation 3 of image 5, ...`, the most frequent first."""
-        return [
-            f"{count:,} {cause}: {', '.join(self.examples[cause])}"
-            + (", ..." if count > len(self.examples[cause]) else "")
-            for cause, count in self.counts.most_common()
-        ]
+        """`left out 17 empty box: annotation 3 of image 5, ...`, the most frequent first."""
+        return [self._line(cause, count) for cause, count in self.counts.most_common()]
+
+    def _line(self, cause: str, count: int) -> str:
+        shown = self.examples[cause]
+        names = ", ".join(shown) + (", ..." if count > len(shown) else "")
+        return f"{'cut off' if cause == CUT else 'left out'} {count:,} {cause}: {names}"
 
 
 class CocoFile:
@@ -107,6 +107,11 @@ class CocoFile:
 
     def __len__(self) -> int:
         return len(self.images)
+
+    @property
+    def annotated(self) -> bool:
+        """Whether any image has an annotation; the files of test images have none."""
+        return bool(len(self._ends)) and len(self._bytes) > 2 * len(self._ends)  # b"[]" each
 
     def entries(self, index: int) -> list[Entry]:
         """The entries of an image as they stand in the file, crowds and empty boxes included."""
@@ -187,12 +192,12 @@ def read_coco(path: str | os.PathLike[str], *, masks: bool = False) -> CocoFile:
     known = {category.id for category in categories}
     trained = 0
     for number, entry in enumerate(content["annotations"]):
-        cause = _fault(entry, by_id, known, masks)
+        cause = fault(entry, by_id, known, masks)
         if cause is not None:
             findings.add(cause, _named(entry, number))
-        if cause is None or cause in _STILL_TRUE | {_CUT}:
+        if cause is None or cause in _STILL_TRUE | {CUT}:
             pieces[entry["image_id"]].append(_complete(entry))
-        trained += cause is None or cause == _CUT
+        trained += cause is None or cause == CUT
     if content["annotations"] and not trained:
         raise ValueError(f"{path} has no annotation that can be used: {findings.lines()[0]}")
     return CocoFile(
@@ -217,59 +222,32 @@ def absent_files(images: Iterable[ImageEntry], folder: str | os.PathLike[str]) -
     """Positions of listed images whose file is not there; each folder is listed once.
 
     Raises:
-        ValueError: the folder does not exist.
+        ValueError: the folder does not exist; a name leads out of it.
     """
     root = Path(folder)
     if not root.is_dir():
         raise ValueError(f"{root} is no folder: it should hold the images of the annotation file")
-    there: dict[Path, frozenset[str]] = {}
+    base = os.path.join(os.path.abspath(root), "")
+    there: dict[str, frozenset[str]] = {}
     absent = []
     for position, image in enumerate(images):
-        path = root / image.file
-        if path.parent not in there:
-            listed = os.listdir(path.parent) if path.parent.is_dir() else []
-            there[path.parent] = frozenset(listed)
-        if path.name not in there[path.parent]:
+        path = os.path.abspath(os.path.join(base, image.file))
+        if not path.startswith(base):
+            raise ValueError(
+                f"the file_name {short(image.file)!r} of image {image.id} leads out of {root}: "
+                "name the folder that holds all images, and files relative to it"
+            )
+        parent, name = os.path.split(path)
+        if parent not in there:
+            there[parent] = frozenset(os.listdir(parent) if os.path.isdir(parent) else [])
+        if name not in there[parent]:
             absent.append(position)
     return absent
 
 
-def clipped(bbox: Sequence[float], image: ImageEntry) -> Box | None:
-    """COCO's (left, top, width, height) as corners inside the image; None where nothing is left."""
-    left, top, width, height = (float(value) for value in bbox)
-    box = (
-        max(left, 0.0),
-        max(top, 0.0),
-        min(left + width, float(image.width)),
-        min(top + height, float(image.height)),
-    )
-    return box if box[2] > box[0] and box[3] > box[1] else None
-
-
-def compressed_lengths(counts: str) -> Iterator[int]:
-    """The run lengths of COCO's compressed counts; raises ValueError for other texts.
-
-    Six bits a character from "0" on, the highest of which says that more follow; from the fourth
-    number on they are differences to the number before the last.
-    """
-    before = [0, 0]
-    value = shift = position = 0
-    for character in counts:
-        bits = ord(character) - 48
-        if not 0 <= bits < 64:
-            raise ValueError(f"{character!r} is no character of run lengths")
-        value |= (bits & 31) << shift
-        shift += 5
-        if bits & 32:
-            continue
-        if bits & 16:
-            value -= 1 << shift
-        length = value + (before[0] if position > 2 else 0)
-        yield length
-        before = [before[1], length]
-        value, shift, position = 0, 0, position + 1
-    if shift:
-        raise ValueError("the run lengths end in the middle of a number")
+def short(name: str) -> str:
+    """A file's name as messages show it."""
+    return name if len(name) <= _LONGEST_NAME else f"{name[:_LONGEST_NAME]}..."
 
 
 def _content(path: str | os.PathLike[str]) -> dict[str, list[Any]]:
@@ -297,26 +275,10 @@ def _content(path: str | os.PathLike[str]) -> dict[str, list[Any]]:
     return content
 
 
-def _whole(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
-def _numbers(values: object, count: int | None = None) -> bool:
-    """Whether these are finite numbers, as many as wanted."""
-    return (
-        isinstance(values, list)
-        and (count is None or len(values) == count)
-        and all(
-            isinstance(v, int | float) and not isinstance(v, bool) and math.isfinite(v)
-            for v in values
-        )
-    )
-
-
 def _categories(path: str | os.PathLike[str], entries: Sequence[Any]) -> list[Category]:
     found = []
     for entry in entries:
-        if not isinstance(entry, dict) or not _whole(entry.get("id")):
+        if not isinstance(entry, dict) or not whole(entry.get("id")):
             raise ValueError(f"{path}: the category {str(entry)[:60]} has no whole number as id")
         frequency = entry.get("frequency", "")
         name = str(entry.get("name", entry["id"]))
@@ -355,9 +317,9 @@ def _image(entry: object) -> ImageEntry | None:
     file = entry.get("file_name")
     if file is None and isinstance(entry.get("coco_url"), str):
         file = "/".join(entry["coco_url"].split("/")[-2:])  # LVIS: train2017/000000000009.jpg
-    if not (_whole(entry.get("id")) and isinstance(file, str) and file):
+    if not (whole(entry.get("id")) and isinstance(file, str) and file):
         return None
-    if not all(_whole(entry.get(side)) and entry[side] > 0 for side in ("height", "width")):
+    if not all(whole(entry.get(side)) and entry[side] > 0 for side in ("height", "width")):
         return None
     return ImageEntry(entry["id"], file, entry["height"], entry["width"])
 
@@ -368,57 +330,11 @@ def _named(entry: object, position: int) -> str:
     return f"annotation {entry.get('id', position)} of image {entry.get('image_id')}"
 
 
-def _fault(
-    entry: object, images: Mapping[int, ImageEntry], categories: set[int], masks: bool
-) -> str | None:
-    """Why an annotation cannot be used as it stands; None: it can."""
-    if not isinstance(entry, dict) or not _whole(entry.get("image_id")):
-        return "annotation without image_id"
-    image = images.get(entry["image_id"])
-    if image is None:
-        return "annotation of an image that is not listed"
-    if not _whole(entry.get("category_id")) or entry["category_id"] not in categories:
-        return "unknown category"
-    if not _numbers(entry.get("bbox"), 4):
-        return "box that is not four numbers"
-    shape = entry.get("segmentation")
-    cause = _mask_fault(shape, image) if shape else ("no mask" if masks else None)
-    return cause or _box_fault(entry["bbox"], image)
-
-
-def _box_fault(bbox: Sequence[float], image: ImageEntry) -> str | None:
-    left, top, width, height = bbox
-    if width <= 0 or height <= 0:
-        return _EMPTY
-    if clipped(bbox, image) is None:
-        return _OUTSIDE
-    beyond = max(-left, -top, left + width - image.width, top + height - image.height)
-    return _CUT if beyond > 1 else None
-
-
-def _mask_fault(shape: object, image: ImageEntry) -> str | None:
-    if isinstance(shape, list):
-        good = all(_numbers(p) and len(p) >= 6 and len(p) % 2 == 0 for p in shape)
-        return None if good else "damaged polygon"
-    if not isinstance(shape, dict) or not _numbers(shape.get("size"), 2):
-        return "damaged mask"
-    if shape["size"] != [image.height, image.width]:
-        return "mask of another size than its image"
-    counts = shape.get("counts")
-    try:
-        lengths: Any = list(compressed_lengths(counts)) if isinstance(counts, str) else counts
-    except ValueError:
-        return "damaged mask"
-    if not isinstance(lengths, list) or not all(_whole(n) and n >= 0 for n in lengths):
-        return "damaged mask"
-    return None if sum(lengths) == image.height * image.width else "damaged mask"
-
-
 def _complete(entry: Entry) -> Entry:
     """An annotation with the keys that evaluators read."""
     keys = ("image_id", "category_id", "bbox", "segmentation")
     kept = {key: entry[key] for key in keys if entry.get(key) is not None}
     area = entry.get("area")
-    if not _numbers([area]):
+    if not numbers([area]):
         area = max(0.0, entry["bbox"][2]) * max(0.0, entry["bbox"][3])
     return {**kept, "area": area, "iscrowd": int(bool(entry.get("iscrowd")))}

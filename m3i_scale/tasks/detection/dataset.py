@@ -14,14 +14,15 @@ from m3i_scale.config.detection import CocoSet, DetectionData
 from m3i_scale.data.bad_sample import BadSample
 from m3i_scale.data.decode import decode_file
 from m3i_scale.tasks.detection import resizing
+from m3i_scale.tasks.detection.annotation_faults import ImageEntry
 from m3i_scale.tasks.detection.batch import Batch, Objects, Sample, collate
 from m3i_scale.tasks.detection.coco import (
     Annotation,
     CocoFile,
-    ImageEntry,
     absent_files,
     read_coco,
     require_same_categories,
+    short,
 )
 
 
@@ -65,7 +66,7 @@ class CocoImages:
     def describe(self) -> dict[str, int | float | str]:
         """For `--dry-run`."""
         kind = "lvis" if self.file.lvis else "coco"
-        return {"kind": kind, "samples": len(self), "shards": 1, "bytes": 0}
+        return {"kind": kind, "samples": len(self)}
 
     def _objects(self, index: int, entry: ImageEntry, with_masks: bool) -> Objects:
         chosen = [a for a in self.file.annotations(index) if not a.crowd]
@@ -114,7 +115,7 @@ class TestImages(CocoImages):
 
 
 def open_training(data: DetectionData, *, masks: bool) -> tuple[TrainingImages, list[str]]:
-    """The training set, and what was left out of it, one line for each cause.
+    """The training set, and what was left out of it or changed, a line for each cause.
 
     Raises:
         ValueError: the annotation file cannot be used (`read_coco`); more images are absent than
@@ -127,7 +128,7 @@ def open_training(data: DetectionData, *, masks: bool) -> tuple[TrainingImages, 
     if not kept:
         raise ValueError(f"{file.path}: no image has an object to learn from")
     if not data.without_objects and len(kept) < len(file):
-        lines.append(f"{len(file) - len(kept):,} images without objects")
+        lines.append(f"left out {len(file) - len(kept):,} images without objects")
         file = file.select(kept)
     return TrainingImages(file, Path(data.train.images), data, masks=masks), lines
 
@@ -135,7 +136,7 @@ def open_training(data: DetectionData, *, masks: bool) -> tuple[TrainingImages, 
 def open_test(
     data: DetectionData, *, masks: bool, train: CocoFile | None = None
 ) -> tuple[TestImages, list[str]]:
-    """The validation set, and what was left out of it, one line for each cause.
+    """The validation set, and what was left out of it or changed, a line for each cause.
 
     Raises:
         ValueError: its annotation file cannot be used; it has other categories than `train`; an
@@ -153,14 +154,16 @@ def _present(file: CocoFile, where: CocoSet, *, allowed: float) -> tuple[CocoFil
     absent = absent_files(file.images, where.images)
     if not absent:
         return file, []
-    names = ", ".join(file.images[i].file for i in absent[:3])
+    names = ", ".join(short(file.images[i].file) for i in absent[:3])
     what = f"{len(absent):,} of {len(file):,} images are listed and not there: {names}"
     if len(absent) > allowed * len(file):
         raise ValueError(
             f"{file.path}: {what}; fetch them, or see that {where.images} is the right folder"
         )
     gone = set(absent)
-    return file.select([i for i in range(len(file)) if i not in gone]), [what]
+    return file.select([i for i in range(len(file)) if i not in gone]), [
+        f"{what}; they are left out"
+    ]
 
 
 def decoded_mask(annotation: Annotation, image: ImageEntry) -> np.ndarray[Any, Any]:

@@ -17,7 +17,8 @@ from torch import Tensor
 from torchvision.ops import box_iou
 
 from m3i_scale.data.bad_sample import BadSample
-from m3i_scale.tasks.detection.coco import Annotation, CocoFile, clipped
+from m3i_scale.tasks.detection.annotation_faults import clipped
+from m3i_scale.tasks.detection.coco import Annotation, CocoFile
 from m3i_scale.tasks.detection.dataset import TestImages, decoded_mask
 from m3i_scale.tasks.detection.evaluation import Result, precision_recall
 

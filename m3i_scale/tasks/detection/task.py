@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from m3i_scale.cluster.launch import World, drawing, gather_objects
 from m3i_scale.config import ConfigError
-from m3i_scale.config.detection import Detection, Dino
+from m3i_scale.config.detection import Detection, Dino, MaskRcnn
 from m3i_scale.data.map_stream import MapStream, Placed
 from m3i_scale.engine.agreement import flat
 from m3i_scale.engine.files import write_whole
@@ -58,6 +58,11 @@ class DetectionTask(TransferTask):
         train = self.training_set.file
         found = self._opened("val", lambda data, masks: open_test(data, masks=masks, train=train))
         assert isinstance(found, TestImages)
+        if not found.file.annotated:
+            log.warning(
+                "data.val: %s has no annotation to compare with: an evaluation writes "
+                "detections.json and gives no AP", found.file.path,
+            )  # fmt: skip
         return found
 
     def _opened(self, which: str, opened: Any) -> TrainingImages | TestImages:
@@ -72,7 +77,7 @@ class DetectionTask(TransferTask):
                 f"is {config.model.categories}; set it to {len(images.categories)}"
             )
         for line in lines:
-            log.warning("data.%s: left out %s", which, line)
+            log.warning("data.%s: %s", which, line)
         return images
 
     def open_stream(self) -> MapStream:
@@ -172,6 +177,11 @@ class DetectionTask(TransferTask):
                 found = measure(images.file, results, kind)
                 values |= {name.replace("/", "_"): 100 * v for name, v in found.items() if v >= 0}
             write_whole(config.run_folder / "detections.json", json.dumps(results))
+            if not results and isinstance(config.model.head, MaskRcnn):  # DINO gives its best
+                log.warning(
+                    "no object was found in %d images: no score is above %g, "
+                    "model.head.score_threshold", len(images), config.model.head.score_threshold,
+                )  # fmt: skip
             self._draw(results, kinds)
         return gather_objects(values, world)[0]
 

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from m3i_scale.config import ConfigError
 from m3i_scale.config.segmentation import IGNORED, MaskedImages, SegmentationData
-from m3i_scale.data.bad_sample import BadSample, explain
+from m3i_scale.data.bad_sample import BadSample, explain, words_of
 from m3i_scale.data.batch import TensorFields
 from m3i_scale.data.decode import decode_image
 
@@ -140,9 +140,7 @@ class SegmentationSet:
         try:
             return self._read(index)
         except BadSample as bad:
-            detail = str(bad).removeprefix(bad.cause).removeprefix(": ")
-            place = self.name(index)
-            raise BadSample(bad.cause, f"{place}: {detail}" if detail else place) from None
+            raise bad.at(self.name(index)) from None
 
     def _read(self, index: int) -> Sample:
         path, mask_path = self._pairs[index]
@@ -163,7 +161,7 @@ class SegmentationSet:
 
     def describe(self) -> dict[str, int | float | str]:
         """Facts about it."""
-        return {"kind": "masks", "samples": len(self), "shards": 1, "bytes": 0}
+        return {"kind": "masks", "samples": len(self)}
 
     def notes(self) -> list[str]:
         """What is left out, a sentence for each kind."""
@@ -202,7 +200,7 @@ def decode_mask(data: bytes, classes: int, *, zero_is_unlabelled: bool = False) 
             mode = image.mode
             values = np.asarray(image).astype(np.int64) if mode in _LABELS else None
     except Exception as error:  # Pillow raises whatever it meets in damaged files
-        raise BadSample("undecodable mask", " ".join(str(error).split())[:160]) from None
+        raise BadSample("undecodable mask", words_of(error)) from None
     if values is None:
         raise BadSample("mask in colours", f"its mode is {mode}")
     labelled = values != IGNORED

@@ -11,6 +11,7 @@ import pytest
 
 from helpers import coco as small
 from m3i_scale.tasks.detection import coco
+from m3i_scale.tasks.detection.annotation_faults import ImageEntry, compressed_lengths
 from m3i_scale.tasks.detection.coco import read_coco, require_same_categories
 
 
@@ -60,11 +61,17 @@ FAULTS = {
     "unknown category ": (lambda a: a.update(category_id=[3]), False),
     "box that is not four numbers": (lambda a: a.update(bbox=[1, 2, 3]), False),
     "box that is not four numbers ": (lambda a: a.update(bbox=[1, 2, 3, math.nan]), False),
+    "box that is not four numbers  ": (lambda a: a.update(bbox=[1, 10**400, 3, 4]), False),
+    "annotation without image_id ": (lambda a: a.update(image_id=2**63), False),
     "empty box": (lambda a: a.update(bbox=[1, 2, 0, 5]), True),
     "empty box ": (lambda a: a.update(bbox=[9, 9, -5, 5]), True),
     "box outside its image": (lambda a: a.update(bbox=[500, 2, 4, 5]), True),
     "damaged polygon": (lambda a: a.update(segmentation=[[1, 2, 3, 4]]), False),
     "damaged polygon ": (lambda a: a.update(segmentation=[[1, 2, 3, 4, 5, 6, 7]]), False),
+    "polygon far outside its image": (
+        lambda a: a.update(segmentation=[[1e30, 1e30, -1e30, 5, 6, 1e30]]),
+        False,
+    ),
     "damaged mask": (lambda a: a.update(segmentation="x"), False),
     "damaged mask ": (
         lambda a: a.update(segmentation={"size": [40, 72], "counts": [1, 2]}),
@@ -88,17 +95,22 @@ def test_a_faulty_annotation_is_left_out_named_and_counted(content, reread, caus
     change(content["annotations"][0])
     file = reread(masks=True)
     (line,) = file.findings.lines()
-    assert line.startswith(f"1 {cause.strip()}: annotation 7 of image ")
+    assert line.startswith(f"left out 1 {cause.strip()}: annotation 7 of image ")
     assert len(file.annotations(0)) == 2
     kept = len(file.ground_truth()["annotations"])
     assert kept == len(content["annotations"]) - (not stays)
+
+
+def test_an_area_without_bounds_is_computed_anew(content, reread):
+    content["annotations"][0].update(bbox=[1, 2, 3, 4], area=10**400)
+    assert reread().ground_truth()["annotations"][0]["area"] == 12
 
 
 def test_a_box_that_reaches_beyond_its_image_is_cut_off(content, reread):
     content["annotations"][0]["bbox"] = [60, 30, 40, 40]
     file = reread()
     assert file.annotations(0)[0].box == (60, 30, 72, 40)
-    assert "1 box that reaches beyond its image (cut off)" in file.findings.lines()[0]
+    assert "cut off 1 box that reaches beyond its image: " in file.findings.lines()[0]
     assert file.ground_truth()["annotations"][0]["bbox"] == [60, 30, 40, 40]
 
 
@@ -106,7 +118,7 @@ def test_many_faults_are_counted_and_few_are_named(content, reread):
     for annotation in content["annotations"][:5]:
         annotation["category_id"] = 1
     (line,) = reread().findings.lines()
-    assert line.startswith("5 unknown category: annotation 7 of image 100, ")
+    assert line.startswith("left out 5 unknown category: annotation 7 of image 100, ")
     assert line.endswith(", ...")
 
 
@@ -121,9 +133,10 @@ WHOLE = {
     "lists no images": lambda c: c["images"].clear(),
     "two categories have the id 3": lambda c: c["categories"].append({"id": 3, "name": "van"}),
     "has no whole number as id": lambda c: c["categories"].append({"name": "van"}),
+    "number as id": lambda c: c["categories"].append({"id": 2**63, "name": "van"}),
     "two images have the id 100": lambda c: c["images"].append(c["images"][0]),
     "no image that can be used": lambda c: [i.pop("file_name") for i in c["images"]],
-    "no annotation that can be used: 9 unknown category": lambda c: [
+    "no annotation that can be used: left out 9 unknown category": lambda c: [
         a.update(category_id=1) for a in c["annotations"]
     ],
 }
@@ -187,11 +200,11 @@ def test_compressed_run_lengths_are_those_of_the_library():
         pixels = np.asfortranarray(generator.random((37, 53, 1)) < density, np.uint8)
         encoded = mask.encode(pixels)[0]["counts"]
         text = encoded if isinstance(encoded, str) else encoded.decode()
-        lengths = list(coco.compressed_lengths(text))
+        lengths = list(compressed_lengths(text))
         values = np.arange(len(lengths)) % 2
         assert (np.repeat(values, lengths) == pixels[..., 0].flatten(order="F")).all()
     with pytest.raises(ValueError, match="middle of a number"):
-        list(coco.compressed_lengths("P"))
+        list(compressed_lengths("P"))
 
 
 def test_selecting_images_keeps_their_annotations(content, reread):
@@ -200,3 +213,20 @@ def test_selecting_images_keeps_their_annotations(content, reread):
     fewer = file.select([2, 3])
     assert [fewer.entries(i) for i in range(2)] == [file.entries(2), file.entries(3)]
     assert before == content
+
+
+@pytest.mark.parametrize("name", ["../a.jpg", "/etc/passwd", ".", "x/../..", "a/../../b.jpg"])
+def test_a_file_name_that_leads_out_of_the_folder_is_refused(tmp_path, name):
+    (tmp_path / "images").mkdir()
+    image = ImageEntry(7, name, 4, 4)
+    with pytest.raises(ValueError, match="of image 7 leads out of"):
+        coco.absent_files([image], tmp_path / "images")
+
+
+def test_a_file_name_may_be_absolute_inside_the_folder(tmp_path, monkeypatch):
+    (tmp_path / "images").mkdir()
+    (tmp_path / "images/a.jpg").touch()
+    monkeypatch.chdir(tmp_path)
+    names = [str(tmp_path / "images/a.jpg"), "a.jpg", "../images/a.jpg", "b.jpg"]
+    found = coco.absent_files([ImageEntry(i, n, 4, 4) for i, n in enumerate(names)], "images")
+    assert found == [3]

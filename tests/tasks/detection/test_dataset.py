@@ -101,7 +101,7 @@ def test_masks_are_those_of_pycocotools(folder):
 def test_crowds_and_images_without_objects_are_not_trained_on(folder):
     images, lines = open_training(small.data(folder), masks=False)
     assert [entry.id for entry in images.file.images] == [100, 102, 103]
-    assert lines == ["1 images without objects"]
+    assert lines == ["left out 1 images without objects"]
     _, objects = images.read(2)
     assert len(objects) == 2  # the third is a crowd
     every, lines = open_training(small.data(folder, without_objects=True), masks=True)
@@ -149,12 +149,13 @@ def test_a_bad_image_is_a_bad_sample_with_the_name_of_its_file(folder, damage, c
     with pytest.raises(BadSample, match=r"images/0\.png") as found:
         images.load(0)
     assert found.value.cause.startswith(cause)
+    assert str(found.value).count(found.value.cause) == 1
 
 
 def test_few_absent_images_are_left_out_and_many_refused(folder):
     (folder / "images" / "0.png").unlink()
     images, lines = open_training(small.data(folder, max_bad_rate=0.3), masks=False)
-    assert "1 of 4 images are listed and not there: 0.png" in lines
+    assert "1 of 4 images are listed and not there: 0.png; they are left out" in lines
     assert [entry.id for entry in images.file.images] == [102, 103]
     with pytest.raises(ValueError, match="1 of 4 images are listed and not there"):
         open_training(small.data(folder), masks=False)

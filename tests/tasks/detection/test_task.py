@@ -112,6 +112,18 @@ def test_a_set_that_cannot_be_used_is_refused(images, tmp_path, monkeypatch, ove
     assert sentence in str(caught.value)
 
 
+def test_a_validation_set_without_annotations_is_named_before_the_first_step(tmp_path, caplog):
+    content = small.content(6)
+    small.write(tmp_path, content)
+    bare = tmp_path / "bare.json"
+    bare.write_text(json.dumps(content | {"annotations": []}))
+    sets = {"annotations": str(bare), "images": str(tmp_path / "images")}
+    task = task_of(small.small_detection(tmp_path, tmp_path, "vit", {"data.val": sets}))
+    with caplog.at_level("WARNING"):
+        task.open_stream()
+    assert "bare.json has no annotation to compare with" in caplog.text
+
+
 def test_what_is_left_out_is_logged(tmp_path, caplog):
     content = small.content(6)
     content["annotations"][0]["category_id"] = 77
