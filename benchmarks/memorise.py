@@ -107,7 +107,7 @@ def detection(options: argparse.Namespace, folder: Path) -> None:
 
     def figures() -> dict[str, float]:
         networks.eval()
-        results = detect(networks, test, ALONE, batch=BATCH)
+        results, _ = detect(networks, test, ALONE, batch=BATCH)
         networks.train()
         found: dict[str, float] = {}
         for kind in ("box", "mask") if masks else ("box",):

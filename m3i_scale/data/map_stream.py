@@ -223,6 +223,7 @@ class Share(NamedTuple):
 
     batch: Any
     indices: list[int]  # in the data set; -1: there to fill the batch, to be left out
+    bad: list[str]  # what is wrong with those that cannot be used
 
 
 def shares(
@@ -230,31 +231,56 @@ def shares(
 ) -> Iterator[Share]:
     """All samples once over all ranks, in as many batches on every rank.
 
+    Samples that cannot be used are named in the log and left out.
+
     Raises:
-        UnusableTestSample: a sample cannot be read: figures of the others would be of another set.
+        UnusableTestSet: none can be used.
     """
     rounds = -(-len(dataset) // (batch * world_size))
     blocks = []
     for number in range(rounds):
         first = (number * world_size + rank) * batch
         blocks.append([i if i < len(dataset) else -1 for i in range(first, first + batch)])
-    yield from load_ahead(_Shares(dataset), blocks, workers)
+    for share in load_ahead(_Shares(dataset), blocks, workers):
+        for words in share.bad:
+            log.warning("left out of the test set: %s", words)
+        yield share
 
 
-class UnusableTestSample(OfOneRank, ValueError):  # noqa: N818  (the name is the message)
-    """A sample of a test set cannot be read; the run stops with one sentence."""
+class UnusableTestSet(OfOneRank, ValueError):  # noqa: N818  (the name is the message)
+    """No sample of a test set can be used; the run stops with one sentence."""
 
 
 class _Shares(Dataset[Share]):
     def __init__(self, dataset: MapDataset) -> None:
         self.dataset = dataset
+        self._filler: Any = None
 
     def __getitem__(self, indices: list[int]) -> Share:
-        try:
-            samples = [self.dataset.load(max(index, 0)) for index in indices]
-        except BadSample as bad:
-            raise UnusableTestSample(
-                f"a sample of the test set cannot be used ({bad}): mend it, or leave it out of the "
-                "set"
-            ) from None
-        return Share(self.dataset.collate(samples), indices)
+        samples, kept, bad = [], [], list[str]()
+        for index in indices:
+            sample = None
+            if index >= 0:
+                try:
+                    sample = self.dataset.load(index)
+                except BadSample as found:
+                    bad.append(str(found))
+            kept.append(-1 if sample is None else index)
+            samples.append(self._any() if sample is None else sample)
+        return Share(self.dataset.collate(samples), kept, bad)
+
+    def _any(self) -> Any:
+        """The first sample that can be used."""
+        first = ""
+        for index in range(len(self.dataset) if self._filler is None else 0):
+            try:
+                self._filler = self.dataset.load(index)
+                break
+            except BadSample as found:
+                first = first or str(found)
+        if self._filler is None:
+            raise UnusableTestSet(
+                f"none of the {len(self.dataset)} samples of the test set can be used ({first}): "
+                "mend them, or name another set"
+            )
+        return self._filler

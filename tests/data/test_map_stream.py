@@ -128,8 +128,17 @@ def test_shares_cover_a_set_once_in_as_many_batches_on_every_rank(size):
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-def test_an_unreadable_test_sample_stops_the_run_with_one_sentence(workers):
-    with pytest.raises(ValueError, match=r"1\.png") as stopped:
-        list(shares(Numbered(3, bad=[1]), 2, workers=workers))
+def test_an_unreadable_test_sample_is_left_out_and_named(workers, caplog):
+    found = list(shares(Numbered(5, bad=[0, 3]), 2, workers=workers))
+    assert [share.indices for share in found] == [[-1, 1], [2, -1], [4, -1]]
+    assert [share.batch.index.tolist() for share in found] == [[1, 1], [2, 1], [4, 1]]
+    assert [len(share.bad) for share in found] == [1, 1, 0]
+    for name in ("0.png", "3.png"):
+        assert f"left out of the test set: unreadable file: {name}" in caplog.text
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_test_set_without_a_sample_that_can_be_used_is_one_sentence(workers):
+    with pytest.raises(ValueError, match=r"none of the 3 samples .*0\.png") as stopped:
+        list(shares(Numbered(3, bad=range(3)), 2, workers=workers))
     assert exit_code(stopped.value) == 2
-    assert str(stopped.value).startswith("a sample of the test set cannot be used (unreadable")

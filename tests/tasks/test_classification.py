@@ -15,14 +15,16 @@ from helpers.classification import (
     train_classifier,
 )
 from helpers.ranks import run_ranks
+from m3i_scale.cluster.launch import World
 from m3i_scale.config import ConfigError
 from m3i_scale.config.classification import ClassificationData, LabelledImages
 from m3i_scale.data.bad_sample import BadSample
 from m3i_scale.models.layer_decay import layer_scales
 from m3i_scale.tasks import task_of
+from m3i_scale.tasks.classification.evaluation import confusion
 from m3i_scale.tasks.classification.images import open_images
 from m3i_scale.tasks.classification.networks import ClassificationNetworks, Inputs
-from m3i_scale.tasks.classification.task import mixing, test_transform
+from m3i_scale.tasks.classification.task import ClassificationTask, mixing, test_transform
 
 test_transform.__test__ = False  # type: ignore[attr-defined]  (no test of pytest's)
 
@@ -143,3 +145,16 @@ def test_a_damaged_image_is_named(images, tmp_path):
     with pytest.raises(BadSample) as caught:
         dataset.load(12)
     assert "red/0.png" in str(caught.value)
+
+
+def test_a_damaged_test_image_is_counted_and_not_answered(tmp_path, caplog):
+    folder = draw_images(tmp_path / "damaged")
+    (folder / "test" / "red" / "0.png").write_bytes(b"no image")
+    task = task_of(small_classification(folder, tmp_path))
+    assert isinstance(task, ClassificationTask)
+    networks = ClassificationNetworks(task.config.model).eval()
+    world = World(0, 0, 1, torch.device("cpu"))
+    tested = confusion(networks, task.test_set, 3, world, batch=4, dtype=torch.float32)
+    assert (tested.left_out, int(tested.confusion.sum())) == (1, len(task.test_set) - 1)
+    assert tested.top5 == 1.0  # of three classes
+    assert "red/0.png" in caplog.text

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -10,6 +10,19 @@ from torch import Tensor
 
 from m3i_scale.cluster.launch import World
 from m3i_scale.data.map_stream import MapDataset, shares
+
+
+class Tested(NamedTuple):
+    """What a classifier answered.
+
+    confusion  int64 (C, C) on the CPU: rows are true classes
+    top5       share of the images whose class is among the five largest scores
+    left_out   images that cannot be used
+    """
+
+    confusion: Tensor
+    top5: float
+    left_out: int
 
 
 def confusion(
@@ -21,7 +34,7 @@ def confusion(
     batch: int,
     dtype: torch.dtype,
     workers: int = 0,
-) -> tuple[Tensor, float]:
+) -> Tested:
     """Count predictions, and how often the truth is among the first five (a collective).
 
     Args:
@@ -33,11 +46,10 @@ def confusion(
         dtype: of the networks' input.
         workers: processes that load images.
 
-    Returns:
-        Confusion matrix, int64 (C, C) on the CPU: rows are true classes; and the share of the
-        images whose class is among the five largest scores.
+    Raises:
+        ValueError: no image can be used.
     """
-    counts = torch.zeros(classes * classes + 1, dtype=torch.int64, device=world.device)
+    counts = torch.zeros(classes * classes + 2, dtype=torch.int64, device=world.device)
     each = shares(dataset, batch, rank=world.rank, world_size=world.size, workers=workers)
     for share in each:
         real = torch.tensor([index >= 0 for index in share.indices], device=world.device)
@@ -45,9 +57,11 @@ def confusion(
         scores = networks(data.images.to(dtype))["scores"].float()
         best = scores.topk(min(5, classes), dim=1).indices
         truth, predicted = data.labels[real], best[real, 0]
-        counts[:-1] += torch.bincount(truth * classes + predicted, minlength=classes * classes)
-        counts[-1] += (best[real] == truth[:, None]).any(1).sum()
+        counts[:-2] += torch.bincount(truth * classes + predicted, minlength=classes * classes)
+        counts[-2] += (best[real] == truth[:, None]).any(1).sum()
+        counts[-1] += len(share.bad)
     if world.size > 1:
         dist.all_reduce(counts)
     counts = counts.cpu()
-    return counts[:-1].view(classes, classes), int(counts[-1]) / len(dataset)
+    matrix = counts[:-2].view(classes, classes)
+    return Tested(matrix, int(counts[-2]) / max(1, int(matrix.sum())), int(counts[-1]))

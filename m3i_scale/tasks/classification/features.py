@@ -34,7 +34,12 @@ from m3i_scale.data.map_stream import load_ahead
 from m3i_scale.data.order import hash64
 from m3i_scale.engine.files import write_whole
 from m3i_scale.engine.stop import StoppedEarly
-from m3i_scale.tasks.classification.images import Labelled, LabelledBatch, LabelledSet
+from m3i_scale.tasks.classification.images import (
+    FolderImages,
+    Labelled,
+    LabelledBatch,
+    LabelledSet,
+)
 
 log = logging.getLogger(__name__)
 
@@ -162,11 +167,8 @@ class CachedSet:
 
     def measure(self) -> Statistics:
         """Of all features that can be used, in the order of the files."""
-        count, total, squares = (
-            0,
-            torch.zeros(self.width).double(),
-            torch.zeros(self.width).double(),
-        )
+        count = 0
+        total, squares = torch.zeros(2, self.width, dtype=torch.float64)
         for part in self.parts():
             file = self._read(part)
             count += len(part.rows) - len(file["faults"])
@@ -362,8 +364,6 @@ def content_of(images: LabelledSet) -> dict[str, Any]:
 
 
 def _stamps(images: LabelledSet) -> Iterator[tuple[str, str]]:
-    from m3i_scale.tasks.classification.images import FolderImages
-
     if isinstance(images, FolderImages):  # an index says it of its shards
         digest = hashlib.sha256()
         for name in images.files:

@@ -109,15 +109,17 @@ class ClassificationTask(TransferTask):
     def evaluate(self, networks: nn.Module, world: World) -> Values:
         """Top-1 and top-5 accuracy in percent; the confusion matrix goes to the run folder."""
         config = self.config
-        matrix, top5 = confusion(
+        tested = confusion(
             networks, self.test_set, config.model.classes, world,
             batch=config.optimizer.max_micro_batch, dtype=DTYPES[config.engine.precision],
             workers=config.data.workers,
         )  # fmt: skip
+        matrix = tested.confusion
         top1 = int(matrix.diagonal().sum()) / max(1, int(matrix.sum()))
         if world.is_main:
             write_whole(config.run_folder / "confusion.json", json.dumps(matrix.tolist()))
-        return {"top1": 100 * top1, "top5": 100 * top5}
+        left_out = float(tested.left_out)
+        return {"top1": 100 * top1, "top5": 100 * tested.top5, "left_out": left_out}
 
 
 def mixing(spec: ImageAugmentation, classes: int) -> Any:

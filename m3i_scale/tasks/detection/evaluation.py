@@ -45,8 +45,10 @@ LVIS_FIGURES = {
 @torch.no_grad()
 def detect(
     networks: Any, images: TestImages, world: World, *, batch: int = 1, workers: int = 0
-) -> list[Result]:
-    """Detections in all images, in the order of their ids, on every rank (a collective).
+) -> tuple[list[Result], int]:
+    """Detections in the order of the images' ids, and how many images cannot be used (collective).
+
+    Nothing is found in an image that cannot be used, and its objects are missed ones.
 
     Args:
         networks: detectors in evaluation mode; "detections" of a batch.
@@ -56,17 +58,20 @@ def detect(
         workers: processes that load images.
 
     Raises:
-        ValueError: an image cannot be read: figures of the others would be of another set.
+        ValueError: no image can be used.
     """
     own: list[Result] = []
+    left_out = 0
     each = shares(images, batch, rank=world.rank, world_size=world.size, workers=workers)
     for share in each:
+        left_out += len(share.bad)
         data: Batch = share.batch.to(world.device)
         found: list[Detections] = networks(data)["detections"]
         for index, image_id, one in zip(share.indices, data.image_ids, found, strict=True):
             own += coco_results(one, image_id, images.file) if index >= 0 else []
-    results: list[Result] = [r for part in gather_objects(own, world) for r in part]
-    return sorted(results, key=lambda result: result["image_id"])
+    every = gather_objects((own, left_out), world)
+    results: list[Result] = [result for part, _ in every for result in part]
+    return sorted(results, key=lambda result: result["image_id"]), sum(count for _, count in every)
 
 
 def measure(file: CocoFile, results: Sequence[Result], kind: str) -> dict[str, float]:

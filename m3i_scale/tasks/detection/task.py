@@ -166,11 +166,11 @@ class DetectionTask(TransferTask):
     def evaluate(self, networks: nn.Module, world: World) -> Values:
         """AP and AR in percent; pictures and all detections go to the run folder."""
         config, images = self.config, self.test_set
-        results = detect(
+        results, left_out = detect(
             networks, images, world,
             batch=config.optimizer.max_micro_batch, workers=config.data.workers,
         )  # fmt: skip
-        values: Values = {}
+        values: Values = {"left_out": float(left_out)}
         if world.is_main:
             kinds = ["box", "mask"] if images.masks else ["box"]
             for kind in kinds:
