@@ -27,14 +27,15 @@ from m3i_scale.tasks.pretraining import Pretraining
 
 
 class RandomStream:
-    """Samples that are functions of their position; the image at position `poison` is infinite."""
+    """Samples that are functions of their position, of a configuration's sizes or 64 pixels."""
 
     epoch_samples = 64
-    sizes: StepSizes | None = None  # None: 64 pixels
+    sizes: StepSizes | None = None
 
-    def __init__(self, config: Config) -> None:
-        batch = config.optimizer.global_batch_size
-        self.sizes = StepSizes(config.data, config.seed, batch)
+    def __init__(self, config: Config | None = None) -> None:
+        if config is not None:
+            batch = config.optimizer.global_batch_size
+            self.sizes = StepSizes(config.data, config.seed, batch)
 
     def loader(
         self,
