@@ -26,18 +26,9 @@ quarter of an hour on two cores. The same command again goes on with an interrup
 DATA = Path("data_demo/pasted")
 # One character an image, as large in it as in pre-training: heads of so few steps see it whole.
 SET = (
-    "--image-size",
-    "64",
-    "--objects",
-    "1",
-    "--sizes",
-    "0.5",
-    "0.9",
-    "--train",
-    "3000",
-    "--val",
-    "300",
-)
+    "--image-size", "64", "--objects", "1", "--sizes", "0.5", "0.9",
+    "--train", "3000", "--val", "300",
+)  # fmt: skip
 BACKBONE = Path("data_demo/backbone.safetensors")
 RUNS = Path("runs/transfer_demo")
 STARTS = ("pretrained", "untrained")

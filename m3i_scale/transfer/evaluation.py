@@ -187,22 +187,16 @@ def measure(
     gallery, gallery_encoded = encode(sets.gallery, "gallery", False)
     queries, query_encoded = encode(sets.queries, "queries", True)
     candidates = sorted({c for c in (*gallery.captions, *queries.captions) if c})
-    embeddings: dict[str, Tensor] = {}
-    text, one = config.model.text, next(iter(query_encoded.values()))
-    if candidates and text and one.text is not None and "zero_shot" in options.tasks:
-        tokenizer: Tokenizer = load_tokenizer(text.tokenizer)
-        embeddings = {
-            name: encode_captions(model, tokenizer, candidates, text.max_length)
-            for name, model in networks.items()
-        }
+    one = next(iter(query_encoded.values()))
+    has_texts = config.model.text is not None and one.text is not None
     asked = retrieval.Asked.of(queries, query_encoded) if options.recall_at else None
     sentences = {
+        "candidates": candidates if has_texts and "zero_shot" in options.tasks else [],
         "captions": asked.captions if asked else [],
         "prompts": options.prompts.sentences if options.prompts else [],
     }
-    embedded = {
-        kind: _embed(config, networks, found, kind, one) for kind, found in sentences.items()
-    }
+    embedded = _embed(config, networks, sentences, one)
+    embeddings = embedded["candidates"]
     device = next(next(iter(networks.values())).parameters()).device
     judge = Judge(query_encoded, device)
     scores = [
@@ -234,28 +228,29 @@ def measure(
 def _embed(
     config: Config,
     networks: Mapping[str, nn.Module],
-    sentences: Sequence[str],
-    kind: str,
+    sentences: Mapping[str, Sequence[str]],
     encoded: Encoded,
-) -> dict[str, Tensor]:
-    """Sentences by all networks, float32 (M, T) of unit length on the CPU (a collective).
+) -> dict[str, dict[str, Tensor]]:
+    """Sentences of each kind by all networks, float32 (M, T) of unit length on the CPU.
 
     Raises:
         ValueError: the networks have no text tower.
     """
+    embedded: dict[str, dict[str, Tensor]] = {kind: {} for kind in sentences}
+    wanted = {kind: found for kind, found in sentences.items() if found}
+    if not wanted:
+        return embedded
     text = config.model.text
-    if not sentences:
-        return {}
     if text is None or encoded.text is None:
         raise ValueError(
-            f"{kind} are compared by a text tower, which this run did not train; evaluate a run "
-            "with a text target"
+            f"{next(iter(wanted))} are compared by a text tower, which this run did not train; "
+            "evaluate a run with a text target"
         )
     tokenizer: Tokenizer = load_tokenizer(text.tokenizer)
-    return {
-        name: encode_captions(model, tokenizer, sentences, text.max_length)
-        for name, model in networks.items()
-    }
+    for kind, found in wanted.items():
+        for name, model in networks.items():
+            embedded[kind][name] = encode_captions(model, tokenizer, found, text.max_length)
+    return embedded
 
 
 def markdown(rows: Sequence[TaskScore]) -> str:

@@ -12,7 +12,7 @@ from m3i_scale.transfer import labels
 from m3i_scale.transfer.features import Encoded
 from m3i_scale.transfer.parts import sum_of_all
 
-CHUNK = 1024  # queries that are judged at once
+_CHUNK = 1024  # queries that are judged at once
 Scorer = Callable[[Tensor], Tensor]  # something of n queries -> scores (n, C)
 
 
@@ -51,7 +51,7 @@ class Judge:
         """
         own = (wanted >= self._own.start) & (wanted < self._own.stop)
         counts = torch.zeros(len(depths), dtype=torch.int64)
-        parts = zip(wanted[own].split(CHUNK), truth[own].split(CHUNK), strict=True)
+        parts = zip(wanted[own].split(_CHUNK), truth[own].split(_CHUNK), strict=True)
         for rows, answers in parts if own.any() else ():
             scores = scores_of(rows)
             counts += torch.stack([labels.hits(scores, answers, k).sum() for k in depths])
