@@ -233,6 +233,8 @@ def _embed(
 ) -> dict[str, dict[str, Tensor]]:
     """Sentences of each kind by all networks, float32 (M, T) of unit length on the CPU.
 
+    A collective.
+
     Raises:
         ValueError: the networks have no text tower.
     """
