@@ -1,10 +1,11 @@
-"""Does a task's wiring hold? Eight images of the pasted set, learned by heart on one CPU core.
+"""Does a task's wiring hold? Eight images of the pasted set, learned by heart.
 
     python benchmarks/memorise.py detection --head dino        # box AP 1.0
     python benchmarks/memorise.py detection --head mask_rcnn   # box and mask AP
     python benchmarks/memorise.py segmentation --head upernet  # mIoU
     python benchmarks/memorise.py segmentation --head mask2former
 
+On a GPU where there is one (--device), or on one CPU core.
 Training and evaluation see the same eight images, without augmentation; a small InternImage starts
 from nothing. Segmentation sees them at twice their size, as its maps have a quarter of the rows.
 What does not come close to 1 has a fault between annotation file and figure. Prints a line for each
@@ -41,7 +42,6 @@ from m3i_scale.tasks.segmentation.inference import Planner
 from m3i_scale.tasks.segmentation.networks import inputs_of
 
 SIZE, IMAGES, BATCH = 96, 8, 4
-ALONE = World(0, 0, 1, torch.device("cpu"))
 BACKBONE = {
     "name": "intern_image",
     "options": {"channels": 24, "depths": [1, 1, 3, 1], "groups": [3, 6, 12, 24]},
@@ -81,6 +81,11 @@ HEADS: dict[str, dict[str, Any]] = {
 }
 
 
+def alone(options: argparse.Namespace) -> World:
+    """One process without others, on the device that was asked for."""
+    return World(0, 0, 1, torch.device(options.device))
+
+
 def detection(options: argparse.Namespace, folder: Path) -> None:
     """Box AP, and mask AP where the head has masks."""
     pasted = build(folder / "pasted", Recipe(image_size=SIZE, train=IMAGES, val=1))
@@ -100,14 +105,16 @@ def detection(options: argparse.Namespace, folder: Path) -> None:
     config = Detector.model_validate({**tree, "categories": len(Recipe().characters)})
     masks = needs_masks(config)
     images, test = open_training(data, masks=masks)[0], open_test(data, masks=masks)[0]
-    networks = build_detector(config, data)
+    world = alone(options)
+    networks = build_detector(config, data).to(world.device)
 
     def loss(chosen: list[int]) -> torch.Tensor:
-        return networks(images.collate([images.load(i) for i in chosen]))["loss"]
+        batch = images.collate([images.load(i) for i in chosen])
+        return networks(batch.to(world.device))["loss"]
 
     def figures() -> dict[str, float]:
         networks.eval()
-        results, _ = detect(networks, test, ALONE, batch=BATCH)
+        results, _ = detect(networks, test, world, batch=BATCH)
         networks.train()
         found: dict[str, float] = {}
         for kind in ("box", "mask") if masks else ("box",):
@@ -131,17 +138,18 @@ def segmentation(options: argparse.Namespace, folder: Path) -> None:
         {"backbone": BACKBONE, "head": HEADS[options.head], "classes": len(names)}
     )
     images = SegmentationSet(data.train, data, len(names), TrainingCrop(data))
-    networks = build_networks(model, data.crop)
+    world = alone(options)
+    networks = build_networks(model, data.crop).to(world.device)
     settings = SegmentationEvaluation.model_validate(large)
-    planner = Planner(settings, data, networks.multiple, ALONE.device, torch.float32)
+    planner = Planner(settings, data, networks.multiple, world.device, torch.float32)
 
     def loss(chosen: list[int]) -> torch.Tensor:
         batch = images.collate([images.load(i) for i in chosen])
-        return networks(inputs_of(batch, data, torch.float32))["loss"]
+        return networks(inputs_of(batch.to(world.device), data, torch.float32))["loss"]
 
     def figures() -> dict[str, float]:
         networks.eval()
-        found = segmentation_evaluation.evaluate(networks, images, names, planner, ALONE, tiles=0)
+        found = segmentation_evaluation.evaluate(networks, images, names, planner, world, tiles=0)
         networks.train()
         return {name: found.figures()[name] for name in ("mIoU", "pixel_accuracy")}
 
@@ -195,6 +203,8 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=1000, help="most (%(default)s)")
     parser.add_argument("--every", type=int, default=100, help="steps between evaluations")
     parser.add_argument("--rate", type=float, default=5e-4, help="learning rate (%(default)s)")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    parser.add_argument("--device", default=device, help="(%(default)s)")
     parser.add_argument("--target", type=float, default=0.999, help="ends the run (%(default)s)")
     options = parser.parse_args()
     run, heads = TASKS[options.task]

@@ -35,7 +35,7 @@ from torch.profiler import ProfilerActivity, profile, record_function
 
 from m3i_scale.cluster import launch
 from m3i_scale.cluster.launch import World
-from m3i_scale.config import Config, load_config
+from m3i_scale.config import Config, Verify, load_config
 from m3i_scale.integrations.frozen import make_skeletons
 from m3i_scale.profiling.flops import mean_flops, run_flops
 from m3i_scale.profiling.peaks import dense_bf16_peak
@@ -124,6 +124,8 @@ def run(options: argparse.Namespace) -> int:
         timed(step, world.device)  # compiles
         again = [timed(step, world.device) for _ in range(options.gather_steps)]
         diary.note(gather_steps=again)
+    if options.twice:
+        diary.note(twice=computed_twice(step, ready, options.twice))
     if world.is_main:
         print(stem.with_suffix(".md").read_text(), flush=True)
     launch.finish()
@@ -190,6 +192,17 @@ def timed(step: Callable[[], None], device: torch.device) -> float:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     return time.perf_counter() - started
+
+
+def computed_twice(step: Callable[[], None], ready: Any, steps: int) -> dict[str, Any]:
+    """Seconds of steps that are computed twice, and how many did not repeat bit for bit."""
+    from m3i_scale.engine import loop
+
+    engine = ready.config.engine.model_copy(update={"verify": Verify(every=1)})
+    ready.config = ready.config.model_copy(update={"engine": engine})
+    checks = loop.open_checks(ready)
+    seconds = [timed(step, ready.world.device) for _ in range(steps)]
+    return {"seconds": seconds, "problem": str(checks.problem or ""), **checks.values(0)}
 
 
 def profiled(
@@ -369,6 +382,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--gather-steps", type=int, default=0, help="timed steps with DCNv3's gather kernels alone"
     )
+    parser.add_argument("--twice", type=int, default=0, help="timed steps that are computed twice")
     parser.add_argument(
         "--cubins",
         type=pathlib.Path,

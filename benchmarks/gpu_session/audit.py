@@ -25,6 +25,7 @@ AGREE = 1e-3  # relative, in the norm, between devices and implementations in fp
 WAITS = 5  # for the device in one step
 STEPS = 2 if rows.REHEARSE else 6
 HALF = STEPS // 2
+TWICE = 2 if rows.REHEARSE else 50  # steps that are computed twice
 FEW = 1 if rows.REHEARSE else 3
 PROCESSES = 2 if rows.REHEARSE else 7
 MARGIN = 8  # seconds for the comparisons
@@ -66,13 +67,17 @@ def groups() -> dict[str, list[Result]]:
     if _has_key("deterministic"):
         exact = {"overrides": {"engine.deterministic": True}}
     offload = {"overrides": {"engine.zero.offload_optimizer": True}}
+    twice = {"overrides": {"engine.verify.every": 1}}
     return {
         "cpu": [task("cpu", "cpu", "fp32", "reference", FEW, save_at=[0])],
         "fp32": [
             task("triton", device, "fp32", "triton", FEW, **start),
             task("reference", device, "fp32", "reference", FEW, **start),
         ],
-        "bf16": [task("bf16", device, "bf16", "triton", STEPS, synchronisations=True)],
+        "bf16": [
+            task("bf16", device, "bf16", "triton", STEPS, synchronisations=True),
+            task("twice", device, "bf16", "triton", TWICE, **twice),
+        ],
         "deterministic": [
             task("through", device, "bf16", "triton", STEPS, **exact),
             task("half", device, "bf16", "triton", HALF, save_at=[HALF], **exact),
@@ -206,6 +211,14 @@ def averages() -> None:
     check("teacher is its averages in bf16", len(wrong), 0, not wrong, differ=wrong[:5])
 
 
+def verified() -> None:
+    """Steps computed twice without `engine.deterministic`, as every run does, are equal."""
+    found = result("twice")["verify"]
+    steps, problem = found["verify/steps_computed_twice"], found["problem"]
+    ok = steps == TWICE and not found["verify/errors"]
+    check("steps computed twice and equal bit for bit", steps, TWICE, ok, problem=problem)
+
+
 def repeatable() -> None:
     """Deterministic steps repeat, and a resumed run is the one that was not interrupted."""
     through, half, resumed = (result(name) for name in ("through", "half", "resumed"))
@@ -255,7 +268,7 @@ def stream() -> None:
 
 # By the process whose end they wait for.
 CHECKS = {
-    "bf16": (waits, averages),
+    "bf16": (waits, averages, verified),
     "fp32": (agreement,),
     "deterministic": (repeatable,),
     "offload": (offload,),

@@ -68,10 +68,10 @@ def main(arguments: list[str]) -> int:
 
 def measure(config: str, micro: int, out: Path, seconds: float, cubins: Sequence[str] = ()) -> int:
     """Run the benchmark; 124 where it was stopped."""
-    counts = (1, 2, 1, 1) if rows.REHEARSE else (3, 6, 1, 3)
+    counts = (1, 2, 1, 1, 1) if rows.REHEARSE else (3, 6, 1, 3, 2)
     command = [sys.executable, "benchmarks/step.py", "--config", config, "--out", str(out)]
     command += ["--micro-batch", str(micro)]
-    names = ("--warmup", "--steps", "--profile", "--gather-steps")
+    names = ("--warmup", "--steps", "--profile", "--gather-steps", "--twice")
     for option, count in zip(names, counts, strict=True):
         command += [option, str(count)]
     if cubins and not rows.REHEARSE:
@@ -96,7 +96,7 @@ def account(out: Path, micro: int, code: int) -> None:
     longest = found.pop("kernels", [])
     measured = found.get("row", {})
     values = {k: v for k, v in measured.items() if k not in rows.origin()}
-    names = ("warmup", "steps", "known_after", "kernel_ms", "dcnv3", "gather_steps")
+    names = ("warmup", "steps", "known_after", "kernel_ms", "dcnv3", "gather_steps", "twice")
     known = {k: found.get(k) for k in names}
     note = {OUT_OF_MEMORY: "out of GPU memory", 124: "stopped by its time limit"}.get(code, "")
     ok = code == 0 and bool(measured)

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator
 
 from torch import Tensor, nn
 
-from m3i_scale.engine.task import StudentTeacher, UsesFrozen
+from m3i_scale.engine.task import has_teacher, uses_frozen
 from m3i_scale.engine.zero import Sharded
 
 PARAMETERS = "parameters"
@@ -30,7 +30,7 @@ def held_memory(sharded: Sharded) -> dict[str, int]:
     precision at stage 3, "gathered" parameters of a single rank) count as 0 there.
     """
     own, model = sharded.shards, sharded.model
-    followed = isinstance(model, StudentTeacher)
+    followed = has_teacher(model)
     kinds = {
         PARAMETERS: own.compute_weights(model),
         MASTER: own.masters,
@@ -68,7 +68,7 @@ def _frozen(sharded: Sharded) -> Iterator[Tensor]:
 
 def _outside(model: nn.Module) -> Iterator[Tensor]:
     """Parameters of networks that are no part of the engine's module."""
-    if isinstance(model, UsesFrozen):
+    if uses_frozen(model):
         yield from (p.data for module in model.frozen.values() for p in module.parameters())
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Protocol, TypeGuard
 
 import torch
 from torch import Tensor, nn
@@ -65,7 +65,6 @@ class InitialWeights(Protocol):
         ...
 
 
-@runtime_checkable
 class StudentTeacher(Protocol):
     """Networks with a frozen copy of a part that follows that part's moving average."""
 
@@ -77,11 +76,22 @@ class StudentTeacher(Protocol):
         ...
 
 
-@runtime_checkable
 class UsesFrozen(Protocol):
     """Networks that use modules outside of their tree, which nothing shards, trains or saves."""
 
     frozen: Mapping[str, nn.Module]  # whole on every rank
+
+
+# Not `isinstance` with a runtime-checkable protocol: from Python 3.12 on that does not see
+# submodules, which `nn.Module.__getattr__` finds.
+def has_teacher(model: nn.Module) -> TypeGuard[StudentTeacher]:
+    """Whether networks have a student and its teacher."""
+    return all(hasattr(model, name) for name in ("student", "teacher", "separate_teacher"))
+
+
+def uses_frozen(model: nn.Module) -> TypeGuard[UsesFrozen]:
+    """Whether networks use modules outside of their tree."""
+    return hasattr(model, "frozen")
 
 
 class Task(ABC):

@@ -32,7 +32,7 @@ from m3i_scale.engine.momentum import (
 from m3i_scale.engine.partitioned import Partitioned
 from m3i_scale.engine.schedules import BatchSplit
 from m3i_scale.engine.shards import Shards
-from m3i_scale.engine.task import StudentTeacher, Task
+from m3i_scale.engine.task import Task, has_teacher
 from m3i_scale.models.precision import DTYPES
 
 
@@ -186,7 +186,7 @@ def _build_partitioned(task: Task, world: World, settings: dict[str, Any]) -> Sh
     kind: type[ShardedTeacher | WholeTeacher]
     kind = ShardedTeacher if config.engine.teacher == "sharded" else WholeTeacher
     teacher, copy, student = None, None, None
-    if isinstance(model, StudentTeacher):
+    if has_teacher(model):
         student = model.student
         start_equal(student, model.teacher)
         copy = model.separate_teacher() if kind is WholeTeacher else model.teacher
@@ -214,7 +214,7 @@ def _build_flat(task: Task, world: World, settings: dict[str, Any]) -> Sharded:
     with drawing(config.seed, world.device), world.device, dtype:
         model = _networks(task)
     teacher, copy, student = None, None, None
-    if isinstance(model, StudentTeacher):
+    if has_teacher(model):
         student = model.student
         start_equal(student, model.teacher)
         copy = model.separate_teacher()

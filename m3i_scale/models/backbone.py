@@ -3,7 +3,7 @@
 import difflib
 import inspect
 from collections.abc import Callable, Mapping
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Protocol
 
 from torch import Tensor, nn
 
@@ -11,7 +11,6 @@ from m3i_scale.models.intern_image import INTERN_IMAGE_VARIANTS, InternImage
 from m3i_scale.models.vit import ViT
 
 
-@runtime_checkable
 class Backbone(Protocol):
     """An image encoder with a map of features and a pooled vector.
 

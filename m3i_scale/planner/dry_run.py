@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from torch import nn
 
 from m3i_scale.engine.loop import Run
-from m3i_scale.engine.task import StudentTeacher, UsesFrozen
+from m3i_scale.engine.task import has_teacher, uses_frozen
 from m3i_scale.engine.zero import deepspeed_config
 from m3i_scale.planner.state import lasting_memory
 from m3i_scale.profiling.record import Weight
@@ -23,7 +23,7 @@ def _networks(run: Run) -> Iterator[str]:
     model = run.sharded.model
     yield f"networks ({run.task.title(model)})"
     parts = dict(model.named_children())
-    if isinstance(model, StudentTeacher):
+    if has_teacher(model):
         parts["teacher"] = model.teacher  # a whole teacher is no child
     parts |= {f"frozen {name}": module for name, module in _frozen(run).items()}
     for name, part in parts.items():
@@ -66,7 +66,7 @@ def _memory(run: Run) -> Iterator[str]:
 def _frozen(run: Run) -> Mapping[str, nn.Module]:
     """Networks outside of the engine's module that nothing changes."""
     model = run.sharded.model
-    return model.frozen if isinstance(model, UsesFrozen) else {}
+    return model.frozen if uses_frozen(model) else {}
 
 
 def _weights(run: Run) -> list[Weight]:

@@ -18,8 +18,8 @@ SMALL_VIT = {"width": 32, "depth": 1, "heads": 4, "pool_heads": 4, "embed_dim": 
     ("name", "options"), [("intern_image", SMALL_INTERN_IMAGE), ("vit", SMALL_VIT)]
 )
 def test_interface(name, options):
-    backbone = build_backbone(name, **options)
-    assert isinstance(backbone, Backbone)
+    backbone: Backbone = build_backbone(name, **options)
+    assert isinstance(backbone.pooling, torch.nn.Module)
     rows, columns = backbone.grid_size(64, 96)
     tokens = backbone.features(torch.randn(2, 3, 64, 96))
     assert (rows * backbone.stride, columns * backbone.stride) == (64, 96)
