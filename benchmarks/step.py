@@ -110,8 +110,9 @@ def run(options: argparse.Namespace) -> int:
     if world.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
     seconds = [timed(step, world.device) for _ in range(options.steps)]
+    diary.note(steps=seconds, dcnv3=choice.reported())
     row = summarise(config, options, world, ready.split.accumulation, seconds)
-    diary.note(steps=seconds, row=row._asdict(), dcnv3=choice.reported())
+    diary.note(row=row._asdict())
     _write(row, None, stem, world)
     if options.profile:
         events = profiled(step, ready, options.profile, stem)
@@ -119,13 +120,13 @@ def run(options: argparse.Namespace) -> int:
             ran = timeline.kernels(events)
             diary.note(kernels=[k._asdict() for k in ran[:30]], kernel_ms=_total(ran))
             _write(row, timeline.tabulate(events), stem, world)
+    if options.twice:
+        diary.note(twice=computed_twice(step, ready, options.twice))
     if options.gather_steps:
         set_dcnv3_algorithm("gather")
         timed(step, world.device)  # compiles
         again = [timed(step, world.device) for _ in range(options.gather_steps)]
         diary.note(gather_steps=again)
-    if options.twice:
-        diary.note(twice=computed_twice(step, ready, options.twice))
     if world.is_main:
         print(stem.with_suffix(".md").read_text(), flush=True)
     launch.finish()
@@ -195,14 +196,20 @@ def timed(step: Callable[[], None], device: torch.device) -> float:
 
 
 def computed_twice(step: Callable[[], None], ready: Any, steps: int) -> dict[str, Any]:
-    """Seconds of steps that are computed twice, and how many did not repeat bit for bit."""
+    """Seconds and memory of steps that are computed twice, and how many were equal bit for bit."""
     from m3i_scale.engine import loop
 
-    engine = ready.config.engine.model_copy(update={"verify": Verify(every=1)})
-    ready.config = ready.config.model_copy(update={"engine": engine})
-    checks = loop.open_checks(ready)
+    checks = loop.open_checks(ready, Verify(every=1))
+    if ready.world.device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
     seconds = [timed(step, ready.world.device) for _ in range(steps)]
-    return {"seconds": seconds, "problem": str(checks.problem or ""), **checks.values(0)}
+    ready.checks = None  # the next step opens those of the configuration
+    return {
+        "seconds": seconds,
+        "peak_memory_gib": _peak_memory(ready.world.device) / 2**30,
+        "problem": str(checks.problem or ""),
+        **checks.values(0),
+    }
 
 
 def profiled(

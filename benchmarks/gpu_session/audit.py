@@ -67,7 +67,7 @@ def groups() -> dict[str, list[Result]]:
     if _has_key("deterministic"):
         exact = {"overrides": {"engine.deterministic": True}}
     offload = {"overrides": {"engine.zero.offload_optimizer": True}}
-    twice = {"overrides": {"engine.verify.every": 1}}
+    twice = {"overrides": {"engine.verify.every": 1, "optimizer.duration": f"{TWICE} steps"}}
     return {
         "cpu": [task("cpu", "cpu", "fp32", "reference", FEW, save_at=[0])],
         "fp32": [

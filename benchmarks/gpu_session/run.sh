@@ -128,9 +128,9 @@ slow=$((rehearse ? 6 : 1))
 part setup $((20 * slow)) bash -c setup
 # Both are about being right, and take no times: side by side.
 part tests $((100 * slow)) bash -c 'exec "$python" "$here/kernel_tests.py" "$LIMIT"' &
-part audit $((110 * slow)) "$python" "$here/audit.py" &
+part audit $((130 * slow)) "$python" "$here/audit.py" &
 wait
-part step $((165 * slow)) bash -c 'exec "$python" "$here/training_step.py" "$LIMIT" ${cubins:+"$cubins"}'
+part step $((190 * slow)) bash -c 'exec "$python" "$here/training_step.py" "$LIMIT" ${cubins:+"$cubins"}'
 part host $((90 * slow)) bash -c 'exec "$python" "$here/host.py" "$LIMIT"'
 # Interpreted in a rehearsal, native on a GPU.
 export TRITON_INTERPRET=$rehearse

@@ -17,6 +17,7 @@ import os
 from collections.abc import Iterator
 
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 ALLOCATOR = "expandable_segments:True"
 CUBLAS = ":4096:8"  # of the two settings with which cuBLAS is deterministic, the faster one
@@ -53,7 +54,8 @@ def set_numerics(*, deterministic: bool, at_times: bool = False) -> None:
 def deterministic_inside(device: torch.device) -> Iterator[None]:
     """Inside, GPUs compute deterministically; an operator that cannot warns and computes.
 
-    CPUs always do.
+    CPUs always do. Attention is torch's own products and softmax: where operators only warn, the
+    fused kernels (cuDNN, flash, memory-efficient) add in any order in their backward pass.
     """
     if device.type == "cpu" or torch.are_deterministic_algorithms_enabled():
         yield
@@ -63,7 +65,8 @@ def deterministic_inside(device: torch.device) -> Iterator[None]:
     cudnn.benchmark, cudnn.deterministic = False, True
     torch.use_deterministic_algorithms(True, warn_only=True)
     try:
-        yield
+        with sdpa_kernel(SDPBackend.MATH):
+            yield
     finally:
         torch.use_deterministic_algorithms(False)
         cudnn.benchmark, cudnn.deterministic = before

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from m3i_scale.cluster.launch import World
-from m3i_scale.config import RunConfig
+from m3i_scale.config import RunConfig, Verify
 from m3i_scale.engine.averages import RunningMean
 from m3i_scale.engine.checkpoint import CheckpointError
 from m3i_scale.engine.checks import Checks
@@ -259,11 +259,14 @@ def save(run: Run) -> None:
     run.saver.save(run.progress.step, *state, sums)
 
 
-def open_checks(run: Run) -> Checks:
-    """Check from here on that nothing goes wrong unseen: the state is right now."""
+def open_checks(run: Run, spec: Verify | None = None) -> Checks:
+    """Check from here on that nothing goes wrong unseen: the state is right now.
+
+    By `spec`, or by the run's configuration.
+    """
     passes = Passes(run.task, run.world, run.sharded, run.split.accumulation)
-    spec = run.config.engine
-    run.checks = Checks(spec.verify, passes, deterministic=spec.deterministic)
+    engine = run.config.engine
+    run.checks = Checks(spec or engine.verify, passes, deterministic=engine.deterministic)
     return run.checks
 
 
