@@ -78,8 +78,8 @@ def train(world: World, folder: Path, task: dict[str, Any]) -> dict[str, Any]:
         run.progress.position += run.split.batch
     result = {"steps": steps, "opened": opened, "state": state(run), "waits": dict(waits)}
     result["teacher"] = teacher(run)
-    assert run.checks is not None
-    verify: dict[str, Any] = {**run.checks.values(0), "problem": str(run.checks.problem or "")}
+    checks = run.checks or loop.open_checks(run)  # none where nothing was left to train
+    verify: dict[str, Any] = {**checks.values(0), "problem": str(checks.problem or "")}
     result["verify"] = verify
     result["measured_steps"] = max(0, task["until"] - FIRST_MEASURED)
     return result
