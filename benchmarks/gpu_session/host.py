@@ -33,7 +33,7 @@ def main(arguments: list[str]) -> int:
     if not PROGRAM.exists():
         print(f"error: there is no {PROGRAM}")
         return 1
-    end = time.monotonic() + float(arguments[0]) - MARGIN
+    end = rows.end_of(arguments[0], MARGIN)
     started = {}
     for name, (ranks, more) in (REHEARSED if rows.REHEARSE else RUNS).items():
         output = rows.FOLDER / f"host_{name.replace(' ', '_').replace(',', '')}.json"

@@ -10,6 +10,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -39,7 +40,7 @@ def main(arguments: list[str]) -> int:
     command += ["-p", "kernel_tests", "-n", str(WORKERS), "-m", "not cpu_only", *CHOICE]
     command += ["--confcutdir", "tests/kernels", "--timeout", "90"]
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    limit = float(arguments[0]) - MARGIN
+    limit = rows.end_of(arguments[0], MARGIN) - time.monotonic()
     try:
         code = subprocess.run(command, cwd=rows.ROOT, env=environment, timeout=limit).returncode
     except subprocess.TimeoutExpired:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import time
 from collections.abc import Iterable
 from typing import Any
 
@@ -29,7 +30,8 @@ def main(arguments: list[str]) -> int:
     if missing:
         rows.write("matrix", "skipped", ok=True, note=missing)
         return 0
-    command = [sys.executable, str(PROGRAM), "--seconds", str(float(seconds) - MARGIN)]
+    end = rows.end_of(seconds, MARGIN)
+    command = [sys.executable, str(PROGRAM), "--seconds", str(end - time.monotonic())]
     if folder:
         command += ["--cubins", folder[0]]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:

@@ -37,6 +37,16 @@ def origin() -> dict[str, str]:
     }
 
 
+def end_of(seconds: str, margin: float) -> float:
+    """When on the monotonic clock work must end so that rows can be written within the limit.
+
+    What they need of PyTorch is looked up now: its import takes longer than a margin has.
+    """
+    begun = time.monotonic()
+    origin()
+    return begun + float(seconds) - margin
+
+
 def write(part: str, name: str, /, **values: Any) -> None:
     """Append one row and print it; a part that is stopped later has lost nothing.
 

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Eight minutes on one GPU: is it right, how fast is it, where does the time go.
+# Ten minutes on one GPU: is it right, how fast is it, where does the time go.
 #
 #     bash benchmarks/gpu_session/run.sh OUT [--wheels FOLDER] [--cubins FOLDER] [--rehearse]
 #                                            [--only PART,PART] [--python PROGRAM] [--seconds TOTAL]
@@ -54,7 +54,7 @@ for name in ${only//,/ }; do
     [[ ",$parts," == *",$name,"* ]] ||
         { echo "error: there is no part $name; there are $parts" >&2; exit 2; }
 done
-total=${total:-$((rehearse ? 1800 : 520))}
+total=${total:-$((rehearse ? 1800 : 595))}
 here=$(cd "$(dirname "$0")" && pwd)
 root=$(cd "$here/../.." && pwd)
 out=$(mkdir -p "$out" && cd "$out" && pwd)
@@ -130,7 +130,7 @@ part setup $((20 * slow)) bash -c setup
 part tests $((100 * slow)) bash -c 'exec "$python" "$here/kernel_tests.py" "$LIMIT"' &
 part audit $((130 * slow)) "$python" "$here/audit.py" &
 wait
-part step $((190 * slow)) bash -c 'exec "$python" "$here/training_step.py" "$LIMIT" ${cubins:+"$cubins"}'
+part step $((220 * slow)) bash -c 'exec "$python" "$here/training_step.py" "$LIMIT" ${cubins:+"$cubins"}'
 part host $((90 * slow)) bash -c 'exec "$python" "$here/host.py" "$LIMIT"'
 # Interpreted in a rehearsal, native on a GPU.
 export TRITON_INTERPRET=$rehearse

@@ -46,7 +46,7 @@ def configuration() -> str:
 def main(arguments: list[str]) -> int:
     """Measure and write; the exit code of the measurement."""
     seconds, *cubins = arguments
-    end = time.monotonic() + float(seconds) - MARGIN
+    end = rows.end_of(seconds, MARGIN)
     config = configuration()
     planning = subprocess.Popen([sys.executable, __file__, "plan", config], env=_on_cpu())
     code = OUT_OF_MEMORY

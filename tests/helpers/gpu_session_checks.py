@@ -22,6 +22,11 @@ def result(loss: float = 2.0, weight: float = 1.0) -> dict[str, Any]:
         "teacher": {"w": state["teacher/student.w"].bfloat16()},
         "waits": {"metrics.py:1": 30, "loop.py:2": 2},
         "measured_steps": 4,
+        "verify": {
+            "verify/steps_computed_twice": audit.TWICE,
+            "verify/errors": 0,
+            "problem": "",
+        },
     }
 
 
