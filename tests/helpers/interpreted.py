@@ -5,6 +5,9 @@ import os
 import sys
 from typing import Any
 
+import triton
+from packaging.version import Version
+
 from helpers.gluon_emulator import Emulated, emulated
 
 
@@ -19,10 +22,26 @@ def interpret() -> None:
     from triton.runtime.interpreter import InterpretedFunction
     from triton.runtime.jit import JITFunction
 
+    _mend_bounds_of_loops()
     for module in [m for name, m in sys.modules.items() if name.startswith("triton.language")]:
         for name, value in list(vars(module).items()):
             if isinstance(value, JITFunction):
                 setattr(module, name, InterpretedFunction(value.fn))
+
+
+def _mend_bounds_of_loops() -> None:
+    """Before Triton 3.8 they are made integers in a way that numpy 2.5 no longer allows."""
+    from triton.runtime import interpreter
+
+    patch = getattr(interpreter, "_patch_lang_tensor", None)
+    if patch is None or Version(triton.__version__) >= Version("3.8"):
+        return
+
+    def patched(tensor: Any, scope: Any) -> None:
+        patch(tensor, scope)
+        tensor.__index__ = lambda self: int(self.handle.data.item())
+
+    interpreter._patch_lang_tensor = patched
 
 
 def emulated_matrix_kernels() -> dict[str, Any]:
