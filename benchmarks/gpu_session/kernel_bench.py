@@ -29,6 +29,10 @@ def bench(
     """Check and time implementations of one operator, all or `only` some, at all problems whose
     name has one of the words; 1 where one failed or disagrees.
     """
+    if rows.REHEARSE:
+        from helpers.interpreted import interpret
+
+        interpret()
     operator = operators.OPERATORS[name]
     nbytes = 1 << (20 if rows.REHEARSE else 31)
     bandwidth = measure.copy_bandwidth(rows.DEVICE, nbytes)
