@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from m3i_scale.demo import CPU_RANKS, DEEPSPEED, M3I, RANKS, execute_all
+from m3i_scale.demo import CPU_RANKS, M3I, RANKS, TORCHRUN, execute_all
 
 DESCRIPTION = """Train a classifier, a detector and a segmenter twice each: from the backbone of
 `m3i demo`, and from an untrained one; then compare them on typefaces and photographs that
@@ -21,7 +21,7 @@ neither has seen.
 Runs these commands one after the other, prints each, and stops at the first that fails; about a
 quarter of an hour on two cores. The same command again goes on with an interrupted run.
 
-  m3i pasted; m3i export; six times deepspeed --module m3i_scale.train; a table and a picture"""
+  m3i pasted; m3i export; six times torchrun -m m3i_scale.train; a table and a picture"""
 
 DATA = Path("data_demo/pasted")
 # One character an image, as large in it as in pre-training: heads of so few steps see it whole.
@@ -105,7 +105,7 @@ def commands(source: Path, overrides: list[str]) -> Iterator[tuple[list[str], di
             init = str(BACKBONE) if start == "pretrained" else "null"
             name = folder(task, start)
             own = [f"folder={name.parent}", f"run={name.name}", f"model.init={init}"]
-            launcher = [*DEEPSPEED, "--num_accelerators", str(RANKS), "--module", "m3i_scale.train"]
+            launcher = [*TORCHRUN, "--nproc-per-node", str(RANKS), "-m", "m3i_scale.train"]
             config = f"m3i:transfer/demo/{task}"
             yield [*launcher, "--config", config, *overrides, *own], CPU_RANKS
 
