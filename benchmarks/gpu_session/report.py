@@ -179,10 +179,9 @@ def step(found: list[Row], folder: Path) -> str:
         alone = _list(run.get("gather_steps") or [])
         text += f"Seconds of steps with DCNv3's gather kernels alone: {alone}.\n\n"
     if twice := run.get("twice"):
-        text += (
-            f"Seconds of steps that are computed twice: {_list(twice['seconds'])}; equal bit for "
-        )
-        text += f"bit: {twice['verify/steps_computed_twice']:.0f} of {len(twice['seconds'])}. "
+        equal, count = twice["verify/steps_computed_twice"], len(twice["seconds"])
+        text += f"Seconds of steps that are computed twice: {_list(twice['seconds'])}; "
+        text += f"equal bit for bit: {equal:.0f} of {count}. "
         text += f"Peak {twice['peak_memory_gib']:.1f} GiB. {twice['problem']}\n\n"
     micro = run["name"].split()[-1]
     plan = next((r for r in mine if r["name"] == f"plan {micro}"), None)
