@@ -246,8 +246,7 @@ class InternImage(nn.Module):
     num_classes          0 leaves out the classifier and the norm or convolution that only it uses
     drop_path_rate, drop_path_type   stochastic depth, `linear` over the blocks or `uniform`
     checkpoint_blocks    recompute each block in the backward pass
-    fused_offset_branch              see `DCNv3`; faster in H on an H100, which its recipe says
-    half_blend                       see `DCNv3`; off until a measurement speaks for it
+    fused_offset_branch, half_blend   see `DCNv3`; the first is in H's recipe, measured faster there
 
     Images are (B, 3, H, W) floats, normalised; any H, W for the stages and logits of T to XL,
     multiples of 32 for the fused map. Bad configurations raise ValueError.
