@@ -19,6 +19,8 @@ from typing import Any
 import rows
 import torch
 
+from m3i_scale.cluster.numerics import CUBLAS
+
 HERE = Path(__file__).parent
 FOLDER = rows.FOLDER / "audit"
 AGREE = 1e-3  # relative, in the norm, between devices and implementations in fp32
@@ -104,7 +106,7 @@ def _has_key(name: str) -> bool:
 def start(name: str, arguments: list[str], **environment: str) -> int:
     """Run one process to its end, with its output in a log; its exit code."""
     variables = {k: v for k, v in os.environ.items() if k != "DS_ACCELERATOR"}
-    variables |= {"CUBLAS_WORKSPACE_CONFIG": ":4096:8", "DS_SKIP_CUDA_CHECK": "1", **environment}
+    variables |= {"CUBLAS_WORKSPACE_CONFIG": CUBLAS, "DS_SKIP_CUDA_CHECK": "1", **environment}
     with (FOLDER / f"{name}.log").open("w") as log:
         try:
             done = subprocess.run(

@@ -79,7 +79,6 @@ def measure(config: str, micro: int, out: Path, seconds: float, cubins: Sequence
         command += ["--cubins", cubins[0]]
     device = "cpu" if rows.REHEARSE else "cuda"
     variables = {**os.environ, "PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True"}
-    variables["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"  # as a run has it that computes steps twice
     try:
         done = subprocess.run(
             [*command, f"engine.device={device}", "engine.verify.every=null"],
