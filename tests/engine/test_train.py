@@ -220,7 +220,10 @@ def test_what_scripts_ask_for_is_printed_at_once(home):
 
 def test_an_interrupt_while_starting_is_one_line(home):
     process = start("--config", str(home / "c.yaml"), "run=interrupted")
-    time.sleep(2.0)
+    # The first of the large libraries that a start loads; training begins seconds later.
+    maps, end = Path(f"/proc/{process.pid}/maps"), time.monotonic() + 60
+    while "libtorch" not in maps.read_text() and time.monotonic() < end:
+        time.sleep(0.01)
     os.killpg(process.pid, signal.SIGINT)
     said, _ = process.communicate(timeout=60)
     assert process.returncode == 130
