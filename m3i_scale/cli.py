@@ -38,10 +38,13 @@ COMMANDS = {
         "transfer-demo": "classify, detect and segment from the demo's backbone and without it",
     },
     "m3i_scale.shards.commands": {
-        "glyphs": "draw a small data set from matplotlib's own fonts",
-        "pasted": "draw a small detection and segmentation set: characters on photographs",
         "shards": "build, index, check and show tar shards of samples",
         "tokenizer": "train a WordPiece tokenizer on the captions of indexed shards",
+    },
+    "m3i_scale.shards.drawn_commands": {
+        "glyphs": "draw a small data set from matplotlib's own fonts",
+        "icons": "draw a larger one from the icon sets of npm's @iconify/json",
+        "pasted": "draw a small detection and segmentation set: characters on photographs",
     },
     "m3i_scale.cluster.doctor": {
         "doctor": "what this machine has for training, what is missing, and what to do",

@@ -1,4 +1,4 @@
-"""The data commands of `m3i`: `shards build|index|check|show`, `glyphs`, `pasted`, `tokenizer`."""
+"""The data commands of `m3i`: `shards build|index|check|show` and `tokenizer`."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import os
 from typing import Any, get_args
 
 from m3i_scale import paths
-from m3i_scale.arguments import count, count_or_zero, path, percent, share
+from m3i_scale.arguments import count, count_or_zero, path, percent
 from m3i_scale.config import Source, SourceKind, Storage
 from m3i_scale.data.storage import StorageClient
 
@@ -24,8 +24,6 @@ def register(subparsers: Subparsers) -> None:
     _add_index(actions)
     _add_check(actions)
     _add_show(actions)
-    _add_glyphs(subparsers)
-    _add_pasted(subparsers)
     _add_tokenizer(subparsers)
 
 
@@ -214,91 +212,6 @@ def _show(args: argparse.Namespace) -> int:
         storage=_storage(args),
     )
     print(args.out)
-    return 0
-
-
-def _add_glyphs(subparsers: Subparsers) -> None:
-    parser = subparsers.add_parser("glyphs", help="draw the small data set of the demo")
-    parser.add_argument("--out", type=path, default="data_demo/glyphs", help="folder (%(default)s)")
-    parser.add_argument("--image-size", type=count, default=80, help="pixels (%(default)s)")
-    parser.add_argument("--seed", type=count_or_zero, default=0)
-    parser.add_argument("--all", action="store_true", help="all named glyphs, about 46,000")
-    parser.add_argument("--plain", action="store_true", help="black on white, no colours")
-    parser.add_argument(
-        "--category-share",
-        type=share,
-        default=0.35,
-        help="share of the training glyphs that have a category and no caption (%(default)s)",
-    )
-    parser.set_defaults(run=_glyphs)
-
-
-def _glyphs(args: argparse.Namespace) -> int:
-    from m3i_scale.data.index import Index
-    from m3i_scale.shards.glyphs import DEMO_BLOCKS, build
-
-    blocks = None if args.all else DEMO_BLOCKS
-    data = build(
-        args.out,
-        image_size=args.image_size,
-        seed=args.seed,
-        blocks=blocks,
-        category_share=args.category_share,
-        plain=args.plain,
-    )
-    for source in (data.text, data.category, data.heldout):
-        print(f"{source.index}: {Index(source.index).samples:,} glyphs")
-    return 0
-
-
-def _add_pasted(subparsers: Subparsers) -> None:
-    from m3i_scale.shards.pasted import Recipe
-
-    recipe = Recipe()
-    parser = subparsers.add_parser(
-        "pasted", help="draw a small detection and segmentation set: characters on photographs"
-    )
-    parser.add_argument("--out", type=path, required=True, help="a new or empty folder")
-    parser.add_argument(
-        "--image-size", type=count, default=recipe.image_size, help="pixels (%(default)s)"
-    )
-    parser.add_argument(
-        "--train", type=count, default=recipe.train, help="training images (%(default)s)"
-    )
-    parser.add_argument(
-        "--val",
-        type=count,
-        default=recipe.val,
-        help="images with typefaces and photographs of their own (%(default)s)",
-    )
-    parser.add_argument(
-        "--characters", default=recipe.characters, help="one category each (%(default)s)"
-    )
-    parser.add_argument(
-        "--objects", type=count, default=recipe.objects, help="most in an image (%(default)s)"
-    )
-    parser.add_argument(
-        "--sizes",
-        type=float,
-        nargs=2,
-        default=recipe.sizes,
-        metavar=("LEAST", "MOST"),
-        help="of a character, as shares of the image's side (%(default)s)",
-    )
-    parser.add_argument("--seed", type=count_or_zero, default=recipe.seed)
-    parser.set_defaults(run=_pasted)
-
-
-def _pasted(args: argparse.Namespace) -> int:
-    from m3i_scale.shards.pasted import SPLITS, Recipe, build
-
-    names = ("image_size", "train", "val", "characters", "objects", "seed")
-    settings = {name: getattr(args, name) for name in names}
-    data = build(args.out, Recipe(**settings, sizes=tuple(args.sizes)))
-    for split in SPLITS:
-        content = json.loads(data.annotations(split).read_text())
-        objects = len(content["annotations"])
-        print(f"{data.annotations(split)}: {len(content['images']):,} images, {objects:,} objects")
     return 0
 
 

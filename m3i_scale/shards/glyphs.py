@@ -14,24 +14,18 @@ from __future__ import annotations
 
 import colorsys
 import io
-import json
 import random
-import shutil
 import unicodedata
 import zlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import matplotlib
-import webdataset
 from PIL import Image, ImageDraw, ImageFont
 
-from m3i_scale import paths
-from m3i_scale.config import Source, SourceKind
-from m3i_scale.data.index import FORMAT
-from m3i_scale.shards.indexing import index_shards
+from m3i_scale.shards.small_set import Picture, SmallSet, SmallSetFolder, split_training
 
 BLOCKS: dict[str, tuple[int, int]] = {
     "Basic Latin": (0x0021, 0x007E),
@@ -54,8 +48,6 @@ BLOCKS: dict[str, tuple[int, int]] = {
     "Mathematical Alphanumeric Symbols": (0x1D400, 0x1D7FF),
 }
 OTHER = "Other"
-# The sources, by name.
-KINDS: dict[str, SourceKind] = {"text": "text", "category": "category", "heldout": "both"}
 DEMO_BLOCKS = ("Basic Latin", "Arrows")
 _HELD_OUT = "STIX"
 # Fonts whose character map is TeX's own, or which draw placeholders.
@@ -93,16 +85,6 @@ class Glyph:
     def caption(self) -> str:
         """E.g. `Greek small letter alpha, serif bold`."""
         return f"{character_name(self.code)}, {self.typeface.style}"
-
-
-@dataclass(frozen=True)
-class GlyphData:
-    """The three sources of a built folder and the names of the categories."""
-
-    text: Source
-    category: Source
-    heldout: Source
-    categories: tuple[str, ...]
 
 
 def character_name(code: int) -> str:
@@ -229,7 +211,7 @@ def build(
     category_share: float = 0.35,
     shards: int = 8,
     plain: bool = False,
-) -> GlyphData:
+) -> SmallSet:
     """Draw the glyphs into `folder` unless it already holds them; return its three sources.
 
     Args:
@@ -239,67 +221,36 @@ def build(
         shards: shards per training source.
         plain: black on white instead of random colours.
     """
-    if not 0 < category_share < 1:
-        raise ValueError(f"category_share is {category_share}: it must lie between 0 and 1")
     folder, blocks = Path(folder), None if blocks is None else tuple(blocks)
+    categories = [name for name in BLOCKS if blocks is None or name in set(blocks)]
     recipe: dict[str, Any] = {
-        "format": FORMAT,
         "image_size": image_size,
         "seed": seed,
-        "blocks": None if blocks is None else [name for name in BLOCKS if name in set(blocks)],
+        "blocks": None if blocks is None else categories,
         "category_share": category_share,
         "shards": shards,
         "plain": plain,
     }
-    done = folder / "glyphs.json"
-    if not done.exists() or json.loads(done.read_text())["recipe"] != recipe:
+    made = _folder(folder)
+    if not made.holds(recipe):
         trained, held = glyphs(typefaces(), blocks)
-        random.Random(seed).shuffle(trained)
-        cut = round(len(trained) * category_share)
-        splits = {"category": trained[:cut], "text": trained[cut:], "heldout": held}
-        categories = [*BLOCKS, OTHER] if blocks is None else recipe["blocks"]
-        for name, chosen in splits.items():
-            count = 1 if name == "heldout" else shards
-            records = _records(chosen, name, recipe, categories)
-            _write(folder / name, name, list(records), count)
-        done.write_text(json.dumps({"recipe": recipe, "categories": categories}, indent=1))
-    return load(folder)
+        splits = {**split_training(trained, category_share, seed), "heldout": held}
+        categories += [OTHER] if blocks is None else []
+
+        def draw(glyph: Glyph) -> Picture | None:
+            jpg = render(glyph, image_size, seed, plain=plain)
+            if jpg is None:
+                return None
+            return Picture(glyph.key, jpg, glyph.caption, categories.index(block_of(glyph.code)))
+
+        made.write(recipe, splits, draw, categories, shards=shards)
+    return made.load()
 
 
-def load(folder: str | Path) -> GlyphData:
+def load(folder: str | Path) -> SmallSet:
     """The sources of a folder that `build` made."""
-    folder = Path(folder)
-    if not (folder / "glyphs.json").exists():
-        raise ValueError(f"{folder} holds no glyph data: make it with `m3i glyphs --out {folder}`")
-    text, category, heldout = (
-        Source(name=name, index=paths.literal(str(folder / f"{name}.parquet")), kind=kind)
-        for name, kind in KINDS.items()
-    )
-    categories = json.loads((folder / "glyphs.json").read_text())["categories"]
-    return GlyphData(text, category, heldout, tuple(categories))
+    return _folder(folder).load()
 
 
-def _write(folder: Path, name: str, records: list[dict[str, object]], shards: int) -> None:
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
-    tars = [str(folder / f"{name}-{shard:03d}.tar") for shard in range(shards)]
-    for shard, path in enumerate(tars):
-        with webdataset.TarWriter(path, mtime=0) as tar:
-            for record in records[shard::shards]:
-                tar.write(record)
-    index_shards(tars, f"{folder}.parquet", kind=KINDS[name], progress=False)
-
-
-def _records(
-    chosen: list[Glyph], name: str, recipe: dict[str, Any], categories: Sequence[str]
-) -> Iterator[dict[str, object]]:
-    for glyph in chosen:
-        image = render(glyph, recipe["image_size"], recipe["seed"], plain=recipe["plain"])
-        if image is None:
-            continue
-        record: dict[str, object] = {"__key__": glyph.key, "jpg": image}
-        if name != "category":
-            record["txt"] = glyph.caption
-        if name != "text":
-            record["cls"] = str(categories.index(block_of(glyph.code)))
-        yield record
+def _folder(folder: str | Path) -> SmallSetFolder:
+    return SmallSetFolder(Path(folder), "glyphs", "m3i glyphs")

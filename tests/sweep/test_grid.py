@@ -110,7 +110,7 @@ def test_table_13_changes_gamma_alone():
     file = SWEEPS / "table13.yaml"
     grid = cells(load_sweep(file, ["seeds=[0]"]), file)
     vits = [cell.config for cell in grid if cell.config.model.backbone.name == "vit"]
-    assert [c.objective.balance.gamma for c in vits] == [0.2, 0.5, 1, 2, 5]  # type: ignore[union-attr]
+    assert [c.objective.balance.gamma for c in vits] == [0.2, 0.5, 1, 2, 5, 20]  # type: ignore[union-attr]
     trees = [c.model_dump(exclude={"run": True, "objective": {"balance": {"gamma"}}}) for c in vits]
     assert all(tree == trees[0] for tree in trees)
 
