@@ -7,8 +7,9 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-# Processes that share the tests, file by file, the longest files first.
-TEST_WORKERS ?= 2
+# Processes that share the tests, file by file, the longest files first. Three for two cores: tests of
+# clusters and of stalls mostly wait.
+TEST_WORKERS ?= 3
 PYTEST := $(BIN)/python -m pytest -n $(TEST_WORKERS) --dist loadfile --no-loadscope-reorder
 # One thread per process where two processes share two cores.
 ONE_THREAD := OMP_NUM_THREADS=1

@@ -43,7 +43,7 @@ def test_a_part_that_fails_or_hangs_does_not_keep_the_next_from_running(tmp_path
     python.write_text(STAND_IN)
     python.chmod(0o755)
     out = tmp_path / "out"
-    done = run(out, "--python", python, "--seconds", 30)
+    done = run(out, "--python", python, "--seconds", 12)
     assert done.returncode == 0, done.stdout + done.stderr
     rows = [json.loads(line) for line in (out / "rows.jsonl").read_text().splitlines()]
     outcomes = {row["name"]: row["outcome"] for row in rows if row["part"] == "parts"}

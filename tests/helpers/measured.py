@@ -53,7 +53,7 @@ class Allocations(TorchDispatchMode):
                 self._made[storage._cdata] = (StorageWeakRef(storage), storage.nbytes())
         return result
 
-    def alive(self, seconds: float = 1.0) -> int:
+    def alive(self, seconds: float = 0.5) -> int:
         """Bytes of those that still have an owner.
 
         gloo's threads let go of the buffers of finished collectives a little later: the smallest
