@@ -33,8 +33,6 @@ CPU_RANKS = {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
 
 M3I = (sys.executable, "-m", "m3i_scale.cli")
 DEEPSPEED = (sys.executable, "-m", "deepspeed.launcher.runner")
-# Starts the same ranks six seconds sooner: it does not import deepspeed twice before.
-TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--standalone")
 
 
 def register(subparsers: Any) -> None:

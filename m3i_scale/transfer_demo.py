@@ -12,7 +12,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from m3i_scale.demo import CPU_RANKS, M3I, RANKS, TORCHRUN, execute_all
+from m3i_scale.demo import CPU_RANKS, M3I, RANKS, execute_all
+from m3i_scale.ranks import torchrun
 
 DESCRIPTION = """Train a classifier, a detector and a segmenter twice each: from the backbone of
 `m3i demo`, and from an untrained one; then compare them on typefaces and photographs that
@@ -105,7 +106,7 @@ def commands(source: Path, overrides: list[str]) -> Iterator[tuple[list[str], di
             init = str(BACKBONE) if start == "pretrained" else "null"
             name = folder(task, start)
             own = [f"folder={name.parent}", f"run={name.name}", f"model.init={init}"]
-            launcher = [*TORCHRUN, "--nproc-per-node", str(RANKS), "-m", "m3i_scale.train"]
+            launcher = [*torchrun(RANKS), "-m", "m3i_scale.train"]
             config = f"m3i:transfer/demo/{task}"
             yield [*launcher, "--config", config, *overrides, *own], CPU_RANKS
 

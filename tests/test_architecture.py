@@ -17,14 +17,15 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "m3i_scale"
 
 # From the bottom to the top: a package imports those named with it, and nothing else of ours.
-LEAVES = {"paths", "arguments"}  # everything above may import them
+LEAVES = {"paths", "arguments", "ranks"}  # everything above may import them
 ALLOWED: dict[str, set[str]] = {
     "m3i_kernels": set(),
     "paths": set(),
     "arguments": {"paths"},
+    "ranks": set(),
     "config": LEAVES,
     "demo": {"config"},  # starts the other commands as processes
-    "transfer_demo": {"demo"},
+    "transfer_demo": {"demo", "ranks"},
     "models": {"m3i_kernels"},
     "objective": {"config", "models", "m3i_kernels"},
     "data": {"config"} | LEAVES,

@@ -18,6 +18,7 @@ from tqdm import tqdm
 import m3i_scale
 from m3i_scale.config import dump_config
 from m3i_scale.engine.stop import STOPPED
+from m3i_scale.ranks import torchrun
 from m3i_scale.sweep import progress
 from m3i_scale.sweep.grid import Cell
 from m3i_scale.sweep.spec import Evaluation, Sweep
@@ -133,10 +134,7 @@ def train_command(sweep: Sweep, cell: Cell) -> list[str]:
     partial = file.with_suffix(f".{os.getpid()}.partial")
     partial.write_text(dump_config(cell.config))
     partial.rename(file)
-    launch = [sys.executable]
-    if sweep.ranks > 1:  # as `deepspeed`, but passes signals on to the ranks
-        launch += ["-m", "torch.distributed.run", "--standalone"]
-        launch += ["--nproc-per-node", str(sweep.ranks)]
+    launch = torchrun(sweep.ranks) if sweep.ranks > 1 else [sys.executable]
     return [*launch, str(TRAIN), "--config", str(file), "--resume", "auto"]
 
 
