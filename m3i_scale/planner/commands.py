@@ -84,7 +84,11 @@ def run(options: argparse.Namespace) -> int:
     )
     traced = _traced(config)
     cluster = Cluster(unit, options.nodes, options.gpus_per_node)
-    plan = make_plan(config, traced, cluster, assumed)
+    try:
+        plan = make_plan(config, traced, cluster, assumed)
+    except ConfigError as error:
+        ranks = f"--nodes {cluster.nodes} x --gpus-per-node {cluster.per_node}"
+        raise ConfigError(f"{error} (ranks are {ranks})") from None
     advice = [] if plan.fits else list(remedies(config, traced, plan))
     text = describe(plan, traced, length, advice, alternatives(config, traced, plan))
     if counts:

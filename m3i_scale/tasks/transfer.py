@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
 from typing import Any
 
 import torch
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from m3i_scale.config.evaluation import Evaluation
 from m3i_scale.config.transfer import TransferRun
 from m3i_scale.data.map_stream import MapDataset, MapStream, Placed
-from m3i_scale.engine.schedules import Schedule
+from m3i_scale.engine.schedules import BatchSplit, Schedule
 from m3i_scale.integrations.initial import Initial, open_initial
 from m3i_scale.models.layers import residual_blocks
 from m3i_scale.models.precision import DTYPES
@@ -53,6 +53,16 @@ class TransferTask(SampledTask):
     def leaves(self, networks: Any) -> Iterable[nn.Module]:
         """The backbone's residual blocks, which run once."""
         return [block for _, block in residual_blocks(networks.backbone)]
+
+    @property
+    @abstractmethod
+    def tested(self) -> Sized | None:
+        """The images that are tested on; None where the configuration names none."""
+
+    def notes(self, networks: Any, split: BatchSplit, ranks: int, total: int) -> Iterator[str]:
+        """How many images are tested on."""
+        if self.tested is not None:
+            yield f"tested on {len(self.tested):,} images"
 
     @abstractmethod
     def sketch(self) -> Sketch:

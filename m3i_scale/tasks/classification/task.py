@@ -82,6 +82,11 @@ class ClassificationTask(TransferTask):
         data = self.config.data
         return self._open("test", test_transform(data))
 
+    @property
+    def tested(self) -> LabelledSet:
+        """The test set."""
+        return self.test_set
+
     def open_stream(self) -> MapStream:
         """Training images; the test images are opened, too, so that a fault is found now."""
         data = self.config.data

@@ -80,6 +80,11 @@ class DetectionTask(TransferTask):
             log.warning("data.%s: %s", which, line)
         return images
 
+    @property
+    def tested(self) -> TestImages:
+        """The test set."""
+        return self.test_set
+
     def open_stream(self) -> MapStream:
         """Training images; those of validation are opened, too, so that a fault is found now."""
         assert len(self.test_set)

@@ -96,6 +96,11 @@ class SegmentationTask(TransferTask):
         assert data.test is None or len(self.test_set)
         return self.stream_of(train)
 
+    @property
+    def tested(self) -> SegmentationSet | None:
+        """The test set, if there is one."""
+        return None if self.config.data.test is None else self.test_set
+
     @functools.cached_property
     def names(self) -> list[str]:
         """Of the classes."""
