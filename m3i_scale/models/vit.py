@@ -8,7 +8,7 @@ in finer or coarser steps, as MAE and ViTDet interpolate them, and not indices b
 network has seen.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 from timm.layers import PatchEmbed
 from timm.models.vision_transformer import Block as PlainBlock
@@ -105,21 +105,29 @@ class ViT(nn.Module):
         """
         if not all(0 <= n < len(self.blocks) for n in blocks):
             raise ValueError(f"blocks {list(blocks)}: this ViT has 0 to {len(self.blocks) - 1}")
-        grid = self.grid_size(*images.shape[-2:])
-        x = self.patch_embed(images)  # (B, N, D)
-        positions = grid_embedding(grid, self.width, x.device, self.position_grid)
-        x = x + positions.to(x.dtype)
         after: dict[int, Tensor] = {}
+        for n, x in enumerate(self.after_each_block(self.embed(images), keys)):
+            if n in blocks:
+                after[n] = x
+        after[len(self.blocks) - 1] = self.norm(x)
+        return [after[n] for n in blocks]
+
+    def embed(self, images: Tensor) -> Tensor:
+        """Map images (B, 3, H, W) to patches with their positions (B, N, D), row-major."""
+        grid = self.grid_size(*images.shape[-2:])
+        x = self.patch_embed(images)
+        positions = grid_embedding(grid, self.width, x.device, self.position_grid)
+        return x + positions.to(x.dtype)
+
+    def after_each_block(self, x: Tensor, keys: Tensor | None) -> Iterator[Tensor]:
+        """Run the blocks on `embed`'s tokens; `keys` (B,): see `Backbone`."""
         drawn = None
         if self.training and self.drop_path_rate:
             drawn = draw_uniform(len(x), 2 * len(self.blocks), keys, x.device)
         for n, block in enumerate(self.blocks):
             own = None if drawn is None else drawn[2 * n : 2 * n + 2]
             x = run_block(block, x, own, checkpointed=self.checkpoint_blocks)
-            if n in blocks:
-                after[n] = x
-        after[len(self.blocks) - 1] = self.norm(x)
-        return [after[n] for n in blocks]
+            yield x
 
     def pool(self, tokens: Tensor, keep: Tensor | None = None) -> Tensor:
         """Pool tokens (B, N, D), all or those where keep (B, N) is True, to (B, E)."""

@@ -8,6 +8,7 @@ name.  `transformers_name` gives the names of `transformers.VitDetBackbone`.
 from __future__ import annotations
 
 import re
+from collections import deque
 from collections.abc import Sequence
 from typing import Any
 
@@ -20,9 +21,7 @@ from transformers.models.vitdet.modeling_vitdet import (
     window_unpartition,
 )
 
-from m3i_scale.models.layers import init_transformer, require_divisible, run_block
-from m3i_scale.models.positions import grid_embedding
-from m3i_scale.models.stochastic_depth import draw_uniform
+from m3i_scale.models.layers import init_transformer, require_divisible
 from m3i_scale.models.vit import ViT
 
 
@@ -91,17 +90,9 @@ class WindowedViT(ViT):
 
     def feature_map(self, images: Tensor, keys: Tensor | None = None) -> Tensor:
         """Map images (B, 3, H, W) to (B, h, w, D), after the last norm."""
-        grid = self.grid_size(*images.shape[-2:])
-        x = self.patch_embed(images)
-        positions = grid_embedding(grid, self.width, x.device, self.position_grid)
-        x = (x + positions.to(x.dtype)).unflatten(1, grid)
-        drawn = None
-        if self.training and self.drop_path_rate:
-            drawn = draw_uniform(len(x), 2 * len(self.blocks), keys, x.device)
-        for n, block in enumerate(self.blocks):
-            own = None if drawn is None else drawn[2 * n : 2 * n + 2]
-            x = run_block(block, x, own, checkpointed=self.checkpoint_blocks)
-        return self.norm(x)
+        x = self.embed(images).unflatten(1, self.grid_size(*images.shape[-2:]))
+        last = deque(self.after_each_block(x, keys), maxlen=1)
+        return self.norm(last.pop())
 
     def features(self, images: Tensor, keys: Tensor | None = None) -> Tensor:
         """The same as tokens (B, N, D), row-major."""
