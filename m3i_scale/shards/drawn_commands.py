@@ -73,7 +73,7 @@ def _add_icons(subparsers: Subparsers) -> None:
         nargs="+",
         default=HELD_OUT,
         metavar="SET",
-        help="to evaluate on (%(default)s)",
+        help=f"to evaluate on ({' '.join(HELD_OUT)})",
     )
     parser.add_argument("--image-size", type=count, default=80, help="pixels (%(default)s)")
     parser.add_argument("--seed", type=count_or_zero, default=0)
