@@ -87,7 +87,7 @@ def build(
         ModuleNotFoundError: resvg-py, which draws SVG, is not installed.
     """
     recipe: dict[str, Any] = {
-        "source": Path(source).name,
+        "source": _identity(Path(source)),
         "subjects": subjects,
         "held_out": sorted(held_out),
         "image_size": image_size,
@@ -197,6 +197,14 @@ def _require_renderer() -> None:
         raise ModuleNotFoundError(
             "icons are drawn by resvg-py, which is not installed: pip install 'm3i-scale[icons]'"
         )
+
+
+def _identity(source: Path) -> str:
+    """Name and version: npm's archive has its version in its name, a folder in a file."""
+    package = source / "package.json"
+    if not package.is_file():
+        return source.name
+    return f"{source.name} {json.loads(package.read_text('utf-8')).get('version')}"
 
 
 def _files(source: Path) -> Iterator[tuple[str, bytes]]:

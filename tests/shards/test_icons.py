@@ -107,6 +107,17 @@ def test_three_sources_are_built(package: Path, tmp_path: Path, packed: bool):
     assert {p.name: p.stat().st_mtime_ns for p in (tmp_path / "out").rglob("*")} == first
 
 
+def test_another_version_is_drawn_anew(package: Path, tmp_path: Path):
+    options: dict[str, Any] = {"held_out": HELD_OUT, "image_size": 32, "shards": 1, "subjects": 1}
+    for version, subject in (("1.0.0", "Box"), ("1.1.0", "Flat")):
+        (package / "package.json").write_text(json.dumps({"version": version}))
+        data = icons.build(package, tmp_path / "out", **options)
+        assert subject in load_labelled(data.heldout, 32).captions
+        for prefix in "ab":  # from now on most sets draw something else
+            content = icon_set(prefix, {"flat": SQUARE})
+            (package / "json" / f"{prefix}.json").write_text(json.dumps(content))
+
+
 def test_an_icon_keeps_its_shape_in_the_middle_of_the_picture(package: Path):
     (flat,) = (i for i in icons.read(package) if i.key == "c_flat_")
     jpg = icons.render(flat.svg.replace(SQUARE, '<path d="M0 0h48v12H0z"/>'), 64)
