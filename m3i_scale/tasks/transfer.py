@@ -55,9 +55,9 @@ class TransferTask(SampledTask):
         return [block for _, block in residual_blocks(networks.backbone)]
 
     @property
-    @abstractmethod
     def tested(self) -> Sized | None:
-        """The images that are tested on; None where the configuration names none."""
+        """The images that are tested on, if any."""
+        return None
 
     def notes(self, networks: Any, split: BatchSplit, ranks: int, total: int) -> Iterator[str]:
         """How many images are tested on."""
