@@ -23,17 +23,9 @@ def register(subparsers: Subparsers) -> None:
 
 def _add_glyphs(subparsers: Subparsers) -> None:
     parser = subparsers.add_parser("glyphs", help="draw the small data set of the demo")
-    parser.add_argument("--out", type=path, default="data_demo/glyphs", help="folder (%(default)s)")
-    parser.add_argument("--image-size", type=count, default=80, help="pixels (%(default)s)")
-    parser.add_argument("--seed", type=count_or_zero, default=0)
+    _add_small_set(parser, "glyphs", out="data_demo/glyphs", category_share=0.35)
     parser.add_argument("--all", action="store_true", help="all named glyphs, about 46,000")
     parser.add_argument("--plain", action="store_true", help="black on white, no colours")
-    parser.add_argument(
-        "--category-share",
-        type=share,
-        default=0.35,
-        help="share of the training glyphs that have a category and no caption (%(default)s)",
-    )
     parser.set_defaults(run=_glyphs)
 
 
@@ -66,7 +58,7 @@ def _add_icons(subparsers: Subparsers) -> None:
     parser.add_argument(
         "source", type=path, help="the package: npm's .tgz, or node_modules/@iconify/json"
     )
-    parser.add_argument("--out", type=path, default="data_icons/icons", help="folder (%(default)s)")
+    _add_small_set(parser, "icons", out="data_icons/icons", category_share=0.5)
     parser.add_argument("--subjects", type=count, default=100, help="how many (%(default)s)")
     parser.add_argument(
         "--held-out",
@@ -74,14 +66,6 @@ def _add_icons(subparsers: Subparsers) -> None:
         default=HELD_OUT,
         metavar="SET",
         help=f"to evaluate on ({' '.join(HELD_OUT)})",
-    )
-    parser.add_argument("--image-size", type=count, default=80, help="pixels (%(default)s)")
-    parser.add_argument("--seed", type=count_or_zero, default=0)
-    parser.add_argument(
-        "--category-share",
-        type=share,
-        default=0.5,
-        help="share of the training icons that have a category and no caption (%(default)s)",
     )
     parser.set_defaults(run=_icons)
 
@@ -100,6 +84,21 @@ def _icons(args: argparse.Namespace) -> int:
     )
     _print_sources(data, "icons")
     return 0
+
+
+def _add_small_set(
+    parser: argparse.ArgumentParser, noun: str, *, out: str, category_share: float
+) -> None:
+    """What every data set of three sources asks for."""
+    parser.add_argument("--out", type=path, default=out, help="folder (%(default)s)")
+    parser.add_argument("--image-size", type=count, default=80, help="pixels (%(default)s)")
+    parser.add_argument("--seed", type=count_or_zero, default=0)
+    parser.add_argument(
+        "--category-share",
+        type=share,
+        default=category_share,
+        help=f"share of the training {noun} that have a category and no caption (%(default)s)",
+    )
 
 
 def _print_sources(data: SmallSet, noun: str) -> None:

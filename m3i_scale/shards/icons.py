@@ -183,7 +183,7 @@ def render(svg: str, size: int) -> bytes | None:
         )
     except ValueError:  # not SVG
         return None
-    image = Image.open(io.BytesIO(bytes(png))).convert("L")
+    image = Image.open(io.BytesIO(png)).convert("L")
     darkest, lightest = image.getextrema()
     if lightest - darkest < 64:
         return None
