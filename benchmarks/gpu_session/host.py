@@ -1,4 +1,4 @@
-"""Part 5: a step at 160 ranks without 160 GPUs: `benchmarks/host_time.py`, which sends nothing.
+"""Part 6: a step at 160 ranks without 160 GPUs: `benchmarks/host_time.py`, which sends nothing.
 
     python host.py SECONDS     ends by itself before that many have passed
 

@@ -31,7 +31,7 @@ def main(arguments: list[str]) -> int:
     found = rows.read(folder / "rows.jsonl")
     table = parts_table(found)
     sections = [opening(found), "## Parts\n\n" + table]
-    for write in (setup, tests, audit, step, host, matrix, depthwise, dcnv3):
+    for write in (setup, tests, transfer, audit, step, host, matrix, depthwise, dcnv3):
         part = write.__name__
         try:
             sections.append(write(found, folder) if of(found, part) else "")
@@ -119,6 +119,7 @@ def _audit_headline(mine: list[Row]) -> str:
 HEADLINES: dict[str, Callable[[list[Row]], str]] = {
     "setup": lambda mine: f"Python {mine[0]['python']}, gcc {mine[0]['gcc'] or 'missing'}",
     "tests": lambda mine: "{passed} passed, {failed} failed".format(**mine[-1]),
+    "transfer": _audit_headline,
     "audit": _audit_headline,
     "step": _step_headline,
     "host": _host_headline,
@@ -164,6 +165,19 @@ def audit(found: list[Row], _: Path) -> str:
     return text
 
 
+def transfer(found: list[Row], _: Path) -> str:
+    """Losses of each head on both devices, and what it came to in bfloat16."""
+    lines = []
+    for r in of(found, "transfer"):
+        more = [f"{name} {cell(value)}" for name, value in (r.get("evaluation") or {}).items()]
+        more += [f"{1e3 * r['step_seconds']:.0f} ms a step"] if "step_seconds" in r else []
+        why = r.get("error") or ", ".join(more)
+        lines.append(
+            [r["name"], "yes" if r["ok"] else "**no**", *map(cell, (r["figure"], r["bound"])), why]
+        )
+    return "## Transfer\n\n" + markdown(["check", "holds", "figure", "bound", "detail"], lines)
+
+
 def step(found: list[Row], folder: Path) -> str:
     """Planned against measured, warm-up, longest kernels."""
     mine = of(found, "step")
@@ -183,6 +197,9 @@ def step(found: list[Row], folder: Path) -> str:
         text += f"Seconds of steps that are computed twice: {_list(twice['seconds'])}; "
         text += f"equal bit for bit: {equal:.0f} of {count}. "
         text += f"Peak {twice['peak_memory_gib']:.1f} GiB. {twice['problem']}\n\n"
+    for r in mine:
+        if r["name"].startswith("ZeRO stage 1") and r.get("step_ms_p50"):
+            text += f"{r['name']}: {r['step_ms_p50']:.0f} ms, {r['peak_memory_gib']:.1f} GiB.\n\n"
     micro = run["name"].split()[-1]
     plan = next((r for r in mine if r["name"] == f"plan {micro}"), None)
     lines = list(comparison(run, plan)) if run.get("step_ms_p50") else []

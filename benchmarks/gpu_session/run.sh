@@ -15,7 +15,8 @@
 #
 # The machine needs Python 3.12 with torch 2.11, triton 3.6, torchvision, transformers 5.17, timm,
 # tokenizers, safetensors, pyarrow, fsspec, aiohttp, tensorboard, matplotlib, pillow, tqdm, pytest,
-# pytest-timeout, pytest-xdist, hypothesis, msgpack, ninja, psutil and py-cpuinfo, and no network.
+# pytest-timeout, pytest-xdist, hypothesis, msgpack, ninja, psutil, py-cpuinfo, scikit-image,
+# scikit-learn and scipy, and no network.
 # The rest comes as wheels, 5 MiB, fetched where there is a network:
 #
 #     mkdir .whl
@@ -23,7 +24,7 @@
 #         --implementation cp --platform manylinux_2_28_x86_64 --platform manylinux_2_17_x86_64 \
 #         --platform manylinux2014_x86_64 --platform manylinux1_x86_64 -d .whl \
 #         pydantic==2.14.4 pydantic-core==2.50.5 annotated-types==0.8.0 typing-inspection==0.4.5 \
-#         typing-extensions==4.16.0 webdataset==1.0.2 braceexpand==0.1.7 einops==0.8.2
+#         typing-extensions==4.16.0 webdataset==1.0.2 braceexpand==0.1.7 einops==0.8.2 faster-coco-eval==1.8.0
 #     # Two have no wheel; both build to py3-none-any. DS_BUILD_OPS=0: nothing is compiled here.
 #     DS_BUILD_OPS=0 python3.12 -m pip wheel --no-deps -w .whl deepspeed==0.19.8 hjson==3.1.0
 set -uo pipefail
@@ -49,7 +50,7 @@ done
     { echo "error: there is no wheel in $wheels; the head of $0 says how to fetch them" >&2; exit 2; }
 [ -z "$cubins" ] || [ -f "$cubins/manifest.json" ] ||
     { echo "error: there are no kernels in $cubins; matrix_check.py --compile makes them" >&2; exit 2; }
-parts=setup,tests,audit,step,host,matrix,depthwise,dcnv3
+parts=setup,tests,transfer,audit,step,host,matrix,depthwise,dcnv3
 for name in ${only//,/ }; do
     [[ ",$parts," == *",$name,"* ]] ||
         { echo "error: there is no part $name; there are $parts" >&2; exit 2; }
@@ -126,11 +127,14 @@ export wheels cubins python work here
 # The limits on a GPU; a rehearsal may find its two cores busy.
 slow=$((rehearse ? 6 : 1))
 part setup $((20 * slow)) bash -c setup
-# Both are about being right, and take no times: side by side.
-part tests $((100 * slow)) bash -c 'exec "$python" "$here/kernel_tests.py" "$LIMIT"' &
+# These are about being right, and take no times: side by side.
+{
+    part tests $((100 * slow)) bash -c 'exec "$python" "$here/kernel_tests.py" "$LIMIT"'
+    part transfer $((100 * slow)) bash -c 'exec "$python" "$here/transfer.py" "$LIMIT"'
+} &
 part audit $((130 * slow)) "$python" "$here/audit.py" &
 wait
-part step $((220 * slow)) bash -c 'exec "$python" "$here/training_step.py" "$LIMIT" ${cubins:+"$cubins"}'
+part step $((250 * slow)) bash -c 'exec "$python" "$here/training_step.py" "$LIMIT" ${cubins:+"$cubins"}'
 part host $((90 * slow)) bash -c 'exec "$python" "$here/host.py" "$LIMIT"'
 # Interpreted in a rehearsal, native on a GPU.
 export TRITON_INTERPRET=$rehearse

@@ -1,10 +1,11 @@
-"""Part 4: the training step of InternImage-H on one GPU, by `benchmarks/step.py`; and its plan.
+"""Part 5: the training step of InternImage-H on one GPU, by `benchmarks/step.py`; and its plan.
 
     python training_step.py SECONDS [FOLDER]     ends by itself before that many have passed
 
 FOLDER holds DCNv3's matrix kernels for a Triton that cannot compile them. After the profile come
 steps that are computed twice (the first step is not: it would compile all kernels in two forms),
 then steps with the gather kernels alone: the difference is what the matrix kernels bring to a step.
+Then a run at ZeRO stage 1, which the plan names for one GPU.
 Starts at a micro-batch of 128 and goes to 64 and 32 where the memory is too small.
 """
 
@@ -56,6 +57,8 @@ def main(arguments: list[str]) -> int:
         account(out, micro, code)
         if code != OUT_OF_MEMORY:
             break
+    if not code:
+        code = whole_weights(config, micro, end, cubins)
     try:
         failed = planning.wait(max(1, end - time.monotonic()))
         why = "see the log of this part"
@@ -67,9 +70,26 @@ def main(arguments: list[str]) -> int:
     return code or failed
 
 
-def measure(config: str, micro: int, out: Path, seconds: float, cubins: Sequence[str] = ()) -> int:
+def whole_weights(config: str, micro: int, end: float, cubins: Sequence[str]) -> int:
+    """The same step at ZeRO stage 1, where every rank holds all weights; its exit code."""
+    out = rows.FOLDER / f"step_{micro}_stage_1"
+    counts = (1, 1, 0, 0, 0) if rows.REHEARSE else (3, 6, 0, 0, 0)
+    seconds = end - time.monotonic()
+    code = measure(config, micro, out, seconds, cubins, counts, "engine.zero.stage=1")
+    account(out, micro, code, name=f"ZeRO stage 1, micro-batch {micro}")
+    return code
+
+
+def measure(
+    config: str,
+    micro: int,
+    out: Path,
+    seconds: float,
+    cubins: Sequence[str] = (),
+    counts: Sequence[int] = (1, 2, 1, 1, 1) if rows.REHEARSE else (3, 6, 1, 2, 3),
+    *changes: str,
+) -> int:
     """Run the benchmark; 124 where it was stopped."""
-    counts = (1, 2, 1, 1, 1) if rows.REHEARSE else (3, 6, 1, 2, 3)
     command = [sys.executable, "benchmarks/step.py", "--config", config, "--out", str(out)]
     command += ["--micro-batch", str(micro)]
     names = ("--warmup", "--steps", "--profile", "--twice", "--gather-steps")
@@ -81,7 +101,7 @@ def measure(config: str, micro: int, out: Path, seconds: float, cubins: Sequence
     variables = {**os.environ, "PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True"}
     try:
         done = subprocess.run(
-            [*command, f"engine.device={device}", "engine.verify.every=null"],
+            [*command, f"engine.device={device}", "engine.verify.every=null", *changes],
             cwd=rows.ROOT,
             env=variables,
             timeout=seconds,
@@ -92,9 +112,9 @@ def measure(config: str, micro: int, out: Path, seconds: float, cubins: Sequence
     return done.returncode
 
 
-def account(out: Path, micro: int, code: int) -> None:
+def account(out: Path, micro: int, code: int, name: str = "") -> None:
     """Rows of what step.py has noted, however far it came."""
-    name = f"micro-batch {micro}"
+    name = name or f"micro-batch {micro}"
     notes = next(iter(out.glob("step_*.json")), None)
     found: dict[str, Any] = json.loads(notes.read_text()) if notes else {}
     longest = found.pop("kernels", [])

@@ -120,7 +120,9 @@ def _launched(environment: Mapping[str, str]) -> dict[str, str]:
     rank, size = int(found["RANK"]), int(found["WORLD_SIZE"])
     if rank >= size:
         raise RankError(f"RANK is {rank} and WORLD_SIZE is {size}: ranks count from 0")
-    if size == 1:  # nobody else has to know the port, and the usual one may be taken
+    # Nobody else has to know the port, and the usual one may be taken; but torchrun's own process
+    # serves a store at the one it names, and PyTorch would look for it at ours.
+    if size == 1 and environment.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
         found |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port())}
     missing = [name for name in names if name not in found]
     if missing:

@@ -211,6 +211,8 @@ def _build_flat(task: Task, world: World, settings: dict[str, Any]) -> Sharded:
     config = task.config
     # Drawn in the dtype and on the device that stage 3 draws in: the same weights.
     dtype = deepspeed.OnDevice(dtype=DTYPES[config.engine.precision], device=world.device)
+    with world.device:  # PyTorch lists the functions that follow a device once, so before `dtype`
+        torch.empty(0)  # replaces them: else no later `with torch.device("meta")` has an effect
     with drawing(config.seed, world.device), world.device, dtype:
         model = _networks(task)
     teacher, copy, student = None, None, None

@@ -1,7 +1,10 @@
 from __future__ import annotations
 
 import logging
+import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -9,6 +12,7 @@ import pytest
 from m3i_scale.cluster import launch
 from m3i_scale.cluster.launch import choose_device, rank_variables
 from m3i_scale.config import ConfigError
+from m3i_scale.ranks import torchrun
 
 SLURM = {"SLURM_PROCID": "5", "SLURM_LOCALID": "1", "SLURM_NTASKS": "8"}
 MEETING = {"MASTER_ADDR": "node1", "MASTER_PORT": "29501"}
@@ -63,6 +67,24 @@ def test_one_rank_of_a_launcher_meets_nobody_and_needs_no_given_port():
     found = rank_variables(given)
     assert found["MASTER_PORT"] != MEETING["MASTER_PORT"]
     assert found["MASTER_ADDR"] == "127.0.0.1"
+
+
+def test_one_rank_of_torchrun_meets_torchruns_own_process(tmp_path: Path):
+    program = tmp_path / "program.py"
+    program.write_text(
+        "from m3i_scale.cluster import launch\n"
+        "world = launch.start('cpu', 'fp32', 0, 1.0)\n"
+        "print('joined as', world.rank, 'of', world.size, flush=True)\n"
+        "launch.finish()\n"
+    )
+    done = subprocess.run(
+        [*torchrun(1), program],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+    )
+    assert "joined as 0 of 1" in done.stdout, done.stdout + done.stderr
 
 
 @pytest.mark.parametrize(

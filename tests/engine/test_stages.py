@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -214,3 +217,36 @@ def test_a_stage_in_extra_is_refused(
         deepspeed_config(
             Config.model_validate(small_tree).engine, split_batch(8, 8, 1), clip_norm=1.0
         )
+
+
+OPEN = """
+import sys
+from pathlib import Path
+import torch
+from m3i_scale.cluster import launch
+world = launch.start("cpu", "fp32", 0, 1.0)
+from helpers.small import small_config
+from helpers.training import RandomStream
+from m3i_scale.engine import session
+from m3i_scale.tasks.pretraining import Pretraining
+config = small_config(Path(sys.argv[1]), {"engine.zero.stage": int(sys.argv[2])})
+session.open_run(Pretraining(config), world, RandomStream(config), epoch_samples=64, resume="never")
+with torch.device("meta"):
+    found = [torch.nn.Linear(2, 2).weight, torch.zeros(2), torch.ones(2), torch.full((2,), 3.0)]
+print("on", *(tensor.device for tensor in found))
+launch.finish()
+"""
+
+
+@pytest.mark.parametrize("stage", [1, 3])
+def test_networks_can_be_built_without_memory_after_those_of_a_run(stage: int, tmp_path: Path):
+    # In a process of its own: PyTorch lists the functions that follow a device once.
+    done = subprocess.run(
+        [sys.executable, "-c", OPEN, str(tmp_path), str(stage)],
+        cwd=Path(__file__).parents[2],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(["tests", *sys.path])},
+        capture_output=True,
+        text=True,
+        timeout=180,
+    )
+    assert "on meta meta meta meta" in done.stdout, done.stdout + done.stderr
