@@ -1,4 +1,4 @@
-"""Part 7: the depthwise branch of InternImage-H in bf16.
+"""Part 8: the depthwise branch of InternImage-H in bf16.
 
 First the kernels beside torch's layers, checked before, at all four stages: what decides about
 `fused_offset_branch`. Then cuDNN's convolution alone in both layouts, then what torch compiles.

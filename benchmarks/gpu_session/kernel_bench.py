@@ -1,4 +1,4 @@
-"""Part 8: DCNv3 at InternImage-H's stages, every implementation that the kernels' benchmark knows.
+"""Part 9: DCNv3 at InternImage-H's stages, every implementation that the kernels' benchmark knows.
 
     python benchmarks/gpu_session/kernel_bench.py
 

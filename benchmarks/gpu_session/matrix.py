@@ -1,4 +1,4 @@
-"""Part 6: DCNv3's matrix kernels beside the gather kernels, by `kernels/bench/matrix_check.py`.
+"""Part 7: DCNv3's matrix kernels beside the gather kernels, by `kernels/bench/matrix_check.py`.
 
     python matrix.py SECONDS [FOLDER]     ends by itself before that many have passed
 
