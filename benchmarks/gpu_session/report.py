@@ -171,6 +171,8 @@ def transfer(found: list[Row], _: Path) -> str:
     for r in of(found, "transfer"):
         more = [f"{name} {cell(value)}" for name, value in (r.get("evaluation") or {}).items()]
         more += [f"{1e3 * r['step_seconds']:.0f} ms a step"] if "step_seconds" in r else []
+        if r.get("computed_twice") is not None:
+            more += [f"{r['computed_twice']:.0f} computed twice"]
         why = r.get("error") or ", ".join(more)
         lines.append(
             [r["name"], "yes" if r["ok"] else "**no**", *map(cell, (r["figure"], r["bound"])), why]

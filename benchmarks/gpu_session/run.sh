@@ -130,7 +130,7 @@ part setup $((20 * slow)) bash -c setup
 # These are about being right, and take no times: side by side.
 {
     part tests $((100 * slow)) bash -c 'exec "$python" "$here/kernel_tests.py" "$LIMIT"'
-    part transfer $((100 * slow)) bash -c 'exec "$python" "$here/transfer.py" "$LIMIT"'
+    part transfer $((150 * slow)) bash -c 'exec "$python" "$here/transfer.py" "$LIMIT"'
 } &
 part audit $((130 * slow)) "$python" "$here/audit.py" &
 wait

@@ -31,6 +31,7 @@ STEPS = 3 if rows.REHEARSE else 60  # in bfloat16
 FIRST = 2  # steps before the checkpoint that both devices go on from
 AGREE = 1e-3  # relative: losses of the same step on two devices in fp32
 SAMPLED = 0.5  # the same, where the loss is of regions or points that are drawn on the device
+ONCE = "engine.verify.every=null"  # no step is computed twice
 LEARNS = 0.9  # the last losses against the first ones, in bfloat16
 RECIPE = Recipe(image_size=64, objects=1, sizes=(0.5, 0.9), train=192, val=32)
 
@@ -129,11 +130,11 @@ def compared(name: str, head: Head, end: float) -> None:
     """fp32: the steps after the checkpoint on the CPU and on the device."""
     until = 2 * FIRST
     cpu, device = folder_of(name, "cpu"), folder_of(name, "device")
-    train(head, cpu, until, end, "engine.device=cpu", "engine.precision=fp32")
+    train(head, cpu, until, end, "engine.device=cpu", "engine.precision=fp32", ONCE)
     shutil.copytree(cpu, device)
     shutil.rmtree(device / "checkpoints" / f"step-{until:08d}")
     exact = {"NVIDIA_TF32_OVERRIDE": "0"}
-    changes = [f"engine.device={rows.DEVICE}", "engine.precision=fp32"]
+    changes = [f"engine.device={rows.DEVICE}", "engine.precision=fp32", ONCE]
     train(head, device, until, end, *changes, **exact)
     losses = [
         {row["step"]: row["loss/total"] for row in metrics(folder) if row["step"] >= FIRST}
@@ -171,6 +172,7 @@ def learned(name: str, head: Head, end: float) -> None:
         evaluation={head.figure: figure},
         evaluation_seconds=last.get("evaluation_seconds"),
         step_seconds=statistics.median(row["step_seconds"] for row in found),
+        computed_twice=last.get("verify/steps_computed_twice"),
         memory_gib=last.get("machine/memory_allocated_gib"),
     )
 

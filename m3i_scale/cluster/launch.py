@@ -214,6 +214,8 @@ def start(
     warnings.filterwarnings(
         "ignore", r"`torch\.distributed\.\w+` is deprecated", FutureWarning, r"torch\.distributed\."
     )
+    # The device is the one that is set above.
+    warnings.filterwarnings("ignore", r"barrier\(\): using the device under current context")
     before_joining()
     try:
         deepspeed.init_distributed(

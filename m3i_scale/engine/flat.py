@@ -18,7 +18,7 @@ from deepspeed.runtime.zero import stage_1_and_2
 from torch import Tensor, nn
 
 from m3i_scale.engine.checkpoint import Extent, extent
-from m3i_scale.engine.shards import Shards, needed
+from m3i_scale.engine.shards import Shards, joined, needed
 
 
 class Piece(NamedTuple):
@@ -95,14 +95,14 @@ class Flat(Shards):
         """One of each parameter group, whole."""
         return list(self.optimizer.bit16_groups_flat), True
 
-    def reduced_gradients(self) -> list[Tensor]:
+    def reduced_gradients(self, device: torch.device) -> list[Tensor]:
         """Of this rank's parts."""
         found = []
         for number in range(len(self.masters)):
             group = self.optimizer.averaged_gradients[number]
             flat = getattr(group, "flat_partition", None)
             parts = group if flat is None else [flat]
-            found.append(torch.cat([part.flatten().cpu() for part in parts]))
+            found.append(joined(parts, device))
         return found
 
     def drop_gradients(self, model: nn.Module) -> None:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from m3i_scale.engine.checkpoint import Extent, extent
-from m3i_scale.engine.shards import ALIGNMENT, Shards, needed
+from m3i_scale.engine.shards import ALIGNMENT, Shards, joined, needed
 
 
 class Partitioned(Shards):
@@ -83,12 +83,12 @@ class Partitioned(Shards):
         """Slices."""
         return list(self.optimizer.fp16_partitioned_groups_flat), False
 
-    def reduced_gradients(self) -> list[Tensor]:
+    def reduced_gradients(self, device: torch.device) -> list[Tensor]:
         """In the optimiser's storage where it is offloaded."""
         if self.optimizer.offload_optimizer:
             return [m.grad.clone() for m in self.masters if m.grad is not None]
         groups = self.optimizer.averaged_gradients
-        return [torch.cat([g.flatten().cpu() for g in groups[n]]) for n in range(len(self.masters))]
+        return [joined(groups[number], device) for number in range(len(self.masters))]
 
     def drop_gradients(self, model: nn.Module) -> None:
         """As DeepSpeed does where it skips a step."""

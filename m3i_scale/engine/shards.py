@@ -13,7 +13,7 @@ Everything else in the engine sees `Shards`.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -32,6 +32,14 @@ ALIGNMENT = 16
 def trained(module: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
     """Names and parameters that the optimiser updates."""
     return ((name, p) for name, p in module.named_parameters() if p.requires_grad)
+
+
+def joined(parts: Sequence[Tensor], device: torch.device) -> Tensor:
+    """One flat copy (n,) on a device of tensors of one dtype."""
+    whole = torch.empty(sum(map(torch.numel, parts)), dtype=parts[0].dtype, device=device)
+    for piece, part in zip(whole.split([part.numel() for part in parts]), parts, strict=True):
+        piece.copy_(part.flatten())
+    return whole
 
 
 class Shards(ABC):
@@ -99,8 +107,8 @@ class Shards(ABC):
         """Trained weights in compute precision, in few flat tensors; whether all ranks have all."""
 
     @abstractmethod
-    def reduced_gradients(self) -> list[Tensor]:
-        """After a step's last backward pass: each of `masters`' gradient, on the CPU."""
+    def reduced_gradients(self, device: torch.device) -> list[Tensor]:
+        """After a step's last backward pass: a copy of each of `masters`' gradient, on `device`."""
 
     @abstractmethod
     def drop_gradients(self, model: nn.Module) -> None:

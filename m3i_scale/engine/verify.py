@@ -25,7 +25,7 @@ from torch import Tensor
 
 from m3i_scale.cluster.launch import gather_objects
 from m3i_scale.cluster.numerics import deterministic_inside
-from m3i_scale.engine.checksums import quick, tensors_in
+from m3i_scale.engine.checksums import INTEGERS, quick, tensors_in
 from m3i_scale.engine.communication import RECORDER, Entry
 from m3i_scale.engine.corruption import CorruptionError, listed, places
 from m3i_scale.engine.passes import Passed, Passes
@@ -33,6 +33,9 @@ from m3i_scale.engine.shards import trained
 from m3i_scale.engine.state import generator_states, set_generator_states
 
 log = logging.getLogger(__name__)
+
+# Times the size of a rank's gradients that must be free for a copy: it, the next one, and a margin.
+_COPIES = 3
 
 # Where in an entry of a tape the first difference is, in the order of time.
 INPUT, SENT, RECEIVED, GRADIENT = range(4)
@@ -47,7 +50,7 @@ class Difference(NamedTuple):
 
 
 class _Pass(NamedTuple):
-    """One pass, in CPU memory."""
+    """What one pass gave; gradients are where there is room for them."""
 
     names: list[str]
     sums: list[tuple[int, int]]  # sent, received
@@ -104,8 +107,21 @@ class Recomputation:
             passed = self._passes.run(iter(held))
         if self._passes.world.device.type == "cuda":
             torch.cuda.synchronize()  # collectives run on streams of their own
-        gradients = sharded.shards.reduced_gradients()
+        gradients = sharded.shards.reduced_gradients(self._room())
         return _Pass([entry.name for entry in tape], _read(tape), gradients, passed)
+
+    def _room(self) -> torch.device:
+        """Where a copy of this rank's gradients goes, of which two are compared.
+
+        A copy to host memory and the comparison there take seconds for a thousand million: on a
+        GPU that has room for another pass's it stays there.
+        """
+        device = self._passes.world.device
+        if device.type == "cpu":
+            return device
+        size = sum(master.nbytes for master in self._passes.sharded.shards.masters)
+        free, _ = torch.cuda.mem_get_info(device)
+        return device if free > _COPIES * size else torch.device("cpu")
 
     def _changed_input(self, held: Sequence[Any], before: list[int]) -> Difference | None:
         if _input_sums(held) == before:
@@ -140,7 +156,7 @@ class Recomputation:
         for candidate, parameter in trained(model):
             (group, begin), own = shards.place(parameter), shards.extent(parameter)
             length = own.stop - own.start
-            a, b = (p.gradients[group].narrow(0, begin, length) for p in (one, two))
+            a, b = (p.gradients[group].narrow(0, begin, length).cpu() for p in (one, two))
             if not _equal_bits(a, b):
                 count += 1
                 # inf - inf is not a number; the difference is then as large as it can be
@@ -228,4 +244,5 @@ def _equal_bits(one: Tensor, two: Tensor) -> bool:
     """Not-a-numbers are equal if their bits are."""
     if one.shape != two.shape:
         return False
-    return one.numel() == 0 or torch.equal(one.view(torch.uint8), two.view(torch.uint8))
+    bits = INTEGERS[one.element_size()]
+    return torch.equal(one.view(bits), two.to(one.device).view(bits))

@@ -151,8 +151,8 @@ class Criterion(Mask2FormerLoss):
         weight = class_queries_logits.new_ones(self.num_labels + 1)
         weight[-1] = self.eos_coef
         logits = class_queries_logits.transpose(1, 2)
-        total = F.cross_entropy(logits, target, weight, reduction="sum")
-        return {"loss_cross_entropy": total / self._numbers[1]}
+        each = F.cross_entropy(logits, target, weight, reduction="none")
+        return {"loss_cross_entropy": each.sum() / self._numbers[1]}
 
 
 class Mask2FormerSegmenter(Segmenter):

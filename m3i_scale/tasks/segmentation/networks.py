@@ -146,8 +146,9 @@ def pixel_loss(logits: Tensor, masks: Tensor) -> Tensor:
     the batch is split, and a mask without any class gives 0.
     """
     resized = resize(logits.float(), masks.shape[-2:])
-    total = F.cross_entropy(resized, masks.long(), ignore_index=IGNORED, reduction="sum")
-    return total / masks.numel()
+    # Summed apart: on a GPU the operator's own sum over an image adds in any order.
+    each = F.cross_entropy(resized, masks.long(), ignore_index=IGNORED, reduction="none")
+    return each.sum() / masks.numel()
 
 
 def resize(maps: Tensor, size: Sequence[int]) -> Tensor:

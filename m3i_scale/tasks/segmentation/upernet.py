@@ -17,6 +17,7 @@ from transformers.models.upernet.modeling_upernet import (
     UperNetConvModule,
     UperNetFCNHead,
     UperNetHead,
+    UperNetPyramidPoolingBlock,
 )
 
 from m3i_scale.config.segmentation import IGNORED, SegmentationModel, UperNet
@@ -47,6 +48,31 @@ class FeatureDropout(nn.Module):
         drawn = draw_uniform(len(x), x.shape[1], keys, x.device).T
         factor = (drawn >= self.rate).to(x.dtype) / (1 - self.rate)
         return x * factor[:, :, None, None]
+
+
+class RegionMeans(nn.Module):
+    """`nn.AdaptiveAvgPool2d` as two products, which add in the same order each time.
+
+    The backward pass of PyTorch's operator does not on a GPU.
+    """
+
+    def __init__(self, size: int) -> None:
+        super().__init__()
+        self.size = size
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Means (B, C, size, size) of x (B, C, h, w) over regions that cover it."""
+        rows, columns = (self._weights(side, x.device) for side in x.shape[-2:])
+        return (rows @ x.float() @ columns.T).to(x.dtype)
+
+    def _weights(self, side: int, device: torch.device) -> Tensor:
+        """(size, side): region r is floor(r side / size) to ceil((r + 1) side / size)."""
+        positions = torch.arange(side, device=device)
+        regions = torch.arange(self.size, device=device)[:, None] * side
+        first = regions.div(self.size, rounding_mode="floor")
+        last = (regions + side + self.size - 1).div(self.size, rounding_mode="floor")
+        inside = ((positions >= first) & (positions < last)).float()
+        return inside / inside.sum(1, keepdim=True)
 
 
 class UperNetSegmenter(Segmenter):
@@ -108,10 +134,13 @@ def _with_dropout(rate: float, salt: int) -> nn.Module:
 
 
 def _prepared(head: Any, norm: Norm) -> Any:
-    """Give a head its norms, and its classifier the small weights of the reference."""
+    """Give a head its norms and its pooling, its classifier the small weights of the reference."""
     for module in head.modules():
         if isinstance(module, UperNetConvModule):
             module.batch_norm = norm(module.conv.out_channels)
+        if isinstance(module, UperNetPyramidPoolingBlock):
+            module.layers[0] = RegionMeans(module.layers[0].output_size)
+            module.add_module("0", module.layers[0])
     nn.init.normal_(head.classifier.weight, std=0.01)
     nn.init.zeros_(head.classifier.bias)
     return head

@@ -26,7 +26,7 @@ from m3i_scale.tasks.segmentation.mask2former import (
     split_mask,
 )
 from m3i_scale.tasks.segmentation.networks import Inputs, Segmenter
-from m3i_scale.tasks.segmentation.upernet import FeatureDropout
+from m3i_scale.tasks.segmentation.upernet import FeatureDropout, RegionMeans
 
 CLASSES, SIDE = 5, 64
 BACKBONES = {
@@ -348,3 +348,14 @@ def test_flops_are_those_of_backbone_and_head(backbone: str, head: str):
     whole = segmenter_flops(spec, SIDE)
     assert whole > 1.1 * backbone_flops(spec.backbone, SIDE) * (0.5 if backbone != "vit" else 1)
     assert segmenter_flops(spec, 2 * SIDE) > 3 * whole
+
+
+@pytest.mark.parametrize("size", [(16, 16), (7, 9), (2, 3), (5, 1)])
+@pytest.mark.parametrize("regions", [1, 2, 3, 6])
+def test_means_of_regions_are_those_of_adaptive_pooling(size: tuple[int, int], regions: int):
+    x = torch.randn(2, 3, *size, requires_grad=True)
+    found, expected = RegionMeans(regions)(x), torch.nn.AdaptiveAvgPool2d(regions)(x)
+    torch.testing.assert_close(found, expected)
+    weights = torch.randn_like(found)
+    gradients = [torch.autograd.grad((y * weights).sum(), x)[0] for y in (found, expected)]
+    torch.testing.assert_close(*gradients)
