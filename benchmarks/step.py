@@ -125,7 +125,10 @@ def run(options: argparse.Namespace) -> int:
             diary.note(kernels=[k._asdict() for k in ran[:30]], kernel_ms=_total(ran))
             _write(row, timeline.tabulate(events), stem, world)
     if options.twice:
-        diary.note(twice=computed_twice(step, ready, options.twice))
+        found, events = computed_twice(step, ready, options.twice, stem)
+        diary.note(twice=found)
+        ran = timeline.kernels(events)
+        diary.note(twice_kernels=[k._asdict() for k in ran[:10]], twice_kernel_ms=_total(ran))
     if options.gather_steps:
         set_dcnv3_algorithm("gather")
         timed(step, world.device)  # compiles
@@ -199,21 +202,28 @@ def timed(step: Callable[[], None], device: torch.device) -> float:
     return time.perf_counter() - started
 
 
-def computed_twice(step: Callable[[], None], ready: Any, steps: int) -> dict[str, Any]:
-    """Seconds and memory of steps that are computed twice, and how many were equal bit for bit."""
+def computed_twice(
+    step: Callable[[], None], ready: Any, steps: int, stem: pathlib.Path
+) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """Seconds and memory of steps that are computed twice, and how many were equal bit for bit.
+
+    And the events of one more under the profiler, on rank 0.
+    """
     from m3i_scale.engine import loop
 
     checks = loop.open_checks(ready, Verify(every=1))
     if ready.world.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
     seconds = [timed(step, ready.world.device) for _ in range(steps)]
-    ready.checks = None  # the next step opens those of the configuration
-    return {
+    found = {
         "seconds": seconds,
         "peak_memory_gib": _peak_memory(ready.world.device) / 2**30,
         "problem": str(checks.problem or ""),
         **checks.values(0),
     }
+    events = profiled(step, ready, 1, stem.with_name(f"{stem.name}_twice"))
+    ready.checks = None  # the next step opens those of the configuration
+    return found, events
 
 
 def profiled(

@@ -210,15 +210,23 @@ def step(found: list[Row], folder: Path) -> str:
     text += markdown(["", "unit", "planned", "measured"], lines) + "\n\n"
     if plan and lines and plots.planned(run, plan, folder / "planned.png"):
         text += "![planned and measured](planned.png)\n\n"
-    longest = [
-        [kernel_names.short(r["kernel"]), str(r["calls"]), f"{r['milliseconds']:.2f}"]
-        for r in of(found, "step", name="kernel")
-    ]
-    if longest:
+    twice_too = of(found, "step", name="kernel of a step computed twice")
+    if twice_too:
+        title = f"longest kernels of a step computed twice, {run.get('twice_kernel_ms', 0):.0f} ms"
+        text += markdown([title, "calls", "ms"], kernel_lines(twice_too)) + "\n\n"
+    if of(found, "step", name="kernel"):
+        longest = kernel_lines(of(found, "step", name="kernel"))
         text += markdown(["longest kernels", "calls", "ms a step"], longest) + "\n\n"
         plots.kernels(of(found, "step", name="kernel"), run, folder / "kernels.png")
         text += "![longest kernels](kernels.png)"
     return text
+
+
+def kernel_lines(mine: list[Row]) -> list[list[str]]:
+    """Kernels by name, calls and milliseconds."""
+    return [
+        [kernel_names.short(r["kernel"]), str(r["calls"]), f"{r['milliseconds']:.2f}"] for r in mine
+    ]
 
 
 def comparison(run: Row, plan: Row | None) -> Iterator[list[str]]:

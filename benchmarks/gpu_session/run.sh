@@ -81,7 +81,8 @@ PYTHONPATH="$here:$root:$root/kernels:$root/kernels/bench:$root/tests"
 export PYTHONPATH
 cd "$root"
 
-wanted() { [ -z "$only" ] || [[ ",$only," == *",$1,"* ]]; }
+# Without setup there would be no wheels to import.
+wanted() { [ -z "$only" ] || [[ ",$only${wheels:+,setup}," == *",$1,"* ]]; }
 
 # part NAME SECONDS COMMAND...: one part under its limit and what is left of the whole.
 part() {

@@ -117,17 +117,22 @@ def account(out: Path, micro: int, code: int, name: str = "") -> None:
     name = name or f"micro-batch {micro}"
     notes = next(iter(out.glob("step_*.json")), None)
     found: dict[str, Any] = json.loads(notes.read_text()) if notes else {}
-    longest = found.pop("kernels", [])
+    longest = {
+        "kernel": found.pop("kernels", []),
+        "kernel of a step computed twice": found.pop("twice_kernels", []),
+    }
     measured = found.get("row", {})
     values = {k: v for k, v in measured.items() if k not in rows.origin()}
-    names = ("warmup", "steps", "known_after", "kernel_ms", "dcnv3", "gather_steps", "twice")
+    names = ("warmup", "steps", "known_after", "kernel_ms", "dcnv3", "gather_steps", "twice",
+             "twice_kernel_ms")  # fmt: skip
     known = {k: found.get(k) for k in names}
     note = {OUT_OF_MEMORY: "out of GPU memory", 124: "stopped by its time limit"}.get(code, "")
     ok = code == 0 and bool(measured)
     own = {"ok": ok, "exit_code": code, "note": note}
     rows.write("step", name, **{**values, **known, **own})
-    for kernel in longest[:LONGEST]:
-        rows.write("step", "kernel", **{**kernel, "kernel": kernel["name"], "micro_batch": micro})
+    for kind, kernels in longest.items():
+        for kernel in kernels[:LONGEST]:
+            rows.write("step", kind, **{**kernel, "kernel": kernel["name"], "micro_batch": micro})
 
 
 def plan(config_file: str) -> int:

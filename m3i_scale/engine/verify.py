@@ -34,8 +34,8 @@ from m3i_scale.engine.state import generator_states, set_generator_states
 
 log = logging.getLogger(__name__)
 
-# Times the size of a rank's gradients that must be free for a copy: it, the next one, and a margin.
-_COPIES = 3
+# Share of a GPU's memory that may be used at once; the rest is for what the allocator cannot join.
+_USED = 0.95
 
 # Where in an entry of a tape the first difference is, in the order of time.
 INPUT, SENT, RECEIVED, GRADIENT = range(4)
@@ -111,17 +111,18 @@ class Recomputation:
         return _Pass([entry.name for entry in tape], _read(tape), gradients, passed)
 
     def _room(self) -> torch.device:
-        """Where a copy of this rank's gradients goes, of which two are compared.
+        """Where copies of this rank's gradients go: two are compared, of three there may be need.
 
-        A copy to host memory and the comparison there take seconds for a thousand million: on a
-        GPU that has room for another pass's it stays there.
+        Copying them to host memory takes seconds for a thousand million parameters: on a GPU they
+        stay where the most that was ever allocated leaves room for them.
         """
         device = self._passes.world.device
         if device.type == "cpu":
             return device
         size = sum(master.nbytes for master in self._passes.sharded.shards.masters)
-        free, _ = torch.cuda.mem_get_info(device)
-        return device if free > _COPIES * size else torch.device("cpu")
+        free = torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device)
+        most = torch.cuda.max_memory_allocated(device)
+        return device if most + 3 * size < _USED * free else torch.device("cpu")
 
     def _changed_input(self, held: Sequence[Any], before: list[int]) -> Difference | None:
         if _input_sums(held) == before:
