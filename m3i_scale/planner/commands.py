@@ -84,15 +84,19 @@ def run(options: argparse.Namespace) -> int:
     )
     traced = _traced(config)
     cluster = Cluster(unit, options.nodes, options.gpus_per_node)
-    try:
-        plan = make_plan(config, traced, cluster, assumed)
-    except ConfigError as error:
-        ranks = f"--nodes {cluster.nodes} x --gpus-per-node {cluster.per_node}"
-        raise ConfigError(f"{error} (ranks are {ranks})") from None
+
+    def planned(nodes: int) -> Any:
+        try:
+            return make_plan(config, traced, cluster._replace(nodes=nodes), assumed)
+        except ConfigError as error:
+            ranks = f"--nodes {nodes} x --gpus-per-node {cluster.per_node}"
+            raise ConfigError(f"{error} (ranks are {ranks})") from None
+
+    plan = planned(options.nodes)
     advice = [] if plan.fits else list(remedies(config, traced, plan))
     text = describe(plan, traced, length, advice, alternatives(config, traced, plan))
     if counts:
-        plans = [make_plan(config, traced, cluster._replace(nodes=n), assumed) for n in counts]
+        plans = [planned(nodes) for nodes in counts]
         text += "\n" + scaling_table(plans, length)
     print(text, end="")
     if options.out:

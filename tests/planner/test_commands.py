@@ -86,6 +86,7 @@ def test_says_when_it_does_not_fit_and_what_would(config: str, capsys: pytest.Ca
         (["--gpu", "h10"], "did you mean h100"),
         (["--nodes", "3"], "cannot be spread over 24 ranks"),
         (["--nodes", "3"], "(ranks are --nodes 3 x --gpus-per-node 8)"),
+        (["--sweep", "8,24"], "(ranks are --nodes 3 x --gpus-per-node 8)"),
         (["--sweep", "8,12"], "12 GPUs are no whole nodes"),
         (["optimizer.duration=3 epochs"], "--samples"),
     ],
