@@ -151,13 +151,8 @@ def tests(found: list[Row], _: Path) -> str:
 def audit(found: list[Row], _: Path) -> str:
     """All checks, and where the host waits."""
     mine = of(found, "audit")
-    lines = []
-    for r in mine:
-        why = r.get("error") or r.get("note") or ", ".join(r.get("differ", []))
-        lines.append(
-            [r["name"], "yes" if r["ok"] else "**no**", *map(cell, (r["figure"], r["bound"])), why]
-        )
-    text = "## Audit\n\n" + markdown(["check", "holds", "figure", "bound", "detail"], lines)
+    details = [r.get("note") or ", ".join(r.get("differ", [])) for r in mine]
+    text = "## Audit\n\n" + checks(mine, details)
     for r in mine:
         if r.get("sites"):
             sites = [[site, str(count)] for site, count in r["sites"].items()]
@@ -167,17 +162,24 @@ def audit(found: list[Row], _: Path) -> str:
 
 def transfer(found: list[Row], _: Path) -> str:
     """Losses of each head on both devices, and what it came to in bfloat16."""
-    lines = []
-    for r in of(found, "transfer"):
+    mine, details = of(found, "transfer"), []
+    for r in mine:
         more = [f"{name} {cell(value)}" for name, value in (r.get("evaluation") or {}).items()]
         more += [f"{1e3 * r['step_seconds']:.0f} ms a step"] if "step_seconds" in r else []
         if r.get("computed_twice") is not None:
             more += [f"{r['computed_twice']:.0f} computed twice"]
-        why = r.get("error") or ", ".join(more)
-        lines.append(
-            [r["name"], "yes" if r["ok"] else "**no**", *map(cell, (r["figure"], r["bound"])), why]
-        )
-    return "## Transfer\n\n" + markdown(["check", "holds", "figure", "bound", "detail"], lines)
+        details.append(", ".join(more))
+    return "## Transfer\n\n" + checks(mine, details)
+
+
+def checks(mine: list[Row], details: list[str]) -> str:
+    """Table of checks: what holds, figure and bound; the error, or else the detail."""
+    lines = [
+        [r["name"], "yes" if r["ok"] else "**no**", cell(r["figure"]), cell(r["bound"]),
+         r.get("error") or detail]
+        for r, detail in zip(mine, details, strict=True)
+    ]  # fmt: skip
+    return markdown(["check", "holds", "figure", "bound", "detail"], lines)
 
 
 def step(found: list[Row], folder: Path) -> str:

@@ -77,6 +77,11 @@ def read(path: Path) -> list[dict[str, Any]]:
     return rows
 
 
+def all_hold(part: str) -> bool:
+    """Whether no row of this session's part says that something does not hold."""
+    return all(row["ok"] for row in read(FOLDER / "rows.jsonl") if row["part"] == part)
+
+
 def driver() -> str:
     """Version of the NVIDIA driver."""
     return output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader") or "unknown"

@@ -24,7 +24,8 @@
 #         --implementation cp --platform manylinux_2_28_x86_64 --platform manylinux_2_17_x86_64 \
 #         --platform manylinux2014_x86_64 --platform manylinux1_x86_64 -d .whl \
 #         pydantic==2.14.4 pydantic-core==2.50.5 annotated-types==0.8.0 typing-inspection==0.4.5 \
-#         typing-extensions==4.16.0 webdataset==1.0.2 braceexpand==0.1.7 einops==0.8.2 faster-coco-eval==1.8.0
+#         typing-extensions==4.16.0 webdataset==1.0.2 braceexpand==0.1.7 einops==0.8.2 \
+#         faster-coco-eval==1.8.0
 #     # Two have no wheel; both build to py3-none-any. DS_BUILD_OPS=0: nothing is compiled here.
 #     DS_BUILD_OPS=0 python3.12 -m pip wheel --no-deps -w .whl deepspeed==0.19.8 hjson==3.1.0
 set -uo pipefail
@@ -76,7 +77,7 @@ export TRITON_CACHE_DIR=$work/triton HF_HUB_OFFLINE=1
 # DeepSpeed's CPU Adam, compiled once; a killed compilation leaves a lock in the usual folder.
 export TORCH_EXTENSIONS_DIR=${TORCH_EXTENSIONS_DIR:-$work/extensions}
 export OMP_NUM_THREADS=$((rehearse ? 1 : 4))
-PYTHONPATH="$here:$root:$root/kernels:$root/kernels/bench:$root/tests"
+PYTHONPATH="$here:$root:$root/kernels:$root/kernels/bench:$root/tests:$root/benchmarks"
 [ -z "$wheels" ] || PYTHONPATH="$work/site:$PYTHONPATH"
 export PYTHONPATH
 cd "$root"

@@ -9,6 +9,7 @@ checkpoint; then from nothing on the device in bfloat16, to an evaluation. One r
 
 from __future__ import annotations
 
+import json
 import math
 import os
 import shutil
@@ -20,10 +21,11 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import memorise
 import rows
 
 from m3i_scale.ranks import torchrun
-from m3i_scale.shards.pasted import Recipe, build
+from m3i_scale.shards.pasted import SPLITS, Pasted, Recipe, build
 
 FOLDER = rows.FOLDER / "transfer"
 MARGIN = 4  # seconds for the rows
@@ -45,38 +47,34 @@ class Head(NamedTuple):
     changes: tuple[str, ...] = ()
 
 
-DINO = (
-    "model.head={kind: dino, width: 64, heads: 4, ffn: 128, encoder_layers: 2, "
-    "decoder_layers: 3, queries: 30, denoising: 60}"
-)
-MASK2FORMER = (
-    "model.head={kind: mask2former, width: 64, heads: 4, queries: 20, encoder_layers: 2, "
-    "encoder_ffn: 128, decoder_layers: 3, decoder_ffn: 128, points: 2048}"
-)
+def headed(name: str) -> str:
+    """The change that gives a configuration a head that learns eight images by heart."""
+    return f"model.head={json.dumps(memorise.HEADS[name])}"
+
+
 HEADS = {
     "classification": Head("classification", "top1", AGREE),
     "Mask R-CNN": Head("detection", "box_AP", SAMPLED, ("model.head.masks=true",)),
-    "DINO": Head("detection", "box_AP", SAMPLED, (DINO,)),
+    "DINO": Head("detection", "box_AP", SAMPLED, (headed("dino"),)),
     "UperNet": Head("segmentation", "mIoU", AGREE),
-    "Mask2Former": Head("segmentation", "mIoU", SAMPLED, (MASK2FORMER,)),
+    "Mask2Former": Head("segmentation", "mIoU", SAMPLED, (headed("mask2former"),)),
 }
 
 
 def data(config: str) -> list[str]:
     """Where a configuration finds the pasted set."""
-    pasted = FOLDER / "pasted"
-    names = {"train": "train", "test": "val", "val": "val"}
+    pasted = Pasted(FOLDER / "pasted")
     changes = []
-    for key in ("train", "val") if config == "detection" else ("train", "test"):
-        split = names[key]
+    for split in SPLITS:
+        key = f"data.{'test' if split == 'val' and config != 'detection' else split}"
         if config == "classification":
-            changes += [f"data.{key}.folder={pasted}/crops/{split}"]
+            changes += [f"{key}.folder={pasted.crops(split)}"]
             continue
-        changes += [f"data.{key}.images={pasted}/images/{split}"]
+        changes += [f"{key}.images={pasted.images(split)}"]
         if config == "detection":
-            changes += [f"data.{key}.annotations={pasted}/annotations/instances_{split}.json"]
+            changes += [f"{key}.annotations={pasted.annotations(split)}"]
         else:
-            changes += [f"data.{key}.masks={pasted}/masks/{split}"]
+            changes += [f"{key}.masks={pasted.masks(split)}"]
     return changes
 
 
@@ -177,17 +175,14 @@ def learned(name: str, head: Head, end: float) -> None:
     )
 
 
-def check(name: str, end: float) -> bool:
+def check(name: str, end: float) -> None:
     """Both rows of a head; a row with the reason where one cannot be made."""
-    good = True
     for one in (compared, learned):
         try:
             one(name, HEADS[name], end)
         except Exception as error:
             rows.write("transfer", f"{name}: {one.__name__}", ok=False, figure=None, bound=None,
                        error=f"{type(error).__name__}: {error}"[:500])  # fmt: skip
-            good = False
-    return good
 
 
 def main(arguments: list[str]) -> int:
@@ -196,12 +191,8 @@ def main(arguments: list[str]) -> int:
     FOLDER.mkdir(parents=True, exist_ok=True)
     build(FOLDER / "pasted", RECIPE)
     with ThreadPoolExecutor(2 if rows.REHEARSE else len(HEADS)) as pool:
-        good = list(pool.map(lambda name: check(name, end), HEADS))
-    return 0 if all(good) and all(row["ok"] for row in _own_rows()) else 1
-
-
-def _own_rows() -> list[dict[str, Any]]:
-    return [row for row in rows.read(rows.FOLDER / "rows.jsonl") if row["part"] == "transfer"]
+        list(pool.map(lambda name: check(name, end), HEADS))
+    return 0 if rows.all_hold("transfer") else 1
 
 
 if __name__ == "__main__":

@@ -88,7 +88,7 @@ class Recomputation:
             first = self._pass(held)
             kept.restore()
             found = self._changed_input(held, before)
-            second = self._pass(held)
+            second = self._pass(held, first)
             found = found or self._changed_input(held, before) or self._compare(first, second)
             every = self._all(found)
             if any(every):
@@ -100,14 +100,16 @@ class Recomputation:
         self.steps += 1
         return second.passed, None
 
-    def _pass(self, held: Sequence[Any]) -> _Pass:
+    def _pass(self, held: Sequence[Any], before: _Pass | None = None) -> _Pass:
+        """A pass; its gradients go where those of the one before it are."""
         sharded = self._passes.sharded
         sharded.shards.drop_gradients(sharded.model)
         with RECORDER.tape() as tape:
             passed = self._passes.run(iter(held))
         if self._passes.world.device.type == "cuda":
             torch.cuda.synchronize()  # collectives run on streams of their own
-        gradients = sharded.shards.reduced_gradients(self._room())
+        place = before.gradients[0].device if before else self._room()
+        gradients = sharded.shards.reduced_gradients(place)
         return _Pass([entry.name for entry in tape], _read(tape), gradients, passed)
 
     def _room(self) -> torch.device:
@@ -157,7 +159,7 @@ class Recomputation:
         for candidate, parameter in trained(model):
             (group, begin), own = shards.place(parameter), shards.extent(parameter)
             length = own.stop - own.start
-            a, b = (p.gradients[group].narrow(0, begin, length).cpu() for p in (one, two))
+            a, b = (p.gradients[group].narrow(0, begin, length) for p in (one, two))
             if not _equal_bits(a, b):
                 count += 1
                 # inf - inf is not a number; the difference is then as large as it can be
@@ -184,7 +186,7 @@ class Recomputation:
         if self._always_exact or any(one is None or one.part == INPUT for one in every):
             return None
         kept.restore()
-        third = self._pass(held)
+        third = self._pass(held, second)
         again = self._all(self._compare(second, third))
         return None if any(one is None for one in again) else third.passed
 
@@ -246,4 +248,4 @@ def _equal_bits(one: Tensor, two: Tensor) -> bool:
     if one.shape != two.shape:
         return False
     bits = INTEGERS[one.element_size()]
-    return torch.equal(one.view(bits), two.to(one.device).view(bits))
+    return torch.equal(one.view(bits), two.view(bits))

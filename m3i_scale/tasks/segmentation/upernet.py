@@ -66,13 +66,8 @@ class RegionMeans(nn.Module):
         return (rows @ x.float() @ columns.T).to(x.dtype)
 
     def _weights(self, side: int, device: torch.device) -> Tensor:
-        """(size, side): region r is floor(r side / size) to ceil((r + 1) side / size)."""
-        positions = torch.arange(side, device=device)
-        regions = torch.arange(self.size, device=device)[:, None] * side
-        first = regions.div(self.size, rounding_mode="floor")
-        last = (regions + side + self.size - 1).div(self.size, rounding_mode="floor")
-        inside = ((positions >= first) & (positions < last)).float()
-        return inside / inside.sum(1, keepdim=True)
+        """(size, side): what each position counts in the mean of each region."""
+        return nn.functional.adaptive_avg_pool1d(torch.eye(side, device=device), self.size).T
 
 
 class UperNetSegmenter(Segmenter):
